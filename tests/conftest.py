@@ -1,0 +1,35 @@
+"""Strictness for every test: eight CPU devices, no silent rank or dtype promotion."""
+
+import os
+
+# Has to be in place before jax starts its CPU backend.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def x64():
+    """Run the test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def golden():
+    """Folder of float64 results of the official PyTorch code, which users do not have."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("the official code's results (../shared/golden) are not on this machine")
+    return folder
