@@ -1,0 +1,21 @@
+"""RepOptimizers (gradient re-parameterization) for JAX, Flax and Optax."""
+
+from repopt_jax.branches import Block as Block
+from repopt_jax.branches import Branch as Branch
+from repopt_jax.branches import BranchMult as BranchMult
+from repopt_jax.branches import Centre as Centre
+from repopt_jax.branches import Full as Full
+from repopt_jax.branches import Identity as Identity
+from repopt_jax.branches import branch_mult as branch_mult
+from repopt_jax.branches import init_weights as init_weights
+from repopt_jax.branches import initial_scales as initial_scales
+from repopt_jax.branches import merge as merge
+from repopt_jax.branches import pull_back as pull_back
+from repopt_jax.transforms import ScaleByGradMultState as ScaleByGradMultState
+from repopt_jax.transforms import grad_mults as grad_mults
+from repopt_jax.transforms import repopt_adamw as repopt_adamw
+from repopt_jax.transforms import repopt_sgd as repopt_sgd
+from repopt_jax.transforms import scale_by_grad_mult as scale_by_grad_mult
+from repopt_jax.transforms import weight_decay_mask as weight_decay_mask
+
+__version__ = "0.1.0"
