@@ -1,0 +1,1 @@
+"""Training: schedules, the step, the loop, checkpoints and reports."""

@@ -1,0 +1,115 @@
+"""Learning rates by update: warm-up, then cosine, linear or step decay.
+
+The official RepOptimizers code takes its schedules from timm. These equal them update for update,
+with what is easily missed:
+
+* Every rate is stated for a batch of 256 images and grows in proportion to the batch.
+* The rate is set *after* an update, so update ``i`` runs with the schedule's value at ``i - 1``;
+  the first two updates both run with its value at 0.
+* The cosine spans the whole run. The warm-up covers its beginning, so the rate steps down a little
+  where the warm-up ends. The linear and the step schedule start when the warm-up is over.
+* After the last update the rate stays where it is; it does not start over.
+"""
+
+import math
+
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("cosine", "linear", "step")
+REFERENCE_BATCH = 256
+
+
+def make_schedule(
+    name: str,
+    *,
+    base_lr: float,
+    batch_size: int,
+    steps_per_epoch: int,
+    epochs: float,
+    warmup_epochs: float = 0.0,
+    warmup_lr: float = 0.0,
+    min_lr: float = 0.0,
+    linear_end: float = 0.01,
+    step_epochs: float = 30.0,
+    step_rate: float = 0.1,
+) -> optax.Schedule:
+    """Return a learning rate schedule: a pure function of the number of updates done so far.
+
+    With ``t = max(count - 1, 0)``, ``W`` warm-up updates, ``T`` updates in all and every rate
+    multiplied by ``batch_size / 256``::
+
+        t < W    warmup_lr + (base_lr - warmup_lr) * t / W
+        cosine   min_lr + (base_lr - min_lr) * (1 + cos(pi * t / T)) / 2
+        linear   base_lr * (1 - (1 - linear_end) * (t - W) / (T - W))
+        step     base_lr * step_rate ** ((t - W) // step_updates)
+
+    Args:
+      name: ``"cosine"``, ``"linear"`` or ``"step"``.
+      base_lr: highest rate, for a batch of 256 images.
+      batch_size: images per update, over all devices.
+      steps_per_epoch: updates per epoch.
+      epochs: length of the run, warm-up included; may be a fraction, as all lengths here.
+      warmup_epochs: length of the warm-up, at most ``epochs``; 0 means none.
+      warmup_lr: the rate at the start of the warm-up, for a batch of 256 images.
+      min_lr: the rate at the end of the cosine, for a batch of 256 images.
+      linear_end: the rate at the end of the linear schedule, as a fraction of ``base_lr``.
+      step_epochs: epochs between two drops of the step schedule.
+      step_rate: factor of each drop of the step schedule.
+
+    Returns:
+      A function of an integer count (an array gives an array), to be traced or not. It computes in
+      float32, or in float64 where x64 is on.
+
+    Raises:
+      ValueError: for an unknown name, a negative or non-finite number, a length of no update, a
+        warm-up longer than the run, or a ``min_lr`` that the schedule would ignore.
+
+    >>> schedule = make_schedule("cosine", base_lr=0.1, batch_size=512, steps_per_epoch=10,
+    ...                          epochs=10, warmup_epochs=1)
+    >>> [round(float(schedule(count)), 4) for count in (0, 1, 6, 11, 51, 100)]
+    [0.0, 0.0, 0.1, 0.1951, 0.1, 0.0]
+    """
+    rates = {"base_lr": base_lr, "warmup_lr": warmup_lr, "min_lr": min_lr}
+    rates |= {"linear_end": linear_end, "step_rate": step_rate}
+    lengths = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
+    lengths["step_epochs"] = step_epochs
+
+    if name not in SCHEDULES:
+        raise ValueError(f"name must be one of {', '.join(SCHEDULES)}; got {name!r}")
+    for argument, value in (rates | {"warmup_epochs": warmup_epochs}).items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{argument} must be a finite number of at least 0; got {value}")
+    for argument, value in lengths.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{argument} must be a finite number above 0; got {value}")
+    if warmup_epochs > epochs:
+        raise ValueError(f"warmup_epochs must be at most epochs ({epochs}); got {warmup_epochs}")
+    if min_lr and name != "cosine":
+        raise ValueError(
+            f"min_lr is the end of the cosine, not of {name!r}, which needs 0; got {min_lr}"
+        )
+
+    scale = batch_size / REFERENCE_BATCH
+    base, start, end = base_lr * scale, warmup_lr * scale, min_lr * scale
+    total = max(round(epochs * steps_per_epoch), 1)
+    warmup = round(warmup_epochs * steps_per_epoch)
+    step_updates = max(round(step_epochs * steps_per_epoch), 1)
+    decaying = max(total - warmup, 1)  # a run that is all warm-up never gets to decay
+
+    def schedule(count):
+        t = jnp.clip(jnp.asarray(count) - 1, 0, total)
+        after = jnp.maximum(t - warmup, 0)
+        if name == "cosine":
+            # (1 + cos(pi t/T)) / 2 without its loss of digits near the end of the run, in float32.
+            rate = (
+                end + (base - end) * jnp.sin((total - t).astype(float) * (math.pi / 2 / total)) ** 2
+            )
+        elif name == "linear":
+            rate = base - base * (1 - linear_end) * (after.astype(float) / decaying)
+        else:
+            rate = base * jnp.power(step_rate, (after // step_updates).astype(float))
+        ramp = start + (base - start) * (t.astype(float) / max(warmup, 1))
+        return jnp.where(t < warmup, ramp, rate)
+
+    return schedule
