@@ -11,6 +11,14 @@ from repopt_jax.branches import init_weights as init_weights
 from repopt_jax.branches import initial_scales as initial_scales
 from repopt_jax.branches import merge as merge
 from repopt_jax.branches import pull_back as pull_back
+from repopt_jax.models import RepOptVGG as RepOptVGG
+from repopt_jax.models import create_model as create_model
+from repopt_jax.models import init_target as init_target
+from repopt_jax.models import search_network as search_network
+from repopt_jax.models import searched_scales as searched_scales
+from repopt_jax.scales import Scales as Scales
+from repopt_jax.scales import load_scales as load_scales
+from repopt_jax.scales import save_scales as save_scales
 from repopt_jax.transforms import ScaleByGradMultState as ScaleByGradMultState
 from repopt_jax.transforms import grad_mults as grad_mults
 from repopt_jax.transforms import repopt_adamw as repopt_adamw

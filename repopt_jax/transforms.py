@@ -26,21 +26,10 @@ import numpy as np
 import optax
 
 from repopt_jax.branches import Block, BranchMult, branch_mult
+from repopt_jax.paths import path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
-
-
-def path_str(path: tuple) -> str:
-    """A leaf's key path as ``stage1/0/conv/kernel``, the same for a dict and an `nnx.State`.
-
-    >>> import jax
-    >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a": [{"kernel": 1}]})]
-    ['a/0/kernel']
-    """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # what nnx.Variable appends
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _is_mult_leaf(x: Any) -> bool:

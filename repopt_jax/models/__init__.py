@@ -1,0 +1,9 @@
+"""Networks in Flax NNX and the functions that turn one kind into another."""
+
+from repopt_jax.models.create import create_model as create_model
+from repopt_jax.models.repopt_vgg import RepOptVGG as RepOptVGG
+from repopt_jax.models.search import SearchLayer as SearchLayer
+from repopt_jax.models.search import init_target as init_target
+from repopt_jax.models.search import search_layers as search_layers
+from repopt_jax.models.search import search_network as search_network
+from repopt_jax.models.search import searched_scales as searched_scales

@@ -1,0 +1,201 @@
+"""Layers that behave as torch's do: grouped BatchNorm, squeeze-excite, initial values.
+
+Deviations from `flax.nnx`: BatchNorm takes its statistics over groups of consecutive samples, as
+data-parallel torch training does over the samples of one GPU, and keeps the *unbiased* variance
+in the running value; convolutions and dense layers start from torch's default distribution.
+Images are NHWC, kernels HWIO.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import uniform_fan_in
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, DTypeLike, Float
+
+
+def conv(
+    in_features: int,
+    out_features: int,
+    size: int,
+    stride: int = 1,
+    *,
+    use_bias: bool = False,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A square convolution padded by ``size // 2`` on every side, as torch pads it.
+
+    "SAME" would pad a strided convolution on one side only.
+    """
+    layer = nnx.Conv(
+        in_features,
+        out_features,
+        (size, size),
+        stride,
+        padding=((size // 2, size // 2),) * 2,
+        use_bias=use_bias,
+        kernel_init=uniform_fan_in,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+    if use_bias:
+        _draw_bias(layer, rngs)
+    return layer
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A dense layer with torch's initial weights and bias, ``U(+-1 / sqrt(in_features))``."""
+    layer = nnx.Linear(
+        in_features,
+        out_features,
+        kernel_init=uniform_fan_in,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+    _draw_bias(layer, rngs)
+    return layer
+
+
+def _draw_bias(layer: nnx.Conv | nnx.Linear, rngs: nnx.Rngs) -> None:
+    """Give the bias the bounds of the kernel; its own shape does not know the fan-in."""
+    bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
+    shape, dtype = layer.bias.shape, layer.bias.dtype
+    layer.bias[...] = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+
+
+class BatchNorm(nnx.Module):
+    """BatchNorm whose statistics span groups of `group` consecutive samples.
+
+    In training, with ``m`` and ``v`` the mean and biased variance of a group::
+
+        y = (x - m) / sqrt(v + epsilon) * scale + bias
+
+    and the running values move by ``momentum`` towards the average over the groups of ``m`` and
+    of the unbiased ``v``. In evaluation the running values replace ``m`` and ``v``. Statistics
+    are float32 (float64 for float64 inputs) whatever the type of ``x``.
+
+    Args:
+      features: size of the last axis.
+      group: samples per group; must divide the batch. None: the whole batch is one group.
+      momentum: share of the new statistics in the running ones.
+      epsilon: added to the variance.
+      param_dtype: of scale, bias and running statistics.
+
+    Raises:
+      ValueError: when called with a batch that `group` does not divide.
+
+    >>> import jax.numpy as jnp
+    >>> bn = BatchNorm(1, group=2)
+    >>> bn(jnp.array([[0.0], [2.0], [100.0], [102.0]])).round(2).tolist()
+    [[-1.0], [1.0], [-1.0], [1.0]]
+    >>> bn.mean.tolist(), bn.var.round(2).tolist()
+    ([5.099999904632568], [1.100000023841858])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        group: int | None = None,
+        momentum: float = 0.1,
+        epsilon: float = 1e-5,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype))
+        self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype))
+        self.var = nnx.BatchStat(jnp.ones(features, param_dtype))
+        self.group = group
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.use_running_average = False
+
+    def __call__(self, x: Float[Array, "batch *window channels"]) -> Array:
+        """Normalize `x`; in training also update the running statistics."""
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        if self.use_running_average:
+            mean, var = self.mean[...].astype(dtype), self.var[...].astype(dtype)
+            return self._normalize(x.astype(dtype), mean, var).astype(x.dtype)
+        group = x.shape[0] if self.group is None else self.group
+        if x.shape[0] % group:
+            raise ValueError(f"bn_group must divide the batch of {x.shape[0]}, got {group}")
+        # Whole groups lie on one device, so this reshape of a sharded batch moves nothing.
+        grouped = x.astype(dtype).reshape(x.shape[0] // group, group, *x.shape[1:])
+        axes = tuple(range(1, grouped.ndim - 1))
+        mean = grouped.mean(axes, keepdims=True)
+        var = jnp.square(grouped - mean).mean(axes, keepdims=True)
+        count = grouped[0, ..., 0].size
+        self._track(self.mean, mean)
+        self._track(self.var, var * (count / max(count - 1, 1)))
+        return self._normalize(grouped, mean, var).reshape(x.shape).astype(x.dtype)
+
+    def _normalize(self, x: Array, mean: Array, var: Array) -> Array:
+        factor = jax.lax.rsqrt(var + self.epsilon) * _match(self.scale[...], x)
+        shift = _match(self.bias[...], x)
+        if mean.ndim != x.ndim:
+            mean, factor = _match(mean, x), _match(factor, x)
+        return (x - mean) * factor + shift
+
+    def _track(self, running: nnx.Variable, statistic: Array) -> None:
+        new = statistic.reshape(-1, statistic.shape[-1]).mean(0).astype(running.dtype)
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * new
+
+
+def _match(vector: Array, x: Array) -> Array:
+    """`vector` over the last axis with the rank and type of `x`."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape[-1:])
+
+
+class SqueezeExcite(nnx.Module):
+    """Multiply every channel by a gate computed from all channels' averages.
+
+    ``y = x * sigmoid(up(relu(down(average of x over height and width))))``
+
+    Args:
+      features: channels of the input and output.
+      hidden: channels between `down` and `up`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.down = conv(features, hidden, 1, use_bias=True, **types)
+        self.up = conv(hidden, features, 1, use_bias=True, **types)
+
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
+        """Gate `x`."""
+        pooled = x.mean((1, 2), keepdims=True)
+        return x * jax.nn.sigmoid(self.up(jax.nn.relu(self.down(pooled))))
+
+
+def check_lengths(**sequences: tuple[Sequence, int]) -> None:
+    """Refuse a sequence of the wrong length, given as ``name=(sequence, length)``."""
+    for name, (sequence, length) in sequences.items():
+        if len(sequence) != length:
+            raise ValueError(f"{name} must have {length} entries, got {tuple(sequence)}")

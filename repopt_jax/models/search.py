@@ -1,0 +1,203 @@
+"""From the plain network to its search network and back.
+
+The plain network is the only network. `search_network` swaps named layers for ones whose kernel
+is merged from trainable branches, `searched_scales` reads the result of a search, and
+`init_target` draws the plain network's kernels by the Rule of Initialization (RepOptimizers,
+arXiv 2205.15242, sections 3.2 and 3.3).
+
+Deviation from the authors' code, which runs every branch: ONE layer runs with the merged kernel,
+so that a search step costs what a training step costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from repopt_jax.branches import Block, init_weights, initial_scales, merge
+from repopt_jax.paths import layer_at, parent_and_key
+from repopt_jax.scales import Scales
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+class ConstantScale(nnx.Variable):
+    """A branch's scale where it is not trained."""
+
+
+class SearchLayer(nnx.Module):
+    """A layer whose kernel is ``sum_b s_b * E_b(w_b)``, merged anew at every call.
+
+    Attributes:
+      branch_weights: branch name -> ``w_b``, trained.
+      branch_scales: branch name -> ``s_b``, shape ``(out,)``, trained in "hs" and constant in
+        "csla" networks; scaled branches only.
+
+    Args:
+      layer: a layer with a `kernel`, such as `nnx.Conv` or `nnx.Linear`; its other parameters
+        stay what they are.
+      block: branch name -> branch.
+      kind: "hs" or "csla".
+      scales: branch name -> vector to start from. None: the branches' own initial values.
+      rngs: draws the branches' weights.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        block: Block,
+        *,
+        kind: Literal["hs", "csla"],
+        scales: Mapping[str, Array] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.layer_def, state = nnx.split(layer)
+        kernel = state.pop("kernel")[...]
+        self.others = tuple(state)
+        for name in self.others:
+            setattr(self, name, state[name])
+        self.block = tuple(block.items())
+        self.kernel_shape = kernel.shape
+        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, scales)
+        vectors = scales if scales is not None else initial_scales(block, kernel.shape)
+        scale_type = nnx.Param if kind == "hs" else ConstantScale
+        self.branch_weights = nnx.Dict({n: nnx.Param(w) for n, w in weights.items()})
+        self.branch_scales = nnx.Dict(
+            {
+                n: scale_type(jnp.asarray(vectors[n], kernel.dtype))
+                for n, b in self.block
+                if b.scaled
+            }
+        )
+
+    @property
+    def kernel(self) -> Array:
+        """The merged kernel."""
+        weights = {name: w[...] for name, w in self.branch_weights.items()}
+        scales = {name: s[...] for name, s in self.branch_scales.items()}
+        return merge(dict(self.block), weights, scales, self.kernel_shape)
+
+    def __call__(self, x: Array) -> Array:
+        """The layer's output with the merged kernel."""
+        variables = {name: getattr(self, name) for name in self.others}
+        return nnx.merge(self.layer_def, {"kernel": nnx.Param(self.kernel), **variables})(x)
+
+
+def search_network(
+    model: ModelT,
+    blocks: Mapping[str, Block],
+    *,
+    kind: Literal["hs", "csla"] = "hs",
+    scales: Mapping[str, Mapping[str, Array]] | None = None,
+    rngs: nnx.Rngs,
+) -> ModelT:
+    """A copy of `model` in which the layers named by `blocks` are merged from branches.
+
+    Args:
+      model: a plain network; it is not changed.
+      blocks: path of a layer -> its branches.
+      kind: "hs" to train the scales, "csla" to hold them constant.
+      scales: path of a layer -> branch name -> vector to start from. None: the branches' own
+        initial values.
+      rngs: draws the branches' weights.
+
+    Raises:
+      ValueError: unknown kind, a path without a layer, or a branch that does not fit its kernel.
+
+    >>> from flax import nnx
+    >>> import repopt_jax
+    >>> model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)))
+    >>> blocks = {"layers/0": {"conv3x3": repopt_jax.Full(), "conv1x1": repopt_jax.Centre(1)}}
+    >>> search = search_network(model, blocks, rngs=nnx.Rngs(0))
+    >>> searched_scales(search)["layers/0"]["conv1x1"].tolist()
+    [1.0, 1.0]
+    """
+    if kind not in ("hs", "csla"):
+        raise ValueError(f"kind of a search network must be 'hs' or 'csla', got {kind!r}")
+    model = nnx.clone(model)
+    for path, block in blocks.items():
+        vectors = None if scales is None else scales[path]
+        layer = layer_at(model, path)
+        try:
+            swapped = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
+        except ValueError as error:
+            raise ValueError(f"block {path!r}: {error}") from None
+        parent, key = parent_and_key(model, path)
+        if key.isdigit():
+            parent[int(key)] = swapped
+        else:
+            setattr(parent, key, swapped)
+    return model
+
+
+def search_layers(model: nnx.Module) -> dict[str, SearchLayer]:
+    """The search layers of a network by path, in network order."""
+    found = nnx.iter_modules(model)
+    return {"/".join(map(str, path)): m for path, m in found if isinstance(m, SearchLayer)}
+
+
+def searched_scales(model: nnx.Module, metadata: Mapping[str, str] | None = None) -> Scales:
+    """The `Scales` of a search network: trained scales and identity vectors, as float32.
+
+    Raises:
+      ValueError: if `model` has no search layers.
+    """
+    layers = search_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model must be a search network, got a {type(model).__name__} without search layers"
+        )
+    vectors = {}
+    for path, layer in layers.items():
+        found = {
+            n: layer.branch_scales[n] if b.scaled else layer.branch_weights[n]
+            for n, b in layer.block
+        }
+        vectors[path] = {name: np.asarray(v[...], np.float32) for name, v in found.items()}
+    return Scales(vectors, dict(metadata or {}))
+
+
+def init_target(
+    model: ModelT,
+    scales: Mapping[str, Mapping[str, Array]],
+    *,
+    identity: Literal["searched", "one"] = "searched",
+    rngs: nnx.Rngs,
+) -> ModelT:
+    """Draw the kernels of a plain network by the Rule of Initialization, in place.
+
+    ``W = sum_b s_b * E_b(w_b)`` with every ``w_b`` drawn by its own initializer.
+
+    Args:
+      model: a plain network that states its ``blocks()``.
+      scales: path of a layer -> branch name -> vector.
+      identity: where identity branches start: "searched", the value in `scales` (the authors'
+        default), or "one" (the paper).
+      rngs: draws the branches' weights.
+
+    Returns:
+      `model`.
+
+    Raises:
+      ValueError: `identity` is neither, or a block has no scales.
+    """
+    if identity not in ("searched", "one"):
+        raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
+    blocks = model.blocks()
+    missing = [path for path in blocks if path not in scales]
+    if missing:
+        raise ValueError(f"scales must have an entry for every block, missing: {missing}")
+    for path, block in blocks.items():
+        kernel = layer_at(model, path).kernel
+        start = scales[path] if identity == "searched" else None
+        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, start)
+        vectors = {name: jnp.asarray(v) for name, v in scales[path].items()}
+        kernel[...] = merge(block, weights, vectors, kernel.shape)
+    return model

@@ -1,0 +1,46 @@
+"""Paths: one way to name a parameter or a layer, ``stage1/0/conv/kernel``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def path_str(path: tuple) -> str:
+    """A leaf's key path joined by slashes, the same for a nested dict and an `nnx.State`.
+
+    >>> import jax
+    >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path({"a": [{"kernel": 1}]})]
+    ['a/0/kernel']
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # what nnx.Variable appends
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def parent_and_key(model: Any, path: str) -> tuple[Any, str]:
+    """The module that holds the layer at `path`, and the layer's name or index in it."""
+    *parents, key = path.split("/")
+    for part in parents:
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model, key
+
+
+def layer_at(model: Any, path: str) -> Any:
+    """The layer of `model` at `path`.
+
+    Raises:
+      ValueError: if there is none.
+
+    >>> from flax import nnx
+    >>> layer_at(nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), "layers/0").out_features
+    3
+    """
+    try:
+        parent, key = parent_and_key(model, path)
+        return parent[int(key)] if key.isdigit() else getattr(parent, key)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(
+            f"path must name a layer of {type(model).__name__}, got {path!r}"
+        ) from None

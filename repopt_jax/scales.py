@@ -1,0 +1,228 @@
+"""Scales: what a search yields and a RepOptimizer is built from.
+
+One float32 vector per branch of every block, shape ``(out,)``. For scaled branches it is the
+constant ``s_b``; for ``identity`` it is the value at which the search left the trainable vector,
+used only to initialize the target (RepOptimizers, arXiv 2205.15242, section 3.3).
+
+File format: safetensors with one vector per key ``<layer path>/<branch>``, such as
+``stage1/0/conv/conv1x1``, and string metadata: ``format_version``, ``model``, ``source`` and,
+after a search, ``dataset`` and ``top1``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from repopt_jax.branches import initial_scales
+from repopt_jax.paths import layer_at
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+FORMAT_VERSION = "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales(Mapping):
+    """Path of a layer -> branch name -> vector.
+
+    Attributes:
+      vectors: path -> branch -> float32 array of shape ``(out,)``.
+      metadata: facts about their origin, strings only.
+
+    >>> scales = Scales({"conv": {"conv3x3": np.array([1.0, -2.0]), "identity": np.ones(2)}})
+    >>> scales["conv"]["conv3x3"].tolist()
+    [1.0, -2.0]
+    >>> print(scales.describe())
+    block  branch    channels    mean     min    max  negative  largest multiplier
+    conv   conv3x3          2  -0.500  -2.000  1.000     50.0%               5.000
+    conv   identity         2   1.000   1.000  1.000      0.0%
+    """
+
+    vectors: Mapping[str, Mapping[str, Float[np.ndarray, " out"]]]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> Mapping[str, Float[np.ndarray, " out"]]:
+        return self.vectors[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vectors)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @classmethod
+    def initial(cls, model: Any) -> Scales:
+        """The vectors with which a search of `model` starts (an ablation of the paper).
+
+        Args:
+          model: a network that states its ``blocks()``.
+        """
+        return cls(
+            {
+                path: {
+                    name: np.asarray(vector)
+                    for name, vector in initial_scales(
+                        block, layer_at(model, path).kernel.shape
+                    ).items()
+                }
+                for path, block in model.blocks().items()
+            },
+            {"source": "initial values of the search"},
+        )
+
+    def ones(self) -> Scales:
+        """The same blocks with every value 1 (an ablation of the paper)."""
+        return self._map(np.ones_like, "all ones")
+
+    def averaged(self) -> Scales:
+        """Every vector replaced by its mean over the channels (an ablation of the paper)."""
+        return self._map(lambda v: np.full_like(v, v.mean()), "averaged per layer")
+
+    def _map(self, function, source: str) -> Scales:
+        vectors = {
+            path: {name: function(vector) for name, vector in block.items()}
+            for path, block in self.vectors.items()
+        }
+        return Scales(vectors, {**self.metadata, "source": source})
+
+    def check(self, model: Any) -> None:
+        """Refuse scales that do not fit `model`: blocks, branches and widths must agree.
+
+        Raises:
+          ValueError: one message with everything that is missing, surplus, of the wrong width or
+            not finite.
+        """
+        wanted = {}
+        for path, block in model.blocks().items():
+            width = layer_at(model, path).kernel.shape[-1]
+            wanted.update({f"{path}/{name}": width for name in block})
+        found = self.flat()
+        problems = [f"missing {key}" for key in wanted.keys() - found.keys()]
+        problems += [f"surplus {key}" for key in found.keys() - wanted.keys()]
+        for key in wanted.keys() & found.keys():
+            if found[key].shape != (wanted[key],):
+                problems.append(f"{key} must have shape ({wanted[key]},), got {found[key].shape}")
+            elif not np.isfinite(found[key]).all():
+                problems.append(f"{key} must be finite")
+        if problems:
+            raise ValueError("scales do not fit the model: " + "; ".join(sorted(problems)))
+
+    def flat(self) -> dict[str, Float[np.ndarray, " out"]]:
+        """The vectors by ``<layer path>/<branch>``, the keys of the file."""
+        return {
+            f"{path}/{name}": np.asarray(vector)
+            for path, block in self.vectors.items()
+            for name, vector in block.items()
+        }
+
+    def describe(self, by: str = "block") -> str:
+        """A table of mean, min, max, share of negatives and the largest multiplier.
+
+        The largest multiplier is that of SGD at the kernel's centre, where all branches meet:
+        the largest ``sum_b s_b^2`` of a channel, with 1 for ``identity``.
+
+        Args:
+          by: "block" for a row per branch of every block, "stage" for a row per branch and first
+            part of the path.
+        """
+        groups: dict[str, dict[str, list[np.ndarray]]] = {}
+        largest: dict[str, float] = {}
+        for path, block in self.vectors.items():
+            group = path if by == "block" else path.split("/")[0]
+            for name, vector in block.items():
+                groups.setdefault(group, {}).setdefault(name, []).append(vector)
+            squares = [np.square(v) if n != "identity" else 1.0 for n, v in block.items()]
+            largest[group] = max(largest.get(group, 0.0), float(np.max(sum(squares))))
+        rows = [(by, "branch", "channels", "mean", "min", "max", "negative", "largest multiplier")]
+        for group, branches in groups.items():
+            for index, (name, parts) in enumerate(branches.items()):
+                v = np.concatenate(parts)
+                numbers = [f"{x:.3f}" for x in (v.mean(), v.min(), v.max())]
+                mult = f"{largest[group]:.3f}" if index == 0 else ""
+                rows.append((group, name, str(v.size), *numbers, f"{(v < 0).mean():.1%}", mult))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        aligned = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(cells))
+            for cells in ([*zip(row, widths, strict=True)] for row in rows)
+        ]
+        return "\n".join(line.rstrip() for line in aligned)
+
+
+def save_scales(path: str | os.PathLike, scales: Scales) -> None:
+    """Write `scales` as a safetensors file, replacing `path` only once it is complete.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_scales(f"{folder}/s.safetensors", Scales({"conv": {"full": np.ones(2)}}))
+    ...     load_scales(f"{folder}/s.safetensors")["conv"]["full"].tolist()
+    [1.0, 1.0]
+    """
+    from etils import epath
+    from safetensors.numpy import save
+
+    tensors = {key: np.array(v, np.float32) for key, v in scales.flat().items()}
+    metadata = {"format_version": FORMAT_VERSION, **scales.metadata}
+    target = epath.Path(path)
+    temporary = target.parent / f".{target.name}.partial"
+    temporary.write_bytes(save(tensors, metadata))
+    temporary.replace(target)
+
+
+def load_scales(path: str | os.PathLike) -> Scales:
+    """Read scales from a safetensors file, or from a torch file ending in .pth, .pt or .bin.
+
+    Raises:
+      ValueError: if the file is not a scales file.
+      FileNotFoundError: if there is none.
+    """
+    from etils import epath
+
+    source = epath.Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"scales must be an existing file, got {os.fspath(path)!r}")
+    if source.suffix in (".pth", ".pt", ".bin"):
+        from repopt_jax.torch_files import load_torch_scales
+
+        return load_torch_scales(source)
+    return _parse(source.read_bytes(), os.fspath(path))
+
+
+def _parse(data: bytes, name: str) -> Scales:
+    """Scales from the bytes of a safetensors file; its header is JSON after an 8-byte length."""
+    import json
+
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        flat = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{name!r} must be a safetensors file of scales: {error}") from None
+    metadata = header.get("__metadata__", {})
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{name!r} must be a scales file of format_version {FORMAT_VERSION}, "
+            f"got {metadata.get('format_version')!r}"
+        )
+    vectors: dict[str, dict[str, np.ndarray]] = {}
+    for key in sorted(flat, key=_in_network_order):
+        path, _, branch = key.rpartition("/")
+        if not path or flat[key].ndim != 1:
+            raise ValueError(
+                f"{name!r} must hold vectors named <layer path>/<branch>, got {key!r} of shape "
+                f"{flat[key].shape}"
+            )
+        vectors.setdefault(path, {})[branch] = flat[key]
+    return Scales(vectors, metadata)
+
+
+def _in_network_order(key: str) -> list[tuple[int, int, str]]:
+    """Sort ``stage1/2`` before ``stage1/10``."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split("/")]
