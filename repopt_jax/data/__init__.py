@@ -1,0 +1,19 @@
+"""Data sets, augmentation and batches; knows neither models nor jax."""
+
+from repopt_jax.data.pipeline import (
+    eval_batches,
+    steps_per_epoch,
+    train_batches,
+)
+from repopt_jax.data.sources import (
+    Dataset,
+    load_dataset,
+)
+
+__all__ = [
+    "Dataset",
+    "eval_batches",
+    "load_dataset",
+    "steps_per_epoch",
+    "train_batches",
+]

@@ -1,0 +1,116 @@
+"""Claims about opening data sets."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from repopt_jax.data import load_dataset
+from repopt_jax.data.sources import ArraySource, SubsetSource
+
+
+@pytest.fixture(scope="module")
+def tfds_dir():
+    folder = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
+    if not folder.is_dir():
+        pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")
+    return str(folder)
+
+
+def test_digits_split_is_fixed_disjoint_and_stratified():
+    first, second = load_dataset("digits"), load_dataset("digits")
+    np.testing.assert_array_equal(first.train.images, second.train.images)
+    assert (len(first.train), len(first.eval)) == (1437, 360)
+    assert first.train.images.dtype == np.uint8
+    assert first.train.images.max() == 255
+    counts = np.bincount(first.eval.labels)
+    assert counts.min() >= 35 and counts.max() <= 37
+    together = np.concatenate([first.train.images, first.eval.images])[..., 0]
+    everything = np.round(load_digits().images * 255 / 16).astype(np.uint8)
+    assert sorted(x.tobytes() for x in together) == sorted(x.tobytes() for x in everything)
+    # Pins the split across versions of scikit-learn.
+    assert first.eval.labels[:8].tolist() == [7, 6, 3, 7, 7, 3, 2, 8]
+
+
+def test_digits_refuses_other_splits():
+    with pytest.raises(ValueError, match=r"train_split and eval_split must be None"):
+        load_dataset("digits", train_split="train[:10]")
+
+
+def test_classes_keep_their_pictures_and_get_new_numbers():
+    whole = load_dataset("digits")
+    pair = load_dataset("digits", classes=(8, 3))
+    assert pair.num_classes == 2
+    np.testing.assert_array_equal(
+        np.sort(pair.train.images[pair.train.labels == 0], axis=0),
+        np.sort(whole.train.images[whole.train.labels == 8], axis=0),
+    )
+    assert len(pair.train) == np.isin(whole.train.labels, (3, 8)).sum()
+
+
+@pytest.mark.parametrize("classes", [(), (1, 1), (3, 10), (-1,)])
+def test_impossible_classes_are_refused(classes):
+    with pytest.raises(ValueError, match=r"^classes must .* got \["):
+        load_dataset("digits", classes=classes)
+
+
+def test_cached_and_encoded_pictures_are_equal(tfds_dir):
+    arguments = {"data_dir": tfds_dir, "train_split": "train[:300]", "eval_split": "test[-50:]"}
+    cached = load_dataset("cifar10_jpeg", **arguments)
+    encoded = load_dataset("cifar10_jpeg", cache=False, **arguments)
+    assert isinstance(cached.train, ArraySource)
+    assert cached.image_shape == (32, 32, 3)
+    assert (len(cached.train), len(cached.eval), cached.num_classes) == (300, 50, 10)
+    from repopt_jax.data.decode import decode
+
+    for index in (0, 7, 299):
+        item = encoded.train[index]
+        assert isinstance(item["image"], bytes)
+        np.testing.assert_array_equal(decode(item["image"]), cached.train[index]["image"])
+        assert item["label"] == cached.train[index]["label"]
+
+
+def test_imagenet_is_read_encoded_and_evaluated_on_its_validation_split(tfds_dir):
+    imagenet = load_dataset("imagenet2012", data_dir=tfds_dir)
+    assert (len(imagenet.train), len(imagenet.eval)) == (240, 120)
+    assert (imagenet.num_classes, imagenet.image_shape) == (1000, None)
+    assert isinstance(imagenet.train[0]["image"], bytes)
+
+
+def test_classes_of_an_encoded_set(tfds_dir):
+    whole = load_dataset("imagenet2012", data_dir=tfds_dir)
+    label = whole.train[5]["label"]
+    one = load_dataset("imagenet2012", data_dir=tfds_dir, classes=[label], eval_split="train")
+    assert isinstance(one.train, SubsetSource)
+    assert one.train[0]["label"] == 0
+    assert whole.train[5]["image"] in [one.train[i]["image"] for i in range(len(one.train))]
+
+
+def test_cache_refuses_pictures_of_several_sizes(tfds_dir):
+    with pytest.raises(ValueError, match="cache must not be True for pictures of several sizes"):
+        load_dataset("imagenet2012", data_dir=tfds_dir, cache=True)
+
+
+def test_missing_sets_and_splits_name_the_way_out(tfds_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"name must be .* got 'no_such_set'"):
+        load_dataset("no_such_set", data_dir=str(tmp_path))
+    command = f"tfds build mnist --data_dir={tmp_path} --file_format=array_record"
+    with pytest.raises(FileNotFoundError, match=command):
+        load_dataset("mnist", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"eval_split must select from .* got 'tset'"):
+        load_dataset("cifar10_jpeg", data_dir=tfds_dir, eval_split="tset")
+
+
+def test_a_set_stored_as_tfrecord_names_the_command(tfds_dir, tmp_path):
+    source = pathlib.Path(tfds_dir) / "cifar10_jpeg" / "1.0.0"
+    folder = tmp_path / "cifar10_jpeg" / "1.0.0"
+    folder.mkdir(parents=True)
+    for name in ("features.json", "label.labels.txt"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    info = (source / "dataset_info.json").read_text()
+    (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    with pytest.raises(
+        ValueError, match=r"must be stored as array_record, got tfrecord: run `tfds"
+    ):
+        load_dataset("cifar10_jpeg", data_dir=str(tmp_path))
