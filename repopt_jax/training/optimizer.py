@@ -1,0 +1,65 @@
+"""The optimizer of a training part, from its configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import optax
+
+from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def update_rule(name: str) -> str:
+    """The rule that the multipliers of an optimizer follow.
+
+    >>> update_rule("adamw")
+    'direction'
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name must be one of {OPTIMIZERS}, got {name!r}")
+    return "linear" if name == "sgd" else "direction"
+
+
+def make_optimizer(
+    config: Any, schedule: optax.Schedule, grad_mults: PyTree, *, reparameterized: bool
+) -> optax.GradientTransformation:
+    """SGD or AdamW with multipliers, clipping first if wanted.
+
+    Args:
+      config: the section `optimizer` of a part.
+      schedule: the learning rate by update.
+      grad_mults: a tree like the parameters; all None for the plain optimizer.
+      reparameterized: whether any multiplier is not None.
+
+    Raises:
+      ValueError: unknown name, or clipping together with multipliers: the norm of the merged
+        kernels' gradient is not that of the branches', so the equivalence would be lost.
+    """
+    if reparameterized and config.clip_norm:
+        raise ValueError(
+            "optimizer.clip_norm must be 0 for the part 'target', because clipping the merged "
+            "kernels' gradient breaks the equivalence with the branches, "
+            f"got {config.clip_norm}"
+        )
+    update_rule(config.name)
+    shared = {"weight_decay": config.weight_decay, "mask": weight_decay_mask}
+    if config.name == "sgd":
+        tx = repopt_sgd(
+            schedule,
+            grad_mults,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            **shared,
+        )
+    else:
+        tx = repopt_adamw(
+            schedule, grad_mults, b1=config.b1, b2=config.b2, eps=config.eps, **shared
+        )
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    return tx

@@ -1,0 +1,198 @@
+"""The training and evaluation steps: pure functions of a state and a batch.
+
+Nothing here knows the host loop. Models travel as ``(graphdef, params, stats)``, split once by
+`nnx.split`; the steps are jitted by their caller with the static arguments first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+from flax import nnx
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, PyTree, UInt8
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes, and a checkpoint holds.
+
+    Attributes:
+      step: number of updates done.
+      params: the trained parameters.
+      stats: all else in the model, such as BatchNorm's running statistics.
+      opt_state: state of the Optax transformation, multipliers included.
+      ema: moving averages of (params, stats). None: not wanted.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    stats: PyTree
+    opt_state: PyTree
+    ema: tuple[PyTree, PyTree] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a step does besides the model and the optimizer.
+
+    Attributes:
+      mean: per channel, in units of a pixel of range 0 to 1.
+      std: likewise.
+      dtype: of the normalized images, the type of the computation.
+      label_smoothing: share of the target spread over all classes.
+      accumulation: number of equal parts of a batch whose gradients are averaged; BatchNorm
+        sees them one after the other.
+      ema_decay: of the moving averages; used only where the state has them.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: Any = jnp.float32
+    label_smoothing: float = 0.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
+
+
+def init_state(
+    model: nnx.Module, tx: optax.GradientTransformation, *, ema: bool
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Split `model` in training mode and initialize the optimizer.
+
+    Args:
+      model: any NNX model from images to logits.
+      tx: the optimizer.
+      ema: whether to keep moving averages.
+    """
+    model.train()
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    # The averages are copies: a donated buffer may not appear twice.
+    averages = jax.tree.map(jnp.copy, (params, stats)) if ema else None
+    step = jnp.zeros((), jnp.int32)
+    return graphdef, TrainState(step, params, stats, tx.init(params), averages)
+
+
+def normalize(
+    images: UInt8[Array, "batch height width channels"], options: StepOptions
+) -> Float[Array, "batch height width channels"]:
+    """``(images / 255 - mean) / std`` in at least float32, then `options.dtype`.
+
+    >>> options = StepOptions(mean=(0.5,), std=(0.25,))
+    >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), options).item()
+    2.0
+    """
+    wide = jnp.promote_types(options.dtype, jnp.float32)
+    mean = jnp.asarray(options.mean, wide).reshape(1, 1, 1, -1)
+    std = jnp.asarray(options.std, wide).reshape(1, 1, 1, -1)
+    return ((images.astype(wide) / 255 - mean) / std).astype(options.dtype)
+
+
+def cross_entropy(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], smoothing: float = 0.0
+) -> Float[Array, " batch"]:
+    """Cross entropy of each sample against ``(1 - smoothing) * onehot + smoothing / classes``.
+
+    >>> cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).round(4).tolist()
+    [0.6931]
+    """
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=wide.dtype)
+    return optax.softmax_cross_entropy(wide, optax.smooth_labels(targets, smoothing))
+
+
+def _loss(params, stats, graphdef, images, labels, smoothing):
+    # Without the copy, BatchNorm's update under value_and_grad touches outer variables.
+    model = nnx.merge(graphdef, params, stats, copy=True)
+    logits = model(images)
+    loss = cross_entropy(logits, labels, smoothing).mean()
+    correct = (logits.argmax(-1) == labels).mean(dtype=loss.dtype)
+    return loss, (correct, nnx.state(model, nnx.Not(nnx.Param)))
+
+
+def train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    options: StepOptions,
+    state: TrainState,
+    batch: dict[str, Array],
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update on a batch of uint8 ``image`` and int32 ``label``.
+
+    Returns:
+      The new state, and float32 scalars ``loss`` and ``top1`` (percent) of this batch.
+    """
+    gradient = jax.value_and_grad(_loss, has_aux=True)
+
+    def part(stats, images_and_labels):
+        images, labels = images_and_labels
+        (loss, (correct, stats)), grads = gradient(
+            state.params,
+            stats,
+            graphdef,
+            normalize(images, options),
+            labels,
+            options.label_smoothing,
+        )
+        return stats, (loss, correct, grads)
+
+    images, labels = batch["image"], batch["label"]
+    if options.accumulation == 1:
+        stats, (loss, correct, grads) = part(state.stats, (images, labels))
+    else:
+        # Every part takes some samples of every device, so that no picture changes its device.
+        parts = [
+            x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
+            for x in (images, labels)
+        ]
+        stats, stacked = jax.lax.scan(part, state.stats, tuple(parts))
+        loss, correct, grads = jax.tree.map(lambda x: x.mean(0), stacked)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update((params, stats), ema, 1 - options.ema_decay)
+    new_state = TrainState(state.step + 1, params, stats, opt_state, ema)
+    return new_state, {
+        "loss": loss.astype(jnp.float32),
+        "top1": 100 * correct.astype(jnp.float32),
+    }
+
+
+@flax.struct.dataclass
+class EvalMetrics(clu_metrics.Collection):
+    """Masked sums over an evaluation set: mean loss, top-1 and top-5 in percent."""
+
+    loss: clu_metrics.Average.from_output("loss")
+    top1: clu_metrics.Average.from_output("top1")
+    top5: clu_metrics.Average.from_output("top5")
+
+
+def eval_step(
+    graphdef: nnx.GraphDef, options: StepOptions, params: PyTree, stats: PyTree, batch: dict
+) -> EvalMetrics:
+    """Sums over the samples of `batch` whose ``mask`` is true; merge them and compute once.
+
+    Args:
+      graphdef: of the model in evaluation mode.
+      options: normalization and type.
+      params: the parameters.
+      stats: all else in the model.
+      batch: ``image``, ``label`` and ``mask``.
+    """
+    model = nnx.merge(graphdef, params, stats)
+    logits = model(normalize(batch["image"], options)).astype(jnp.float32)
+    labels = batch["label"]
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    hits = best == labels[:, None]
+    return EvalMetrics.single_from_model_output(
+        loss=cross_entropy(logits, labels),
+        top1=100 * hits[:, 0].astype(jnp.float32),
+        top5=100 * hits.any(-1).astype(jnp.float32),
+        mask=batch["mask"],
+    )
