@@ -1,0 +1,393 @@
+"""Checkpoints that survive interruptions, damage and a change of the number of devices.
+
+Orbax writes and reads the arrays. What is added here is what a run needs besides:
+
+* Every array's fingerprint is saved with it and compared after reading: with a changed byte in a
+  data file, Orbax alone returns wrong numbers without a word.
+* A damaged checkpoint is reported, and the one before is used.
+* Nothing is deleted before a newer checkpoint is complete.
+
+A checkpoint is the directory ``<workdir>/checkpoints/<step>`` with the items ``state`` (the arrays
+by their slash-joined paths, so that reading it needs no class of ours or of optax), ``data`` (the
+data iterator's position in every process) and ``manifest`` (types, fingerprints and metrics). The
+last two are JSON.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from repopt_jax.training.manifests import (
+    by_path,
+    is_key,
+    make_manifest,
+    require_match,
+    require_undamaged,
+    seal,
+    unseal,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class _DamagedError(Exception):
+    """A checkpoint's files are incomplete or not what was written."""
+
+
+@contextlib.contextmanager
+def _failure_is_damage():
+    # Orbax raises errors of a dozen types for damaged files, plain Exception among them.
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the device's trouble, not the files'
+        raise
+    except Exception as error:
+        raise _DamagedError(_in_short(error)) from error
+
+
+def _in_short(error: BaseException) -> str:
+    line = (str(error).splitlines() or [""])[0]
+    if len(line) > 300:  # Orbax repeats long paths; the reason stands at either end
+        line = f"{line[:150]} ... {line[-150:]}"
+    return f"{type(error).__name__}: {line}"
+
+
+def _warnings_of_orbax_only(record: logging.LogRecord) -> bool:
+    # It tells every file at INFO, and at ERROR four tracebacks of what it raises anyway.
+    return record.levelno == logging.WARNING or "orbax" not in record.pathname
+
+
+def _to_read(leaf) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _as_example(array: jax.Array, example, generator: str | None) -> jax.Array:
+    """Give back what files do not hold: a random key's type, and freedom from any one device."""
+    if isinstance(example, jax.Array) and not example.committed:
+        array = jnp.asarray(np.asarray(array))
+    return jax.random.wrap_key_data(array, impl=generator) if generator else array
+
+
+def _positions(iterator) -> list[str]:
+    """The iterator's state in every process, as text."""
+    state = iterator.get_state()
+    text = state.decode() if isinstance(state, bytes) else json.dumps(state)
+    if jax.process_count() == 1:
+        return [text]
+    raw = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(raw.size, np.int32))
+    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _move(iterator, position: str):
+    as_bytes = isinstance(iterator.get_state(), bytes)  # Grain's DataLoader; its Dataset has dicts
+    iterator.set_state(position.encode() if as_bytes else json.loads(position))
+
+
+class _Keep(PreservationPolicy):
+    """Once a checkpoint is complete, drop all but the latest and the best."""
+
+    def __init__(self, latest: int, best: bool, best_metric: str):
+        self.latest, self.best, self.best_metric = latest, best, best_metric
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.damaged: set[int] = set()
+
+    def should_preserve(self, checkpoints, *, context):
+        newest = checkpoints[-1].step  # being written; higher steps are of an abandoned run
+        good = [c.step for c in checkpoints if c.step <= newest and c.step not in self.damaged]
+        keep = {*sorted(good)[-self.latest :], *self.by_metric(good)[: int(self.best)]}
+        return [c.step in keep for c in checkpoints]
+
+    def by_metric(self, steps: Iterable[int]) -> list[int]:
+        """The steps that have the metric, the best first; of equals, the earlier first."""
+        values = {s: self.metrics.get(s, {}).get(self.best_metric, math.nan) for s in steps}
+        known = [s for s in values if not math.isnan(values[s])]
+        return sorted(known, key=lambda s: (-values[s], s))
+
+
+class Checkpoints:
+    """The checkpoints of one run, under ``<workdir>/checkpoints``.
+
+    Args:
+      workdir: the run's directory, local or ``gs://``; created where it is absent.
+      keep_latest: how many of the latest checkpoints to keep, at least 1.
+      keep_best: also keep the checkpoint with the highest ``best_metric``.
+      best_metric: its name among the metrics given to :meth:`save`.
+      save_every: :meth:`save` writes at multiples of this step only, unless forced or preempted.
+      asynchronous: write in the background while training goes on. The arrays may be donated as
+        soon as :meth:`save` returns.
+      read_only: for evaluation beside a running training: changes no file and cannot save.
+
+    Raises:
+      ValueError: for a ``keep_latest`` or ``save_every`` below 1.
+      OSError: where the directory cannot be written.
+
+    >>> import tempfile
+    >>> state = {"weight": jnp.arange(3.0), "count": jnp.int32(7)}
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     checkpoints = Checkpoints(workdir)
+    ...     saved = checkpoints.save(100, state, metrics={"top1": 0.75})
+    ...     step, restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    ...     checkpoints.close()
+    >>> step, restored["weight"].tolist(), int(restored["count"])
+    (100, [0.0, 1.0, 2.0], 7)
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep_latest: int = 2,
+        keep_best: bool = True,
+        best_metric: str = "top1",
+        save_every: int = 1,
+        asynchronous: bool = True,
+        read_only: bool = False,
+    ):
+        for argument, value in {"keep_latest": keep_latest, "save_every": save_every}.items():
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1; got {value}")
+        logging.getLogger("absl").addFilter(_warnings_of_orbax_only)
+        directory = epath.Path(workdir) / "checkpoints"
+        self.directory = directory if directory.is_absolute() else directory.absolute()
+        self._save_every, self._read_only = save_every, read_only
+        if not read_only:
+            self._require_writable()
+        self._here: int | None = None  # the step saved or restored last
+        self._keep = _Keep(keep_latest, keep_best, best_metric)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "data", "manifest"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._keep,
+                enable_async_checkpointing=asynchronous,
+                cleanup_tmp_directories=not read_only,  # what a killed save left behind
+                create=not read_only,
+                lightweight_initialize=True,  # else a damaged file ends the run right here
+            ),
+        )
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # damage is told where the step is restored
+                self._keep.metrics[step] = self._read_json(step, "manifest")["metrics"]
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending; damage shows only where one is restored."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the highest ``best_metric``; None where no checkpoint has that metric."""
+        return next(iter(self._keep.by_metric(self.steps())), None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_iterator: Any = None,
+        metrics: dict[str, float] | None = None,
+        force: bool = False,
+    ) -> bool:
+        """Write a checkpoint.
+
+        When it is complete, the ones that are no longer to be kept are removed: older ones, damaged
+        ones, and those of higher steps, which a run had reached before it was taken back to here.
+
+        Args:
+          step: number of updates done.
+          state: any pytree of ``jax.Array``, typed random keys included.
+          data_iterator: has ``get_state`` and ``set_state``, as Grain's iterators; None for none.
+          metrics: numbers to save along; None means none, and such a checkpoint is never the best.
+          force: write even if ``step`` is no multiple of ``save_every``.
+
+        Returns:
+          Whether a checkpoint was written: False where it is not due, or already there.
+
+        Raises:
+          ValueError: for a leaf that is no array, a step below the last one, or a directory whose
+            checkpoints reach further and were not restored.
+          OSError: where this or the checkpoint before it could not be written.
+        """
+        if self._read_only:
+            raise ValueError("save needs read_only=False; got True")
+        leaves = by_path(state)
+        for path, leaf in leaves.items():
+            if not isinstance(leaf, jax.Array):
+                raise ValueError(f"state must hold jax.Array only; got {type(leaf)} at {path}")
+        if self._here is None and max(self.steps(), default=-1) >= step:
+            raise ValueError(
+                f"step must be above {self.steps()[-1]}, which is in {self.directory} and was not "
+                f"restored; got {step}"
+            )
+        if self._here is not None and step < self._here:
+            raise ValueError(f"step must not be below the last one, {self._here}; got {step}")
+        due = force or step % self._save_every == 0 or self._manager.reached_preemption(step)
+        if step == self._here or not due:
+            return False
+
+        self.wait()
+        arrays = {p: jax.random.key_data(x) if is_key(x) else x for p, x in leaves.items()}
+        self._require_space(sum(array.nbytes for array in arrays.values()))
+        positions = _positions(data_iterator) if data_iterator is not None else []
+        manifest = make_manifest(leaves) | {
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "data_processes": len(positions),
+        }
+        items = {"state": ocp.args.StandardSave(arrays)}
+        items["manifest"] = ocp.args.JsonSave(seal(manifest))
+        if positions:
+            items["data"] = ocp.args.JsonSave(seal(positions))
+        if step in self.steps():  # damaged, or left by a run that was taken back to before here
+            self._manager.delete(step)
+        self._keep.metrics[step] = manifest["metrics"]
+        self._keep.damaged.discard(step)
+        self._here = step
+        with self._failure_is_told():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        return True
+
+    def restore(
+        self, example_state: Any, data_iterator: Any = None, step: int | str | None = None
+    ) -> tuple[int, Any] | None:
+        """Read a checkpoint onto the devices of an example.
+
+        A damaged checkpoint is reported by a warning in the log, and the next older (for ``"best"``
+        the next best) one is used instead.
+
+        Args:
+          example_state: pytree that says the result's structure, types and shardings by arrays or
+            ``jax.ShapeDtypeStruct``; the latter without a sharding mean the first device.
+          data_iterator: is moved to where it was at the save; None leaves the data alone.
+          step: a number, ``"best"`` or ``"latest"``; None means the latest.
+
+        Returns:
+          The step, and the state bit for bit as it was saved; None where there is no checkpoint.
+
+        Raises:
+          ValueError: for another tree than the saved one, an absent step, or a wanted data position
+            that was not saved, or was saved by another number of processes.
+          OSError: where the wanted step, or every checkpoint, is damaged.
+        """
+        self.wait()
+        damaged = {}
+        for candidate in self._candidates(step):
+            try:
+                state = self._read(candidate, example_state, data_iterator)
+            except _DamagedError as error:
+                damaged[candidate] = error
+                where = self.directory / str(candidate)
+                _log.warning("The checkpoint %s is damaged and not used (%s)", where, error)
+                continue
+            self._keep.damaged.update(damaged)
+            self._here = candidate
+            return candidate, state
+        if damaged:
+            raise OSError(
+                f"no checkpoint in {self.directory} can be read (tried {[*damaged]}); move them "
+                f"away to start anew; the first failed with {next(iter(damaged.values()))}"
+            )
+        return None
+
+    def wait(self):
+        """Block until the last save is complete. Raises OSError where it could not be written."""
+        with self._failure_is_told():
+            self._manager.wait_until_finished()
+
+    def close(self):
+        """Complete the last save and end the background threads. Raises as :meth:`wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _candidates(self, step: int | str | None) -> list[int]:
+        steps = self.steps()
+        if step is None or step == "latest":
+            return steps[::-1]
+        if step == "best":
+            ranked = self._keep.by_metric(steps)
+            if steps and not ranked:
+                metric = self._keep.best_metric
+                raise ValueError(f'step "best" needs a checkpoint with the metric {metric!r}')
+            return ranked
+        if step not in steps:
+            raise ValueError(f"step must be one of {steps} in {self.directory}; got {step!r}")
+        return [step]
+
+    def _read(self, step: int, example, data_iterator):
+        with _failure_is_damage():
+            manifest = self._read_json(step, "manifest")
+        examples, tree = by_path(example), jax.tree.structure(example)
+        where = self.directory / str(step)
+        require_match(manifest, examples, where)
+        processes = manifest["data_processes"]
+        if data_iterator is not None and processes != jax.process_count():
+            raise ValueError(
+                f"data_iterator must be None: {where} has the position of {processes} processes, "
+                f"and there are {jax.process_count()}"
+            )
+        with _failure_is_damage():
+            positions = self._read_json(step, "data") if data_iterator is not None else []
+            wanted = {path: _to_read(leaf) for path, leaf in examples.items()}
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            arrays = self._manager.restore(step, args=items)["state"]
+            require_undamaged(manifest, arrays)
+        if positions:
+            _move(data_iterator, positions[jax.process_index()])
+        generators = manifest["generators"]
+        leaves = [_as_example(arrays[p], leaf, generators.get(p)) for p, leaf in examples.items()]
+        return jax.tree.unflatten(tree, leaves)
+
+    def _read_json(self, step: int, item: str):
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        return unseal(self._manager.restore(step, args=args)[item])
+
+    @contextlib.contextmanager
+    def _failure_is_told(self):
+        try:
+            yield
+        except Exception as error:
+            step, self._here = self._here, None
+            self._manager.reload()  # Orbax has forgotten those that would have been removed by now
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.directory} "
+                f"({_in_short(error)})"
+            ) from error
+
+    def _require_writable(self):
+        if jax.process_index() != 0:
+            return
+        probe = self.directory / ".writable"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except Exception as error:  # cloud file systems have errors of their own
+            raise OSError(
+                f"workdir must be writable, {self.directory} is not ({_in_short(error)})"
+            ) from error
+
+    def _require_space(self, needed: int):
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError:  # not a local disk
+            return
+        if free < needed:
+            raise OSError(
+                f"{self.directory} has {free / 1e6:.0f} MB left on its disk and a checkpoint takes "
+                f"{needed / 1e6:.0f} MB"
+            )

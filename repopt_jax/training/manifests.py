@@ -1,0 +1,149 @@
+"""What a checkpoint holds: the type and the fingerprint of every array, by its path.
+
+A manifest is written beside the arrays. Comparing it with what is wanted tells, before anything is
+read, whether a checkpoint fits; comparing it with what was read tells whether it is undamaged.
+"""
+
+import json
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_UINTS = {8: jnp.uint8, 16: jnp.uint16}
+
+
+@jax.jit
+def fingerprint(x: jax.Array) -> jax.Array:
+    """Two uint32 sums over the bits of an array: exact, and the same for every sharding.
+
+    The second sum multiplies the bits of every element by an odd number that depends on its place.
+    So one changed element always shows, and elements that changed places show nearly always. The
+    sums run where the array lies and need no memory of its size.
+
+    Args:
+      x: array of any shape and of a type of at least 8 bits per number.
+
+    >>> a = jnp.array([1, 2, 3], jnp.uint32)
+    >>> fingerprint(a).tolist(), fingerprint(a[::-1]).tolist()
+    ([6, 22], [6, 14])
+    """
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, _UINTS.get(x.dtype.itemsize * 8, jnp.uint32))
+    bits = bits.astype(jnp.uint32)  # numbers of 64 bits have become pairs
+    place = jnp.zeros_like(bits)
+    for axis, size in enumerate(bits.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    weighted = bits * (place * np.uint32(2) + np.uint32(1))
+    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(weighted, dtype=jnp.uint32)])
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree by their slash-joined paths.
+
+    >>> by_path({"conv": {"kernel": 1}, "momentum": (2, None)})
+    {'conv/kernel': 1, 'momentum/0': 2}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether it is a typed random key, which files hold as its plain data."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def make_manifest(leaves: dict[str, jax.Array]) -> dict[str, Any]:
+    """State the type, the fingerprint and, of random keys, the generator, of every array.
+
+    Args:
+      leaves: arrays by path, as :func:`by_path` returns them.
+
+    Returns:
+      A dict that JSON can hold.
+    """
+    prints = {p: fingerprint(jax.random.key_data(x) if is_key(x) else x) for p, x in leaves.items()}
+    return {
+        "types": _types(leaves),
+        "generators": {p: str(jax.random.key_impl(x)) for p, x in leaves.items() if is_key(x)},
+        "fingerprints": {path: pair.tolist() for path, pair in jax.device_get(prints).items()},
+    }
+
+
+def require_match(manifest: dict[str, Any], leaves: dict[str, Any], name: str):
+    """Check that a checkpoint has the wanted paths, types and shapes.
+
+    Args:
+      manifest: from :func:`make_manifest`.
+      leaves: the wanted arrays, or ``jax.ShapeDtypeStruct``, by path.
+      name: names the checkpoint in the error.
+
+    Raises:
+      ValueError: naming the first paths that differ.
+    """
+    saved, wanted = manifest["types"], _types(leaves)
+    differing = {
+        "not in the checkpoint": [path for path in wanted if path not in saved],
+        "only in the checkpoint": [path for path in saved if path not in wanted],
+        "of another type": [
+            f"{path} ({saved[path]} saved, {wanted[path]} wanted)"
+            for path in wanted
+            if saved.get(path, wanted[path]) != wanted[path]
+        ],
+    }
+    told = [
+        f"{what}: {', '.join(paths[:3])}" + f" and {len(paths) - 3} more" * (len(paths) > 3)
+        for what, paths in differing.items()
+        if paths
+    ]
+    if told:
+        raise ValueError(f"state must match the checkpoint {name}; {'; '.join(told)}")
+
+
+def require_undamaged(manifest: dict[str, Any], arrays: dict[str, jax.Array]):
+    """Check that the arrays are, bit for bit, those the manifest was made of.
+
+    Args:
+      manifest: from :func:`make_manifest`.
+      arrays: what was read, by path; random keys as their data.
+
+    Raises:
+      ValueError: naming the first path that differs.
+    """
+    prints = jax.device_get({path: fingerprint(array) for path, array in arrays.items()})
+    for path, pair in manifest["fingerprints"].items():
+        if prints[path].tolist() != pair:
+            raise ValueError(f"the numbers of {path} are not those that were written")
+
+
+def seal(content: Any) -> dict[str, Any]:
+    """Put a checksum beside something that JSON can hold.
+
+    >>> unseal(seal({"top1": 0.5}))
+    {'top1': 0.5}
+    """
+    return {"content": content, "crc32": _crc32(content)}
+
+
+def unseal(sealed: dict[str, Any]) -> Any:
+    """Return the content of :func:`seal`.
+
+    Raises:
+      ValueError: where the content differs from what was sealed.
+    """
+    if sealed["crc32"] != _crc32(sealed["content"]):
+        raise ValueError("a JSON file is not what was written")
+    return sealed["content"]
+
+
+def _types(leaves) -> dict[str, str]:
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
+
+
+def _crc32(content) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,448 @@
+"""Saving and restoring: exact, onto other devices, and past damaged or unfinished checkpoints."""
+
+import dataclasses
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from repopt_jax.training.checkpoints import Checkpoints
+
+ROWS = P("data")
+
+
+class Momentum(NamedTuple):
+    count: jax.Array
+    trace: dict
+    nothing: None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    params: nnx.State
+    opt_state: tuple
+    extra: dict
+
+
+def sharding(devices=8, spec=ROWS):
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    return NamedSharding(mesh, spec)
+
+
+def bits(tree):
+    """Every number's bits, so that NaN equals NaN and -0.0 differs from 0.0."""
+    plain = jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        tree,
+    )
+    return jax.tree.map(lambda x: (str(x.dtype), x.shape, np.asarray(x).tobytes()), plain)
+
+
+def everything(devices=8):
+    """A state with every kind of node and number."""
+    draw = np.random.default_rng(0).normal
+    odd = np.array([np.nan, -0.0, np.inf, 1e-45, 1.5, -2, 3, 4], np.float32)
+    odd[0:1].view(np.uint32)[:] += 7  # a NaN with a payload
+    rows, whole = sharding(devices), sharding(devices, P())
+    extra = {
+        "odd": jax.device_put(odd, rows),
+        "half": jax.device_put(jnp.asarray(draw(size=(16, 3)), jnp.bfloat16), rows),
+        "bytes": jax.device_put(np.arange(24, dtype=np.uint8).reshape(8, 3), rows),
+        "flags": jax.device_put(np.array([True, False, True]), whole),
+        "wave": jax.device_put(np.array([1 + 2j, 3j], np.complex64), whole),
+        "rng": jax.device_put(jax.random.key(3), whole),
+        "a.b/c d": {"x": jax.device_put(np.int32(-5), whole)},
+    }
+    trace = {"kernel": jax.device_put(draw(size=(8, 64)).astype(np.float32), rows)}
+    params = jax.device_put(nnx.state(nnx.Linear(3, 16, rngs=nnx.Rngs(0))), whole)
+    momentum = Momentum(jax.device_put(np.int32(9), whole), trace)
+    return TrainState(params, (optax.EmptyState(), momentum), extra)
+
+
+def numbers(seed, size=2000):
+    return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=size), jnp.float32)}
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def two_saved(workdir):
+    """A directory with steps 1 and 2 and the bits of both."""
+    dataset = grain.MapDataset.range(100).shuffle(seed=1).to_iter_dataset()
+    checkpoints, iterator = Checkpoints(workdir), iter(dataset)
+    for step in (1, 2):
+        next(iterator)
+        checkpoints.save(step, numbers(step), iterator, metrics={"top1": step / 10})
+    checkpoints.close()
+    return dataset
+
+
+def test_restored_state_is_bit_exact_in_every_kind_of_node_and_number(tmp_path):
+    state = everything()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(state) is None
+    assert checkpoints.save(7, state)
+    step, restored = checkpoints.restore(state)
+    checkpoints.close()
+    assert step == 7
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert bits(restored) == bits(state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_random_keys_continue_their_stream(tmp_path):
+    state = {"a": jax.random.key(3), "b": jax.random.split(jax.random.key(4, impl="rbg"), 2)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    _, restored = checkpoints.restore(jax.eval_shape(lambda: state))
+    checkpoints.close()
+    for name in state:
+        assert restored[name].dtype == state[name].dtype
+    assert jax.random.normal(restored["a"]) == jax.random.normal(state["a"])
+
+
+def test_state_moves_from_8_devices_to_4_to_1_and_back_to_8(tmp_path):
+    original = everything(8)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, original)
+    for step, devices in [(1, 4), (2, 1), (3, 8)]:
+        example = everything(devices)
+        _, state = checkpoints.restore(jax.tree.map(jnp.zeros_like, example), step=step)
+        assert bits(state) == bits(original)
+        assert state.extra["odd"].sharding == example.extra["odd"].sharding
+        assert len(state.extra["odd"].sharding.device_set) == devices
+        checkpoints.save(step + 1, state)
+    checkpoints.close()
+
+
+def test_abstract_example_says_the_sharding_and_an_uncommitted_array_stays_so(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"w": jnp.arange(8.0), "n": jnp.int32(1)})
+    example = {
+        "w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding()),
+        "n": jnp.int32(0),
+    }
+    _, restored = checkpoints.restore(example)
+    checkpoints.close()
+    assert restored["w"].sharding == sharding()
+    assert not restored["n"].committed
+    jax.jit(lambda s: s["w"] * s["n"].astype(jnp.float32))(restored)  # runs on eight devices
+
+
+def test_state_may_be_donated_right_after_an_asynchronous_save(tmp_path):
+    state = {"w": jax.device_put(np.arange(1 << 16, dtype=np.float32), sharding())}
+    wanted = bits(state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    state = jax.block_until_ready(overwrite(state))
+    _, restored = checkpoints.restore(state)
+    checkpoints.close()
+    assert bits(restored) == wanted
+
+
+class Numbers:
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return index
+
+    def __repr__(self):
+        return "Numbers()"
+
+
+def grain_loader():
+    sampler = grain.samplers.IndexSampler(50, shuffle=True, seed=0, num_epochs=None)
+    return grain.DataLoader(data_source=Numbers(), sampler=sampler, worker_count=0)
+
+
+def grain_dataset():
+    return grain.MapDataset.range(50).shuffle(seed=2).repeat().batch(4).to_iter_dataset()
+
+
+@pytest.mark.parametrize("make", [grain_loader, grain_dataset])
+def test_data_goes_on_with_the_batches_an_undisturbed_run_would_see(tmp_path, make):
+    iterator = iter(make())
+    for _ in range(17):
+        next(iterator)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(17, numbers(0), iterator)
+    undisturbed = [np.asarray(next(iterator)) for _ in range(20)]
+    resumed = iter(make())
+    checkpoints.restore(numbers(1), resumed)
+    checkpoints.close()
+    np.testing.assert_array_equal([np.asarray(next(resumed)) for _ in range(20)], undisturbed)
+
+
+def flip(content, rng):
+    content = bytearray(content)
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    return bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": flip,
+    "cut in half": lambda content, rng: content[: len(content) // 2],
+    "garbage": lambda content, rng: rng.bytes(len(content)),
+    "empty": lambda content, rng: b"",
+    "deleted": lambda content, rng: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_no_damage_to_any_file_gives_wrong_numbers_or_stops_the_run(tmp_path, damage, caplog):
+    """Either the file did not matter, or the checkpoint before is used and the log says so."""
+    dataset, rng = two_saved(tmp_path), np.random.default_rng(0)
+    newest = tmp_path / "checkpoints" / "2"
+    fallbacks = 0
+    for path in files(newest):
+        content = path.read_bytes()
+        changed = DAMAGES[damage](content, rng)
+        path.unlink() if changed is None else path.write_bytes(changed)
+        caplog.clear()
+        iterator = iter(dataset)
+        checkpoints = Checkpoints(tmp_path, read_only=True)
+        step, restored = checkpoints.restore(numbers(0), iterator)
+        checkpoints.close()
+        path.write_bytes(content)
+        assert bits(restored) == bits(numbers(step)), path
+        assert iterator.get_state() == {"next_index": step}, path
+        told = [
+            r
+            for r in caplog.records
+            if r.levelno == logging.WARNING and str(newest) in r.msg % r.args
+        ]
+        assert len(told) == (step == 1), path
+        fallbacks += step == 1
+    assert fallbacks >= 4  # the arrays, their index, the manifest and the data's position
+
+
+def test_flipped_bit_among_the_numbers_is_noticed(tmp_path):
+    two_saved(tmp_path)
+    largest = max(files(tmp_path / "checkpoints" / "2"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(OSError, match=r"first failed with .*numbers of w are not those"):
+        checkpoints.restore(numbers(0), step=2)
+    assert checkpoints.restore(numbers(0))[0] == 1
+    checkpoints.close()
+
+
+def test_damaged_checkpoint_is_replaced_when_the_run_comes_by_again(tmp_path):
+    two_saved(tmp_path)
+    (tmp_path / "checkpoints" / "2" / "manifest" / "metadata").write_text("{")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(numbers(0))[0] == 1
+    assert checkpoints.save(2, numbers(22))
+    step, restored = checkpoints.restore(numbers(0))
+    checkpoints.close()
+    assert (step, bits(restored)) == (2, bits(numbers(22)))
+
+
+def test_damaged_checkpoint_does_not_count_among_those_to_keep(tmp_path):
+    two_saved(tmp_path)
+    (tmp_path / "checkpoints" / "2" / "manifest" / "metadata").unlink()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.restore(numbers(0))
+    checkpoints.save(3, numbers(3))
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_it_is_an_error_rather_than_a_fresh_start_when_every_checkpoint_is_damaged(tmp_path):
+    two_saved(tmp_path)
+    for path in files(tmp_path):
+        path.write_bytes(b"?")
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(OSError, match=r"no checkpoint in .* can be read \(tried \[2, 1\]\)"):
+        checkpoints.restore(numbers(0))
+    checkpoints.close()
+
+
+KILLED_WHILE_SAVING = """
+import os, pathlib, signal, sys, threading, time
+import jax.numpy as jnp, numpy as np
+from repopt_jax.training.checkpoints import Checkpoints
+
+checkpoints = Checkpoints(sys.argv[1], keep_latest=1)
+checkpoints.save(1, {"w": jnp.ones(8)})
+checkpoints.wait()
+checkpoints.save(2, {"w": jnp.asarray(np.random.default_rng(0).normal(size=1 << 24), jnp.float32)})
+print([path.name for path in pathlib.Path(sys.argv[1], "checkpoints").iterdir()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path):
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "'1'" in killed.stdout and "'2'" not in killed.stdout  # the second was unfinished
+    checkpoints = Checkpoints(tmp_path)
+    step, restored = checkpoints.restore({"w": jnp.zeros(8)})
+    checkpoints.close()
+    assert (step, restored["w"].tolist()) == (1, [1.0] * 8)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_failed_write_is_told_deletes_nothing_and_does_not_end_saving(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_latest=1, keep_best=False)
+    checkpoints.save(1, numbers(1))
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"step 2 could not be written to {tmp_path}"):
+            checkpoints.save(2, numbers(2, size=1 << 20))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    step, restored = checkpoints.restore(numbers(0))
+    assert (step, bits(restored)) == (1, bits(numbers(1)))
+    assert checkpoints.save(2, numbers(2))
+    assert checkpoints.restore(numbers(0))[0] == 2
+    checkpoints.close()
+    assert checkpoints.steps() == [2]
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="has 0 MB left on its disk and a checkpoint takes 4 MB"):
+        checkpoints.save(1, numbers(1, size=1 << 20))
+    checkpoints.close()
+    assert files(tmp_path) == []
+
+
+def test_directory_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"workdir must be writable, {tmp_path}/file/run/checkpoints"):
+        Checkpoints(tmp_path / "file" / "run")
+
+
+def test_latest_and_best_are_kept_and_found_again_by_another_process(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_latest=2)
+    for step, top1 in enumerate([0.1, 0.9, float("nan"), 0.9, 0.5, None, 0.3], start=1):
+        checkpoints.save(step, numbers(step), metrics=None if top1 is None else {"top1": top1})
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 6, 7]
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.best_step() == 2
+    step, restored = reader.restore(numbers(0), step="best")
+    reader.close()
+    assert (step, bits(restored)) == (2, bits(numbers(2)))
+
+
+def test_without_keep_best_only_the_latest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_latest=1, keep_best=False)
+    for step in (1, 2, 3):
+        checkpoints.save(step, numbers(step), metrics={"top1": 1 / step})
+    checkpoints.close()
+    assert checkpoints.steps() == [3]
+
+
+def test_going_back_to_an_older_checkpoint_gives_up_the_newer_ones_once_one_is_complete(tmp_path):
+    two_saved(tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep_latest=3)
+    checkpoints.restore(numbers(0), step=1)
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.save(2, numbers(22), metrics={"top1": 0.05})
+    checkpoints.wait()
+    assert bits(checkpoints.restore(numbers(0))[1]) == bits(numbers(22))
+    assert checkpoints.best_step() == 1
+    checkpoints.close()
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path):
+    two_saved(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"step must be above 2, which .* not restored; got 1"):
+        checkpoints.save(1, numbers(0))
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_saves_are_due_at_multiples_once_and_whenever_forced(tmp_path):
+    checkpoints = Checkpoints(tmp_path, save_every=5, keep_latest=9, asynchronous=False)
+    written = [step for step in range(1, 12) if checkpoints.save(step, numbers(step))]
+    assert written == [5, 10]
+    assert checkpoints.save(11, numbers(11), force=True)
+    assert not checkpoints.save(11, numbers(11), force=True)
+    checkpoints.close()
+    assert checkpoints.steps() == [5, 10, 11]
+
+
+def test_reader_changes_no_file_and_needs_none(tmp_path):
+    reader = Checkpoints(tmp_path / "absent", read_only=True)
+    assert reader.restore(numbers(0)) is None
+    with pytest.raises(ValueError, match="save needs read_only=False"):
+        reader.save(1, numbers(0))
+    reader.close()
+    assert not (tmp_path / "absent").exists()
+
+    two_saved(tmp_path)
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-1").mkdir()  # a save in progress elsewhere
+    before = {p: os.stat(p).st_mtime_ns for p in tmp_path.rglob("*")}
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.restore(numbers(0))[0] == 2
+    reader.close()
+    assert {p: os.stat(p).st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_state_of_another_tree_is_refused_naming_the_paths(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": {"b": jnp.ones(2)}, "c": jnp.ones(3), "d": jnp.ones(1)})
+    wanted = {"a": {"x": jnp.ones(2)}, "c": jnp.ones(4), "d": jnp.ones(1, jnp.bfloat16)}
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore(wanted)
+    checkpoints.close()
+    assert str(error.value) == (
+        f"state must match the checkpoint {tmp_path}/checkpoints/1; not in the checkpoint: a/x; "
+        "only in the checkpoint: a/b; of another type: c (float32[3] saved, float32[4] wanted), "
+        "d (float32[1] saved, bfloat16[1] wanted)"
+    )
+
+
+def test_position_of_the_data_that_was_not_saved_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, numbers(1))
+    with pytest.raises(ValueError, match=r"data_iterator must be None: .* of 0 processes"):
+        checkpoints.restore(numbers(1), iter(grain_dataset()))
+    checkpoints.close()
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="keep_latest must be at least 1; got 0"):
+        Checkpoints(tmp_path, keep_latest=0)
+    with pytest.raises(ValueError, match="save_every must be at least 1; got -1"):
+        Checkpoints(tmp_path, save_every=-1)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"jax.Array only; got <class 'int'> at opt/0"):
+        checkpoints.save(1, {"opt": (3,)})
+    checkpoints.save(5, numbers(0))
+    with pytest.raises(ValueError, match="step must not be below the last one, 5; got 4"):
+        checkpoints.save(4, numbers(0))
+    with pytest.raises(ValueError, match=r"step must be one of \[5\] in .*; got 6"):
+        checkpoints.restore(numbers(0), step=6)
+    with pytest.raises(ValueError, match="needs a checkpoint with the metric 'top1'"):
+        checkpoints.restore(numbers(0), step="best")
+    checkpoints.close()
