@@ -165,6 +165,23 @@ def _match(vector: Array, x: Array) -> Array:
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape[-1:])
 
 
+def materialize(x: Float[Array, "batch height width channels"]) -> Array:
+    """`x` unchanged, as an array that later layers read instead of computing it anew.
+
+    XLA's CPU backend fuses a residual sum into each of its readers, the sum before it included,
+    so that a chain of n blocks costs n^2 (16 RepVGG blocks: 88 s to compile and 229 ms a step,
+    with this 8 s and 44 ms). It drops optimization barriers, but does not fuse a convolution
+    with the unit matrix. Other backends keep `x` as it is.
+    """
+
+    def convolve(x):
+        unit = jnp.eye(x.shape[-1], dtype=x.dtype)[None, None]
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, unit, (1, 1), "VALID", dimension_numbers=layout)
+
+    return jax.lax.platform_dependent(x, cpu=convolve, default=lambda x: x)
+
+
 class SqueezeExcite(nnx.Module):
     """Multiply every channel by a gate computed from all channels' averages.
 

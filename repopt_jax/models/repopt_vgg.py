@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block, Centre, Full, Identity
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, check_lengths, conv, linear
+from repopt_jax.models.layers import (
+    BatchNorm,
+    SqueezeExcite,
+    check_lengths,
+    conv,
+    linear,
+    materialize,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
@@ -99,7 +106,7 @@ class RepVGGBlock(nnx.Module):
         """Run the block."""
         y = self.bn3x3(self.conv3x3(x)) + self.bn1x1(self.conv1x1(x))
         if self.bn_identity is not None:
-            y = y + self.bn_identity(x)
+            y = y + self.bn_identity(materialize(x))
         y = jax.nn.relu(y)
         return y if self.post_se is None else self.post_se(y)
 
