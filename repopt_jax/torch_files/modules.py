@@ -72,8 +72,8 @@ def _parts(prefix: str, module: Any) -> tuple[list, list]:
     ]
     if not all(isinstance(table, dict) for table in tables):
         where = f"{quote(prefix)} is" if prefix else "state_dict needs a pickled module, not"
-        kind = module.name if isinstance(module, Standin) else quote(module)
-        raise TorchFileError(f"{where} {kind[:80]}" + (", which is no module" if prefix else ""))
+        kind = repr(module) if isinstance(module, Standin) else quote(module)
+        raise TorchFileError(f"{where} {kind}" + (", which is no module" if prefix else ""))
     if not all(isinstance(name, str) for table in tables for name in table):
         raise TorchFileError(f"module {quote(prefix)} has names that are no text")
     parameters, buffers, modules = tables

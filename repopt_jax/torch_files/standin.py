@@ -33,6 +33,6 @@ class Standin:
         self.mapping: dict = {}
 
     def __repr__(self) -> str:
-        # Never shows the contents: these may be nested without end.
+        # Never shows the contents, which may be nested without end, nor control characters.
         kind = "" if self.args is None else "an object of "
-        return f"<stand-in for {kind}{self.name}>"
+        return f"<stand-in for {kind}{ascii(self.name)[1:-1][:200]}>"

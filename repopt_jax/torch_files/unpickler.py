@@ -63,6 +63,8 @@ class Unpickler:
                 if code == b".":
                     return self.stack.pop()
                 self.budget.spend(16)  # a place on the stack and in the list it ends up in
+                if code not in OPCODES:
+                    raise TorchFileError(f"its pickle has the unknown instruction {quote(code)}")
                 OPCODES[code](self)
         except TorchFileError:
             raise
@@ -121,13 +123,14 @@ class Unpickler:
         """What the file means as a call; only functions of `rebuild` are ever run."""
         if not (isinstance(function, Standin) and isinstance(args, tuple)):
             raise TorchFileError(f"its pickle calls {quote(function)}")
-        self.budget.spend(400)
+        self.budget.spend(400 + 8 * len(args))
         if function.args is not None:  # the result of another call, as in getattr(x, y)(z)
             return Standin("call", (function, args), kwargs)
         if function.name in _FORWARDED and args and isinstance(args[0], Standin):
-            self.budget.spend(8 * len(args))
-            if args[0].name not in _FORWARDED:
-                return self.call(args[0], _FORWARDED[function.name](args), kwargs)
+            forwarded = _FORWARDED[function.name](args)
+            if args[0].name in _FORWARDED:  # never written; one step of recursion is enough
+                return Standin(args[0].name, forwarded, kwargs)
+            return self.call(args[0], forwarded, kwargs)
         if function.name in _CONTAINERS:
             return _CONTAINERS[function.name](self, *args)
         if function.name in self.rebuild and not kwargs:
@@ -192,12 +195,20 @@ def _set_from(kind: str) -> Callable:
     return build
 
 
-# Containers that Python writes as calls.
+def _bytes_from(unpickler: Unpickler, text: Any = "", encoding: Any = "latin1") -> Any:
+    if not isinstance(text, str) or encoding != "latin1":
+        return Standin("_codecs.encode", (text, encoding))
+    unpickler.budget.spend(len(text))
+    return text.encode("latin1")
+
+
+# Containers, and bytes before protocol 3, that Python writes as calls.
 _CONTAINERS: dict[str, Callable] = {
     "collections.OrderedDict": _dict_from,
     "collections.defaultdict": lambda unpickler, factory=None, pairs=(): _dict_from(
         unpickler, pairs
     ),
+    "_codecs.encode": _bytes_from,
 }
 for _module in ("builtins", "__builtin__"):
     for _kind in ("set", "frozenset"):
