@@ -1,0 +1,231 @@
+"""Claim: whatever bytes it is given, `read_torch_file` returns or raises TorchFileError.
+
+    python benchmarks/torch_reader_robustness.py --mutants 20000 --seed 0
+
+Damages sound torch files at random, reads every one, prints a table and exits with status 1 if
+anything but a result or a TorchFileError came of it. A file that keeps the reader busy for a
+minute ends the script. The files that it damages are its own; it needs nothing but this package.
+"""
+
+import argparse
+import collections
+import faulthandler
+import json
+import pathlib
+import pickle
+import random
+import resource
+import sys
+import tempfile
+import time
+import warnings
+
+import ml_dtypes
+import numpy as np
+import torch_file_builder as build
+
+from repopt_jax.torch_files import Standin, TorchFileError, read_torch_file, state_dict
+
+# Where counts and sizes go wrong: around the powers of two that formats and machines care for.
+NUMBERS = [0, 1, 2, 3, 255, 256, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63]
+OPCODES = [
+    value
+    for name, value in vars(pickle).items()
+    if name.isupper() and isinstance(value, bytes) and len(value) == 1
+]
+
+
+def seed_objects() -> list:
+    """Objects that use every part of the reader; the files are a few kilobytes each."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(4, 3)).astype(np.float32)
+    shared = build.Storage(rng.normal(size=24).astype(np.float16))
+    state = {
+        "conv.weight": build.tensor(weight),
+        "bn.count": build.tensor(np.int64(7)),
+        "half": build.tensor(weight.astype(ml_dtypes.bfloat16)),
+        "view": build.tensor(shared.data, (2, 3), (12, 2), 1, shared),
+        "other": build.tensor(shared.data, (24,), (1,), 0, shared),
+        "unsigned": build.untyped(np.arange(5, dtype=np.uint16)),
+        "parameter": build.parameter(build.tensor(weight * 1j)),
+    }
+    block = build.module(
+        "yolov6.layers.Block",
+        {"scale_conv": build.parameter(build.tensor(weight[0])), "bias": None},
+        {"mean": build.tensor(weight[1])},
+        _non_persistent_buffers_set={"mask"},
+    )
+    net = build.module("yolov6.Model", modules={"a": block, "b": block}, names=["x", "y"])
+    config = build.Call(
+        build.Name("yacs.config", "CfgNode"),
+        state={"__immutable__": True},
+        items={"LR": 0.1, "SIZES": (224, [1, 2**70])},
+        opcode=pickle.NEWOBJ,
+    )
+    return [
+        build.Call(build.Name("collections", "OrderedDict"), items=state),
+        {"model": state, "epoch": 3, "config": config, "text": "é", "blob": b"\0\xff", "loss": 0.5},
+        {"ema": net, "model": None, "best": {1, 2}, "nested": [[(1, (2,))], {"k": {3: None}}]},
+    ]
+
+
+def _flip_bits(rng: random.Random, data: bytearray) -> bytearray:
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        if data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return data
+
+
+def _cut(rng: random.Random, data: bytearray) -> bytearray:
+    return data[: rng.randrange(len(data) + 1)]
+
+
+def _splice(rng: random.Random, data: bytearray) -> bytearray:
+    """Copy a piece of the file over, or between, other bytes of it."""
+    at, source = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+    piece = data[source : source + rng.choice([1, 4, 30, 200])]
+    data[at : at + rng.choice([0, len(piece)])] = piece * rng.choice([1, 1, 1, 50])
+    return data
+
+
+def _write_number(rng: random.Random, data: bytearray) -> bytearray:
+    at, size = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8])
+    number = rng.choice(NUMBERS) + rng.choice([0, 0, -1, 1])
+    data[at : at + size] = (number % 2 ** (8 * size)).to_bytes(size, "little")
+    return data
+
+
+def _write_opcode(rng: random.Random, data: bytearray) -> bytearray:
+    for _ in range(rng.choice([1, 1, 3])):
+        at = rng.randrange(len(data) + 1)
+        data[at : at + rng.choice([0, 1])] = rng.choice(OPCODES) * rng.choice([1, 1, 1, 300])
+    return data
+
+
+MUTATORS = [_flip_bits, _cut, _splice, _write_number, _write_opcode]
+
+
+def _forge_directory(rng: random.Random, data: bytearray) -> bytearray:
+    """Falsify a field of one entry of a zip directory, of its end, or of a record's header."""
+    magic, fields = rng.choice(
+        [
+            (b"PK\1\2", [(8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (42, 4)]),
+            (b"PK\5\6", [(8, 2), (10, 2), (12, 4), (16, 4), (20, 2)]),
+            (b"PK\3\4", [(6, 2), (8, 2), (18, 4), (22, 4), (26, 2), (28, 2)]),
+        ]
+    )
+    places = [at for at in range(len(data) - 46) if data[at : at + 4] == magic]
+    if places:
+        offset, size = rng.choice(fields)
+        at = rng.choice(places) + offset
+        old = int.from_bytes(data[at : at + size], "little")
+        number = rng.choice([*NUMBERS, old + 1, old - 1, 2 * old, rng.randrange(len(data))])
+        data[at : at + size] = (number % 2 ** (8 * size)).to_bytes(size, "little")
+    return data
+
+
+def _forge_tensor(rng: random.Random) -> dict:
+    """A tensor whose sizes, strides, offset or number of elements are absurd."""
+
+    def number() -> int:
+        return rng.choice([*range(6), *range(6), *NUMBERS, -1, -(2**63), 2**100])
+
+    data = np.arange(12, dtype=rng.choice(["f4", "i8", "u1", "c8"]))
+    kind = rng.choice([None, None, "Untyped", "Double", "Bool", "Odd"])
+    numel = rng.choice([None, None, None, number()])
+    storage = build.Storage(data, kind, numel)
+    rank = rng.choice([0, 1, 2, 2, 3, 40])
+    size, stride = (tuple(number() for _ in range(rank)) for _ in range(2))
+    return {"a": build.tensor(data, size, stride, number(), storage), "b": [storage]}
+
+
+def mutate(rng: random.Random, objects: list) -> bytes:
+    """One damaged file.
+
+    Pickles are damaged before they are packed half of the time, as an archive's checksums would
+    keep nearly all others from being interpreted.
+    """
+    legacy = rng.random() < 0.4
+    forged = rng.random() < 0.1
+    source = _forge_tensor(rng) if forged else rng.choice(objects)
+    pickled, storages = build.dump(source, rng.choice([2, 2, 3, 4, 5]), legacy)
+    inside = rng.random() < 0.5
+    if inside and not forged:
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            pickled = bytes(rng.choice(MUTATORS)(rng, bytearray(pickled)))
+    if legacy:
+        data = build.write_legacy(pickled, storages, little_endian=rng.random() < 0.9)
+    else:
+        data = build.write_archive(pickled, storages, rng.choice(["little", "big", None]))
+    if not inside and not forged:
+        mutators = MUTATORS if legacy else [*MUTATORS, _forge_directory, _forge_directory]
+        data = bytes(rng.choice(mutators)(rng, bytearray(data)))
+    return data
+
+
+def outcome(path: pathlib.Path) -> str:
+    """Read a file, with the state dicts of what looks like modules: what came of it."""
+    try:
+        result = read_torch_file(path)
+        for value in result.values() if isinstance(result, dict) else [result]:
+            state = value.state if isinstance(value, Standin) else None
+            if isinstance(state, dict) and "_modules" in state:
+                state_dict(value)
+    except TorchFileError:
+        return "TorchFileError"
+    except Exception as error:
+        return type(error).__name__
+    return "result"
+
+
+def run(mutants: int, seed: int, folder: pathlib.Path) -> dict:
+    """Read that many damaged files; returns counts by outcome, slowest read, peak memory."""
+    rng = random.Random(seed)
+    objects = seed_objects()
+    path = folder / "mutant.pth"
+    counts: collections.Counter = collections.Counter()
+    slowest = 0.0
+    for index in range(mutants):
+        data = mutate(rng, objects)
+        path.write_bytes(data)
+        faulthandler.dump_traceback_later(60, exit=True)
+        start = time.perf_counter()
+        name = outcome(path)
+        slowest = max(slowest, time.perf_counter() - start)
+        faulthandler.cancel_dump_traceback_later()
+        counts[name] += 1
+        if name not in ("result", "TorchFileError"):
+            kept = folder / f"escaped-{index}.pth"
+            kept.write_bytes(data)
+            print(f"{name} escaped for {kept}", file=sys.stderr)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    known = counts["result"], counts["TorchFileError"]
+    return {
+        "mutants": mutants,
+        "seed": seed,
+        "results": known[0],
+        "TorchFileError": known[1],
+        "other": mutants - sum(known),
+        "slowest_seconds": round(slowest, 3),
+        "peak_memory_mib": peak >> 20,
+    }
+
+
+def main() -> int:
+    """Parse the flags, run, print; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--mutants", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=pathlib.Path, help="also write the table to this file")
+    flags = parser.parse_args()
+    warnings.simplefilter("error")
+    figures = run(flags.mutants, flags.seed, pathlib.Path(tempfile.mkdtemp()))
+    for name, value in figures.items():
+        print(f"{name:16} {value:>10}")
+    if flags.json:
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 1 if figures["other"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
