@@ -1,13 +1,13 @@
 """Data sets, augmentation and batches; knows neither models nor jax."""
 
+from repopt_jax.data.datasets import (
+    Dataset,
+    load_dataset,
+)
 from repopt_jax.data.pipeline import (
     eval_batches,
     steps_per_epoch,
     train_batches,
-)
-from repopt_jax.data.sources import (
-    Dataset,
-    load_dataset,
 )
 
 __all__ = [

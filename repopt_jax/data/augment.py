@@ -1,26 +1,32 @@
 """Training augmentations on uint8 pictures, chosen by a preset's name.
 
-An augmentation has two halves. `draw(n, rng)` draws everything random for n pictures as one
-array, row by row; the second half is a pure function of pictures and rows. The pipeline draws
-for the global batch and applies its own rows, so a picture looks the same on any number of
-hosts and threads.
+An augmentation has two halves. `draw(n, rng)` draws what is random for n pictures as an array
+with a row for each; the other half is a pure function of pictures and rows. The pipeline draws
+for the global batch and uses its own rows, so a picture looks the same on any number of hosts
+and threads.
 """
 
 import dataclasses
 
+import cv2
 import numpy as np
+
+from repopt_jax.data.randaugment import brightness, colour, contrast, rand_augment
+from repopt_jax.data.resize import random_resized_crop
 
 
 @dataclasses.dataclass(frozen=True)
 class FlipCrop:
     """Zero padding, a random crop of the old size, and a random horizontal flip.
 
+    Works on a batch at once, for small pictures.
+
     Attributes:
       padding: pixels added on every side before the crop; 0 crops nothing.
       flip: mirror every second picture, on average.
 
     >>> one = FlipCrop(padding=1, flip=True)
-    >>> one.apply(np.array([[[[1], [2]], [[3], [4]]]], np.uint8), np.array([[0, 1, 1]]))[0, ..., 0]
+    >>> one.batch(np.array([[[[1], [2]], [[3], [4]]]], np.uint8), np.array([[0, 1, 1]]))[0, ..., 0]
     array([[0, 0],
            [2, 1]], dtype=uint8)
     """
@@ -34,7 +40,7 @@ class FlipCrop:
         flips = rng.integers(0, 2, (n, 1)) if self.flip else np.zeros((n, 1), np.int64)
         return np.concatenate([corners, flips], axis=1)
 
-    def apply(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    def batch(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Augments uint8 (n, height, width, channels) by n rows of `draw`; returns a copy."""
         pad = self.padding
         n, height, width, channels = images.shape
@@ -49,16 +55,76 @@ class FlipCrop:
         return out
 
 
-# Padding 1 of 8 pixels moves a digit as far as padding 4 of 32 moves a CIFAR picture.
+@dataclasses.dataclass(frozen=True)
+class ResizedCrop:
+    """Random-resized-crop and flip, then perhaps RandAugment or colour jitter.
+
+    Works picture by picture, from the encoded file where there is one.
+
+    Attributes:
+      rand_augment: two operations of RandAugment, magnitudes 0..14.
+      jitter: brightness, contrast and saturation are multiplied by factors from
+        1-jitter..1+jitter, in random order.
+      random_interpolation: resize every second picture bicubically.
+
+    >>> augment = ResizedCrop(rand_augment=True)
+    >>> seed = augment.draw(1, np.random.default_rng(0))[0]
+    >>> augment.picture(np.zeros((40, 60, 3), np.uint8), seed, 32).shape
+    (32, 32, 3)
+    """
+
+    rand_augment: bool = False
+    jitter: float = 0.0
+    random_interpolation: bool = False
+
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Draws int64 (n,): a seed for every picture."""
+        return rng.integers(2**63, size=n)
+
+    def picture(
+        self, image: np.ndarray | bytes, seed: int, size: int, fast: bool = False
+    ) -> np.ndarray:
+        """Augments one picture to uint8 (size, size, 3); `fast` as in `random_resized_crop`."""
+        rng = np.random.default_rng(seed)
+        bicubic = self.random_interpolation and rng.random() < 0.5
+        image = random_resized_crop(image, size, rng, bicubic=bicubic, fast=fast)
+        if rng.random() < 0.5:
+            image = cv2.flip(image, 1)
+        if self.rand_augment:
+            image = rand_augment(image, rng)
+        if self.jitter:
+            image = _jitter(image, self.jitter, rng)
+        return image
+
+
+def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    adjustments = (brightness, contrast, colour)
+    factors = rng.uniform(1 - strength, 1 + strength, 3)
+    for index in rng.permutation(3).tolist():
+        image = adjustments[index](image, factors[index])
+    return image
+
+
 PRESETS = {
+    # Pictures as evaluation sees them.
     "none": FlipCrop(),
+    # Padding 1 of 8 pixels moves a digit as far as padding 4 of 32 moves a CIFAR picture.
     "crop": FlipCrop(padding=1),
     "flip_crop": FlipCrop(padding=4, flip=True),
+    "weak": ResizedCrop(),
+    "raug15": ResizedCrop(rand_augment=True),
+    # What RepOpt-GhostNet was trained with.
+    "jitter": ResizedCrop(jitter=0.4, random_interpolation=True),
 }
 
 
-def preset(name: str):
-    """Looks an augmentation up: `none`, `crop` (padding 1) or `flip_crop` (padding 4).
+def preset(name: str) -> FlipCrop | ResizedCrop:
+    """Looks an augmentation up.
+
+    Args:
+      name: for small pictures, `crop` (padding 1) or `flip_crop` (padding 4); for large ones,
+        `weak` (random-resized-crop and flip), `raug15` (RandAugment on top) or `jitter` (colour
+        jitter and random interpolation on top); for either, `none`.
 
     Raises:
       ValueError: there is no preset of that name.

@@ -6,16 +6,13 @@ call per picture would cost more than the work inside it. The batch of a step is
 resume from is one number.
 """
 
-import functools
 import os
 import sys
 
 import grain
-import numpy as np
 
-from repopt_jax.data import augment as augmentations
-from repopt_jax.data.decode import decode
-from repopt_jax.data.sources import ArraySource, Dataset, read_items
+from repopt_jax.data.batches import EvalBatch, TrainBatch
+from repopt_jax.data.datasets import Dataset
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -44,6 +41,8 @@ def train_batches(
     num_epochs: int | None = None,
     augment: str = "none",
     image_size: int | None = None,
+    fast_resize: bool = False,
+    skip_bad: bool = False,
     threads: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -58,10 +57,14 @@ def train_batches(
       batch_size: pictures per step over all processes.
       seed: 0..2**32-1, decides order and augmentation.
       num_epochs: None goes on for ever.
-      augment: name of a preset, see `repopt_jax.data.augment`.
-      image_size: side of the pictures; None keeps the size that they have, which must be the
-        same for all.
-      threads: threads that make batches ahead; None is one per core, 0 none.
+      augment: name of a preset, see `repopt_jax.data.augment.preset`.
+      image_size: side of the pictures; None keeps the size that they have, if they share one.
+      fast_resize: random-resized-crop without antialiasing. Not used by `none`, `crop` and
+        `flip_crop`.
+      skip_bad: where a picture cannot be decoded, take the next one and add its name to
+        `dataset.bad_pictures`; False stops the run.
+      threads: threads that make batches, at most two batches each ahead; None is one per core,
+        0 makes them in the caller's.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
 
@@ -71,7 +74,7 @@ def train_batches(
       `grain.checkpoint.CheckpointSave` and `CheckpointRestore`) keep the exact position.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range or, from the iterator, a picture is broken.
 
     >>> from repopt_jax.data import load_dataset
     >>> batches = train_batches(load_dataset("digits"), batch_size=4, seed=0, augment="crop")
@@ -86,14 +89,8 @@ def train_batches(
         raise ValueError(f"seed must be in 0..2**32-1, got {seed}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be None or at least 1, got {num_epochs}")
-    make = _TrainBatch(
-        dataset.train,
-        batch_size,
-        seed,
-        augmentations.preset(augment),
-        image_size,
-        _rows(batch_size, process_index, process_count),
-    )
+    rows = _rows(batch_size, process_index, process_count)
+    make = TrainBatch(dataset, batch_size, seed, augment, image_size, fast_resize, skip_bad, rows)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
     batches = grain.MapDataset.range(total).seed(seed).random_map(make)
     return iter(batches.to_iter_dataset(_read_options(threads)))
@@ -105,6 +102,7 @@ def eval_batches(
     batch_size: int,
     image_size: int | None = None,
     resize: int | None = None,
+    skip_bad: bool = False,
     threads: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -117,9 +115,11 @@ def eval_batches(
     Args:
       dataset: from `load_dataset`.
       batch_size: pictures per batch over all processes; may exceed the size of the set.
-      image_size: side of the pictures; None keeps the size that they have.
-      resize: None, or the length that the shorter side is brought to before the centre crop of
+      image_size: side of the pictures; None keeps the size that they have, if they share one.
+      resize: length that the shorter side is brought to before the centre crop of
         `image_size`; None is `image_size` itself.
+      skip_bad: leave out pictures that cannot be decoded and add their names to
+        `dataset.bad_pictures`; False stops the run.
       threads: as for `train_batches`.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
@@ -129,7 +129,7 @@ def eval_batches(
       (a black picture with label 0).
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range or, from the iterator, a picture is broken.
 
     >>> from repopt_jax.data import load_dataset
     >>> [int(b["mask"].sum()) for b in eval_batches(load_dataset("digits"), batch_size=256)]
@@ -137,8 +137,13 @@ def eval_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if resize is not None and (image_size is None or resize < image_size):
+        raise ValueError(
+            f"resize must be None or at least image_size, got {resize} with "
+            f"image_size = {image_size}"
+        )
     rows = _rows(batch_size, process_index, process_count)
-    make = _EvalBatch(dataset.eval, batch_size, image_size, resize, rows)
+    make = EvalBatch(dataset, batch_size, image_size, resize, skip_bad, rows)
     batches = grain.MapDataset.range(-(-len(dataset.eval) // batch_size)).map(make)
     return batches.to_iter_dataset(_read_options(threads))
 
@@ -165,68 +170,3 @@ def _read_options(threads: int | None) -> grain.ReadOptions:
         raise ValueError(f"threads must be None or at least 0, got {threads}")
     # Two batches per thread: enough to hide a slow batch, small enough for big pictures.
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-
-
-class _TrainBatch:
-    """Makes the training batch of a step."""
-
-    def __init__(self, source, batch_size, seed, augment, image_size, rows):
-        self._source = source
-        self._batch_size = batch_size
-        self._steps = len(source) // batch_size
-        self._augment = augment
-        self._image_size = image_size
-        self._rows = rows
-
-        # Two epochs: near an epoch's end, threads already work on the next.
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed, epoch)).permutation(len(source))
-
-        self._order = order
-
-    def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        epoch, position = divmod(step, self._steps)
-        start = position * self._batch_size
-        indices = self._order(epoch)[start : start + self._batch_size][self._rows]
-        draws = self._augment.draw(self._batch_size, rng)[self._rows]
-        images, labels = _read(self._source, indices, self._image_size, None)
-        return {"image": self._augment.apply(images, draws), "label": labels}
-
-
-class _EvalBatch:
-    """Makes an evaluation batch from its number."""
-
-    def __init__(self, source, batch_size, image_size, resize, rows):
-        self._source = source
-        self._batch_size = batch_size
-        self._image_size = image_size
-        self._resize = resize
-        self._rows = rows
-
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
-        indices = (number * self._batch_size + np.arange(self._batch_size))[self._rows]
-        mask = indices < len(self._source)
-        # A process without any picture still has to know the pictures' size.
-        real = indices[mask] if mask.any() else np.zeros(1, int)
-        images, labels = _read(self._source, real, self._image_size, self._resize)
-        batch = {
-            "image": np.zeros((len(mask), *images.shape[1:]), np.uint8),
-            "label": np.zeros(len(mask), np.int32),
-            "mask": mask,
-        }
-        batch["image"][mask] = images[: mask.sum()]
-        batch["label"][mask] = labels[: mask.sum()]
-        return batch
-
-
-def _read(source, indices, image_size, resize) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of one size, uint8 (n, height, width, 3), and labels, int32 (n,)."""
-    if isinstance(source, ArraySource) and image_size is None and resize is None:
-        return source.images[indices], source.labels[indices]
-    images, labels = [], []
-    for item in read_items(source, indices.tolist()):
-        image = item["image"]
-        images.append(image if isinstance(image, np.ndarray) else decode(image))
-        labels.append(item["label"])
-    return np.stack(images), np.asarray(labels, np.int32)

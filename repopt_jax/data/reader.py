@@ -1,0 +1,81 @@
+"""Labelled pictures of a split by index, with a policy for broken files."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from repopt_jax.data.sources import read_items
+
+_log = logging.getLogger(__name__)
+
+
+class Reader:
+    """Reads pictures and turns each into an array.
+
+    Args:
+      source: see `repopt_jax.data.sources`.
+      name: what the source is called in messages, e.g. `training`.
+      bad_pictures: None stops at the first picture that cannot be decoded; a set collects the
+        names of those that were passed over.
+    """
+
+    def __init__(self, source, name: str, bad_pictures: set[str] | None = None):
+        self._source = source
+        self._name = name
+        self._bad_pictures = bad_pictures
+
+    def read(
+        self, indices: Sequence[int], make: Callable, rows: Sequence | None = None
+    ) -> tuple[list[np.ndarray | None], list[int]]:
+        """Reads pictures.
+
+        Args:
+          indices: into the source.
+          make: `make(image)` or, with rows, `make(image, row)` gives the finished array of an
+            array or of encoded bytes, and raises ValueError where it cannot.
+          rows: None or one object per picture.
+
+        Returns:
+          The arrays, None in place of bad pictures, and the labels.
+
+        Raises:
+          ValueError: a picture cannot be decoded and bad ones are not collected.
+        """
+        images, labels = [], []
+        items = read_items(self._source, list(indices))
+        arguments = [()] * len(items) if rows is None else [(row,) for row in rows]
+        for index, item, extra in zip(indices, items, arguments, strict=True):
+            try:
+                images.append(make(item["image"], *extra))
+            except ValueError as error:
+                self._note(index, item, error)
+                images.append(None)
+            labels.append(item["label"])
+        return images, labels
+
+    def read_all(
+        self, indices: Sequence[int], make: Callable, rows: Sequence | None = None
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Like `read`, but the next good picture of the source stands in for a bad one."""
+        images, labels = self.read(indices, make, rows)
+        for position, index in enumerate(indices):
+            tries = 0
+            while images[position] is None:
+                tries += 1
+                if tries == len(self._source):
+                    raise ValueError(f"none of the {self._name} pictures can be decoded")
+                row = None if rows is None else [rows[position]]
+                other = [(index + tries) % len(self._source)]
+                (images[position],), (labels[position],) = self.read(other, make, row)
+        return images, labels
+
+    def _note(self, index: int, item: dict, error: ValueError) -> None:
+        name = f"{self._name} picture {index}"
+        if item.get("name"):
+            name += f" ({item['name']})"
+        if self._bad_pictures is None:
+            raise ValueError(f"{name}: {error} (skip_bad=True goes on without it)") from error
+        if name not in self._bad_pictures:
+            self._bad_pictures.add(name)
+            _log.warning("skipping %s, bad picture number %d", name, len(self._bad_pictures))
