@@ -1,0 +1,166 @@
+"""The pictures of a run: its training curves, and the scales by depth.
+
+Colours are of the Okabe-Ito palette, which people with any colour vision tell apart.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BRANCH_STYLES = {  # fixed, so that pictures of several networks can be compared
+    "conv3x3": ("#0072B2", "o"),
+    "conv": ("#0072B2", "o"),
+    "conv1x1": ("#D55E00", "s"),
+    "identity": ("#009E73", "^"),
+}
+_NAMED_BLOCKS = 32  # of more blocks, only every fifth of a stage is named
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.grid(True, color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path: epath.PathLike):
+    if jax.process_index() != 0:
+        return
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        figure.savefig(file, format=path.suffix[1:] or "png")
+
+
+def _series(records, name: str, axis: str) -> tuple[list[float], list[float]]:
+    points = [(r[axis], r[name]) for r in records if axis in r and name in r]
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]]):
+    """Draw training loss, evaluation top-1 accuracy and learning rate of one or several runs.
+
+    Args:
+      path: file to write, with the ending of a format that matplotlib knows (``.png``, ``.pdf``).
+      runs: records of each run by its label, as :func:`repopt_jax.training.report.read_metrics`
+        returns them, with ``train/loss``, ``train/lr`` and ``eval/top1`` (percent). The horizontal
+        axis is ``epoch`` where every record has one, ``step`` elsewhere.
+
+    Raises:
+      ValueError: where there is no run.
+    """
+    if not runs:
+        raise ValueError("runs must have at least one run; got none")
+    in_epochs = all("epoch" in record for records in runs.values() for record in records)
+    axis, unit = ("epoch", "Epoch") if in_epochs else ("step", "Update")
+    figure, (loss, top1, lr) = _figure(11, 3.6, columns=3)
+    for place, (label, records) in enumerate(runs.items()):
+        style = {
+            "color": _COLOURS[place % len(_COLOURS)],
+            "linestyle": ("-", "--", ":")[place // len(_COLOURS) % 3],
+            "linewidth": 1.4,
+            "markersize": 3,
+        }
+        x, y = _series(records, "train/loss", axis)
+        loss.plot(x, y, label=label, marker="o" if len(x) == 1 else "", **style)
+        x, y = _series(records, "eval/top1", axis)
+        best = f": best {max(y):.2f} %" if y else ""
+        top1.plot(x, y, label=label + best, marker="o" if len(x) <= 40 else "", **style)
+        # Runs often share their learning rates: the earlier ones show behind the later.
+        style["linewidth"] += 1.4 * (len(runs) - 1 - place)
+        lr.plot(*_series(records, "train/lr", axis), **style)
+    for ax, title in ((loss, "Training loss"), (top1, "Evaluation top-1 accuracy (%)")):
+        ax.set_ylabel(title)
+        ax.legend(frameon=False, fontsize="small")
+    lr.set_ylabel("Learning rate")
+    lr.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for ax in (loss, top1, lr):
+        ax.set_xlabel(unit)
+        ax.margins(x=0.02)
+    _save(figure, path)
+
+
+def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
+    """Draw the sizes of the scales by depth: mean over the channels, and the range they span.
+
+    Args:
+      path: file to write, with the ending of a format that matplotlib knows.
+      scales: vectors by block path (``stage1/0``, in the network's order) and branch name
+        (``conv3x3``). A block may lack a branch. Absolute values are drawn, without zeros; the
+        axis ends at a twentieth of the smallest mean.
+
+    Raises:
+      ValueError: where there is no block, or a block's vector is empty.
+    """
+    if not scales:
+        raise ValueError("scales must have at least one block; got none")
+    blocks = list(scales)
+    present = dict.fromkeys(branch for block in scales.values() for branch in block)
+    branches = [b for b in _BRANCH_STYLES if b in present]
+    branches += [b for b in present if b not in _BRANCH_STYLES]
+    width = min(max(6.5, 0.26 * len(blocks) + 2.5), 13)  # inches
+    figure, (ax,) = _figure(width, 4.2)
+    spare = itertools.cycle(_COLOURS[3:])
+    means = []
+    for branch in branches:
+        colour, marker = _BRANCH_STYLES.get(branch) or (next(spare), "D")
+        low, mean, high = np.array(
+            [_range(scales[block].get(branch), block, branch) for block in blocks]
+        ).T
+        means.extend(mean[np.isfinite(mean)])
+        style = {"color": colour, "linewidth": 1.5, "marker": marker, "markersize": 4}
+        ax.plot(mean, label=branch, **style)
+        ax.fill_between(range(len(blocks)), low, high, color=colour, alpha=0.15, linewidth=0)
+
+    named, in_stage = [], 0
+    for place, block in enumerate(blocks):
+        new_stage = place > 0 and block.split("/")[0] != blocks[place - 1].split("/")[0]
+        in_stage = 0 if new_stage else in_stage
+        if new_stage:
+            ax.axvline(place - 0.5, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+        if len(blocks) <= _NAMED_BLOCKS or in_stage % 5 == 0:
+            named.append(place)
+        in_stage += 1
+    names = [blocks[place] for place in named]
+    size = min(8.5, 0.75 * 72 * width / len(blocks))  # neighbours must not touch
+    ax.set_xticks(named, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
+    ax.set_xlabel("Block, from the input to the output")
+    ax.set_xlim(-0.6, len(blocks) - 0.4)
+    ax.set_yscale("log")
+    ax.set_ylabel("Absolute scale")
+    if means:  # single channels near zero would squeeze all lines together at the top
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(means) / 20))
+    ax.legend(
+        title="Mean (line) and range (band) over channels",
+        title_fontsize="small",
+        ncols=len(branches),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        frameon=False,
+    )
+    _save(figure, path)
+
+
+def _range(vector, block: str, branch: str) -> tuple[float, float, float]:
+    """Smallest, mean and largest absolute value; NaN, which draws nothing, without a vector."""
+    if vector is None:
+        return (math.nan,) * 3
+    sizes = np.abs(np.asarray(vector, np.float64).ravel())
+    if not sizes.size:
+        raise ValueError(f"scales must not be empty; got a vector of size 0 for {block}/{branch}")
+    sizes = sizes[sizes > 0]
+    return (sizes.min(), sizes.mean(), sizes.max()) if sizes.size else (math.nan,) * 3

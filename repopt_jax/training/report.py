@@ -1,0 +1,195 @@
+"""What a run leaves behind: numbers by step, JSON files, and a table at its end.
+
+A working directory gets ``metrics.jsonl``, one JSON object per line with ``step``, ``epoch`` and
+what was measured (``train/loss``, ``train/lr``, ``eval/top1``, ...), and TensorBoard events under
+``tensorboard``. Process 0 does all the writing.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no arrays: those become null and lists."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _jsonable(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def write_json(path: epath.PathLike, content: Any):
+    """Write a JSON file that is either the old or the new one, never half of it.
+
+    Args:
+      path: file to write, local or ``gs://``; its directory is created where it is absent.
+      content: dicts, lists, strings, numbers and arrays; NaN and infinities become null, and
+        anything else its ``str``.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     write_json(f"{workdir}/summary.json", {"top1": np.float32(78.5), "loss": math.nan})
+    ...     print(epath.Path(workdir, "summary.json").read_text())
+    {
+      "top1": 78.5,
+      "loss": null
+    }
+    <BLANKLINE>
+    """
+    _replace(epath.Path(path), json.dumps(_jsonable(content), indent=2) + "\n")
+
+
+def _replace(path: epath.Path, text: str):
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.parent / f"{path.name}.unfinished"
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``; null becomes NaN, and a line cut off by a kill is left out.
+
+    Args:
+      path: the file; an absent one gives an empty list.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records.append({k: math.nan if v is None else v for k, v in record.items()})
+    return records
+
+
+class MetricsWriter:
+    """Appends numbers to ``metrics.jsonl`` and to TensorBoard's events.
+
+    A resumed run continues the file of the interrupted one. Lines of later steps than the one it
+    resumes from are dropped, so that the file reads like that of an undisturbed run.
+
+    Args:
+      workdir: the run's directory, local or ``gs://``.
+      resumed_at: step of the restored checkpoint; None starts a new file.
+      tensorboard: also write TensorBoard events.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     writer = MetricsWriter(workdir, tensorboard=False)
+    ...     writer.write(100, {"train/loss": 2.5, "train/lr": 0.1})
+    ...     print(epath.Path(workdir, "metrics.jsonl").read_text(), end="")
+    {"step": 100, "train/loss": 2.5, "train/lr": 0.1}
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, *, resumed_at: int | None = None, tensorboard: bool = True
+    ):
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        self._events = None
+        if jax.process_index() != 0:
+            return
+        kept = [] if resumed_at is None else read_metrics(self.path)
+        kept = [record for record in kept if record["step"] <= resumed_at]
+        _replace(self.path, "".join(_line(record) for record in kept))
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # takes a second to import
+
+            # TensorBoard leaves out what an interrupted run wrote from purge_step on. The suffix
+            # keeps two runs that start within one second apart.
+            purge = 0 if resumed_at is None else resumed_at + 1
+            folder = str(self.path.parent / "tensorboard")
+            self._events = SummaryWriter(folder, purge_step=purge, filename_suffix=f".{purge}")
+
+    def write(self, step: int, metrics: dict[str, Any]):
+        """Append one line.
+
+        Args:
+          step: number of updates done.
+          metrics: scalars by name: Python's, NumPy's or JAX's (which are waited for).
+
+        Raises:
+          ValueError: for a value that is no scalar, or the name ``step``.
+        """
+        if "step" in metrics:
+            raise ValueError("metrics must not have the name 'step', which is the first argument")
+        scalars = {}
+        for name, value in metrics.items():
+            number = np.asarray(value)
+            if number.ndim or not jnp.issubdtype(number.dtype, jnp.number):
+                raise ValueError(f"metrics must be scalar numbers; got {value!r} for {name!r}")
+            scalars[name] = number.item()
+        if jax.process_index() != 0:
+            return
+        with self.path.open("a") as file:
+            file.write(_line({"step": int(step)} | scalars))
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, int(step))
+
+    def close(self):
+        """Write out what TensorBoard's writer still holds."""
+        if self._events is not None:
+            self._events.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_jsonable(record)) + "\n"
+
+
+def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Align a table as plain text: words to the left, numbers to the right.
+
+    Args:
+      rows: cells by row; anything that is not a string is printed by ``str``.
+      header: one word or more per column.
+
+    Raises:
+      ValueError: for a row with another number of cells than the header.
+
+    >>> rows = [("search", 240, "71.20 %"), ("RepOptimizer", 1200, "78.62 %")]
+    >>> print(format_table(rows, ["part", "epochs", "top-1"]))
+    part          epochs    top-1
+    ------------  ------  -------
+    search           240  71.20 %
+    RepOptimizer    1200  78.62 %
+    """
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"rows must have {len(header)} cells, as the header; got {row!r}")
+    cells = [[str(cell) for cell in row] for row in rows]
+    columns = list(zip(*cells, strict=True)) or [()] * len(header)
+    widths = [
+        max(map(len, (title, *column))) for title, column in zip(header, columns, strict=True)
+    ]
+    right = [bool(column) and all(map(_starts_as_number, column)) for column in columns]
+
+    def line(row):
+        parts = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _starts_as_number(cell: str) -> bool:
+    return cell == "" or cell.lstrip("+-~<>")[:1].isdigit() or cell in ("-", "nan")
