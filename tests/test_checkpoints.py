@@ -361,13 +361,17 @@ def test_without_keep_best_only_the_latest_are_kept(tmp_path):
 
 
 def test_going_back_to_an_older_checkpoint_gives_up_the_newer_ones_once_one_is_complete(tmp_path):
-    two_saved(tmp_path)
-    checkpoints = Checkpoints(tmp_path, keep_latest=3)
+    first = Checkpoints(tmp_path, keep_latest=9)
+    for step in (1, 3, 5):
+        first.save(step, numbers(step), metrics={"top1": step / 10})
+    first.close()
+    checkpoints = Checkpoints(tmp_path, keep_latest=9)
     checkpoints.restore(numbers(0), step=1)
-    assert checkpoints.steps() == [1, 2]
-    assert checkpoints.save(2, numbers(22), metrics={"top1": 0.05})
+    assert checkpoints.steps() == [1, 3, 5]
+    checkpoints.save(3, numbers(33), metrics={"top1": 0.05})
     checkpoints.wait()
-    assert bits(checkpoints.restore(numbers(0))[1]) == bits(numbers(22))
+    assert checkpoints.steps() == [1, 3]
+    assert bits(checkpoints.restore(numbers(0))[1]) == bits(numbers(33))
     assert checkpoints.best_step() == 1
     checkpoints.close()
 

@@ -1,8 +1,5 @@
 """The pictures draw the given numbers, with axes, units and legends that do not overlap."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -124,8 +121,3 @@ def test_nothing_to_draw_is_refused(tmp_path):
         plot_scales(tmp_path / "x.png", {})
     with pytest.raises(ValueError, match="must not be empty; got a vector of size 0 for a/conv"):
         plot_scales(tmp_path / "x.png", {"a": {"conv": np.ones(0)}})
-
-
-def test_importing_the_module_does_not_load_matplotlib():
-    code = "import sys, repopt_jax.training.figures; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,28 +16,27 @@ last two are JSON.
 import contextlib
 import json
 import logging
-import math
 import shutil
-from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from repopt_jax.training.manifests import (
+    as_example,
     by_path,
     is_key,
     make_manifest,
     require_match,
     require_undamaged,
     seal,
+    to_read,
     unseal,
 )
+from repopt_jax.training.retention import KeepLatestAndBest
 
 _log = logging.getLogger(__name__)
 
@@ -69,20 +68,6 @@ def _warnings_of_orbax_only(record: logging.LogRecord) -> bool:
     return record.levelno == logging.WARNING or "orbax" not in record.pathname
 
 
-def _to_read(leaf) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _as_example(array: jax.Array, example, generator: str | None) -> jax.Array:
-    """Give back what files do not hold: a random key's type, and freedom from any one device."""
-    if isinstance(example, jax.Array) and not example.committed:
-        array = jnp.asarray(np.asarray(array))
-    return jax.random.wrap_key_data(array, impl=generator) if generator else array
-
-
 def _positions(iterator) -> list[str]:
     """The iterator's state in every process, as text."""
     state = iterator.get_state()
@@ -98,27 +83,6 @@ def _positions(iterator) -> list[str]:
 def _move(iterator, position: str):
     as_bytes = isinstance(iterator.get_state(), bytes)  # Grain's DataLoader; its Dataset has dicts
     iterator.set_state(position.encode() if as_bytes else json.loads(position))
-
-
-class _Keep(PreservationPolicy):
-    """Once a checkpoint is complete, drop all but the latest and the best."""
-
-    def __init__(self, latest: int, best: bool, best_metric: str):
-        self.latest, self.best, self.best_metric = latest, best, best_metric
-        self.metrics: dict[int, dict[str, float]] = {}
-        self.damaged: set[int] = set()
-
-    def should_preserve(self, checkpoints, *, context):
-        newest = checkpoints[-1].step  # being written; higher steps are of an abandoned run
-        good = [c.step for c in checkpoints if c.step <= newest and c.step not in self.damaged]
-        keep = {*sorted(good)[-self.latest :], *self.by_metric(good)[: int(self.best)]}
-        return [c.step in keep for c in checkpoints]
-
-    def by_metric(self, steps: Iterable[int]) -> list[int]:
-        """The steps that have the metric, the best first; of equals, the earlier first."""
-        values = {s: self.metrics.get(s, {}).get(self.best_metric, math.nan) for s in steps}
-        known = [s for s in values if not math.isnan(values[s])]
-        return sorted(known, key=lambda s: (-values[s], s))
 
 
 class Checkpoints:
@@ -139,6 +103,7 @@ class Checkpoints:
       OSError: where the directory cannot be written.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> state = {"weight": jnp.arange(3.0), "count": jnp.int32(7)}
     >>> with tempfile.TemporaryDirectory() as workdir:
     ...     checkpoints = Checkpoints(workdir)
@@ -170,7 +135,7 @@ class Checkpoints:
         if not read_only:
             self._require_writable()
         self._here: int | None = None  # the step saved or restored last
-        self._keep = _Keep(keep_latest, keep_best, best_metric)
+        self._keep = KeepLatestAndBest(keep_latest, keep_best, best_metric)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "data", "manifest"),
@@ -342,14 +307,14 @@ class Checkpoints:
             )
         with _failure_is_damage():
             positions = self._read_json(step, "data") if data_iterator is not None else []
-            wanted = {path: _to_read(leaf) for path, leaf in examples.items()}
+            wanted = {path: to_read(leaf) for path, leaf in examples.items()}
             items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             arrays = self._manager.restore(step, args=items)["state"]
             require_undamaged(manifest, arrays)
         if positions:
             _move(data_iterator, positions[jax.process_index()])
         generators = manifest["generators"]
-        leaves = [_as_example(arrays[p], leaf, generators.get(p)) for p, leaf in examples.items()]
+        leaves = [as_example(arrays[p], leaf, generators.get(p)) for p, leaf in examples.items()]
         return jax.tree.unflatten(tree, leaves)
 
     def _read_json(self, step: int, item: str):

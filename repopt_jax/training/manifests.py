@@ -121,6 +121,31 @@ def require_undamaged(manifest: dict[str, Any], arrays: dict[str, jax.Array]):
             raise ValueError(f"the numbers of {path} are not those that were written")
 
 
+def to_read(example: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What to ask Orbax for: the example's shape, type and sharding; a random key's data.
+
+    Args:
+      example: one without a sharding means the first device.
+    """
+    sharding = example.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if is_key(example):
+        example = jax.eval_shape(jax.random.key_data, example)
+    return jax.ShapeDtypeStruct(example.shape, example.dtype, sharding=sharding)
+
+
+def as_example(array: jax.Array, example, generator: str | None) -> jax.Array:
+    """Give back what files do not hold: a random key's type, and freedom from any one device.
+
+    Args:
+      array: what was read for :func:`to_read`.
+      example: the same that was given there.
+      generator: from the manifest; None for what is no random key.
+    """
+    if isinstance(example, jax.Array) and not example.committed:
+        array = jnp.asarray(np.asarray(array))
+    return jax.random.wrap_key_data(array, impl=generator) if generator else array
+
+
 def seal(content: Any) -> dict[str, Any]:
     """Put a checksum beside something that JSON can hold.
 
