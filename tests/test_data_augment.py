@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from repopt_jax.data.augment import FlipCrop, preset
+from repopt_jax.data.augment import FlipCrop, ResizedCrop, preset
 
 
 def test_crops_are_windows_of_the_zero_padded_picture_and_all_of_them_occur():
@@ -33,3 +33,45 @@ def test_flips_are_fair():
     draws = preset("flip_crop").draw(4000, np.random.default_rng(0))
     assert draws[:, 2].mean() == pytest.approx(0.5, abs=0.03)
     assert (draws[:, :2].min(), draws[:, :2].max()) == (0, 8)
+
+
+def test_half_of_the_resized_crops_are_mirrored():
+    """Left is dark and right is bright, in every crop of this ramp."""
+    ramp = np.repeat(np.tile(np.arange(0, 240, 2, dtype=np.uint8), (90, 1))[..., None], 3, axis=-1)
+    augment = preset("weak")
+    seeds = augment.draw(400, np.random.default_rng(0))
+    crops = [augment.picture(ramp, seed, 16) for seed in seeds]
+    mirrored = np.mean([crop[8, 0, 0] > crop[8, -1, 0] for crop in crops])
+    assert mirrored == pytest.approx(0.5, abs=0.07)
+
+
+def test_a_seed_decides_everything():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)
+    for name in ("weak", "raug15", "jitter"):
+        augment = preset(name)
+        first, second = augment.draw(2, rng)
+        picture = augment.picture(image, first, 32)
+        np.testing.assert_array_equal(picture, augment.picture(image, first, 32))
+        assert (picture != augment.picture(image, second, 32)).any()
+
+
+def test_jitter_changes_brightness_by_at_most_its_strength_and_keeps_grey_grey():
+    """Contrast and saturation cannot change a flat grey picture, so brightness shows alone."""
+    image = np.full((20, 20, 3), 100, np.uint8)
+    augment = ResizedCrop(jitter=0.4)
+    seeds = augment.draw(300, np.random.default_rng(0))
+    values = np.array([augment.picture(image, seed, 8)[0, 0] for seed in seeds])
+    assert (values == values[:, :1]).all()
+    assert 59 <= values.min() <= 64 and 136 <= values.max() <= 140
+
+
+def test_random_interpolation_takes_pillows_bicubic_for_half_of_the_pictures():
+    """Bicubic interpolation overshoots at an edge, bilinear never does."""
+    image = np.full((40, 40, 3), 100, np.uint8)
+    image[:, 20:] = 150
+    augment = ResizedCrop(random_interpolation=True)
+    seeds = augment.draw(300, np.random.default_rng(0))
+    crops = [augment.picture(image, seed, 64) for seed in seeds]
+    overshoot = [crop.max() > 151 for crop in crops if crop.min() < 101 and crop.max() >= 150]
+    assert np.mean(overshoot) == pytest.approx(0.5, abs=0.1)

@@ -12,9 +12,9 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 def decode(data: bytes, *, reduction: int = 1) -> np.ndarray:
     """Decodes one picture to RGB.
 
-    simplejpeg decodes what it can, in three quarters of Pillow's time and with the same result.
-    Pillow takes over for the rest of what ImageNet holds: CMYK files, a PNG named JPEG, junk
-    between a JPEG's segments.
+    simplejpeg decodes what it can, in three quarters of Pillow's time and with the same result
+    (CMYK: within 1). Pillow takes over for the rest of what ImageNet holds, a PNG named JPEG or
+    junk between a JPEG's segments.
 
     Args:
       data: the file's bytes, in any format that Pillow reads.

@@ -117,7 +117,7 @@ def random_resized_crop(
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
         top, left, crop_height, crop_width = random_box(height, width, rng)
-        reduction = 1.0
+        reduction = 1
     else:
         height, width = decoded_size(image)
         top, left, crop_height, crop_width = random_box(height, width, rng)
@@ -126,10 +126,10 @@ def random_resized_crop(
         image = decode(image, reduction=max(f for f in (1, 2, 4, 8) if f <= max(spare, 1)))
         # Formats other than JPEG come in full size.
         reduction = round(height / image.shape[0])
-    if reduction > 1:
-        crop_height, crop_width = crop_height // reduction, crop_width // reduction
-        top, left = top // reduction, left // reduction
-    crop = image[top : top + crop_height, left : left + crop_width]
+    # Moves the crop by half a pixel of the reduced picture at most.
+    rows = slice(round(top / reduction), round((top + crop_height) / reduction))
+    columns = slice(round(left / reduction), round((left + crop_width) / reduction))
+    crop = image[rows, columns]
     if fast:
         mode = cv2.INTER_CUBIC if bicubic else cv2.INTER_LINEAR
         return cv2.resize(crop, (size, size), interpolation=mode)

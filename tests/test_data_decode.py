@@ -1,0 +1,64 @@
+"""Claims about decoding what real data sets contain."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repopt_jax.data.decode import decode, decoded_size
+
+RNG = np.random.default_rng(0)
+COARSE = RNG.integers(0, 256, (6, 5, 3)).astype(np.uint8)
+PICTURE = Image.fromarray(COARSE).resize((50, 61), Image.Resampling.BICUBIC)
+
+
+def encoded(mode="RGB", file_format="JPEG", **options):
+    buffer = io.BytesIO()
+    PICTURE.convert(mode).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+KINDS = {
+    "jpeg": encoded(),
+    "progressive": encoded(progressive=True),
+    "no subsampling": encoded(subsampling=0),
+    "grey": encoded("L"),
+    "CMYK": encoded("CMYK"),
+    "png": encoded(file_format="PNG"),
+    "grey png": encoded("L", "PNG"),
+    "transparent png": encoded("RGBA", "PNG"),
+    "palette gif": encoded("P", "GIF"),
+    # Two bytes that belong to no segment, before the tables.
+    "junk between segments": encoded()[:20] + b"\x00\x00" + encoded()[20:],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_decodes_as_pillow_does(kind):
+    data = KINDS[kind]
+    image = decode(data)
+    assert image.dtype == np.uint8
+    pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    # The two round a product of ink and black differently.
+    np.testing.assert_allclose(image, pillow, atol=1 if kind == "CMYK" else 0)
+    assert decoded_size(data) == (61, 50)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_jpegs_can_be_decoded_small(reduction):
+    assert decode(KINDS["jpeg"], reduction=reduction).shape[:2] == (
+        -(-61 // reduction),
+        -(-50 // reduction),
+    )
+    assert decode(KINDS["png"], reduction=reduction).shape == (61, 50, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no picture", KINDS["jpeg"][:-300], KINDS["png"][:-300], KINDS["jpeg"][:30]],
+    ids=["empty", "text", "truncated jpeg", "truncated png", "header only"],
+)
+def test_broken_files_are_refused(data):
+    with pytest.raises(ValueError, match="the picture cannot be decoded"):
+        decode(data)

@@ -1,0 +1,150 @@
+"""Claims about picture files: folders, broken files, batches from encoded pictures."""
+
+import logging
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from repopt_jax.data import eval_batches, load_dataset, train_batches
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of 6 training and 3 evaluation pictures, of several sizes, coloured by label."""
+    for split, count in (("train", 6), ("val", 3)):
+        for label, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = np.full((40 + 3 * i, 50 - 2 * i, 3), 60 + 100 * label, np.uint8)
+                image[::2] += np.uint8(10 * i)
+                data = simplejpeg.encode_jpeg(image)
+                (tmp_path / split / name / f"{i}.JPEG").write_bytes(data)
+    (tmp_path / "train" / "bee" / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def load(folder, **arguments):
+    return load_dataset("folder", data_dir=str(folder), **arguments)
+
+
+def test_a_folder_gives_its_files_sorted_with_its_classes_as_labels(folder):
+    dataset = load(folder)
+    assert (len(dataset.train), len(dataset.eval), dataset.num_classes) == (12, 6, 2)
+    items = [dataset.train[i] for i in range(12)]
+    assert [item["label"] for item in items] == [0] * 6 + [1] * 6
+    assert items[7]["name"] == str(folder / "train" / "bee" / "1.JPEG")
+    assert items[7]["image"] == (folder / "train" / "bee" / "1.JPEG").read_bytes()
+
+
+def test_an_evaluation_class_keeps_its_label_where_others_are_missing(folder):
+    for path in (folder / "val" / "ant").iterdir():
+        path.unlink()
+    (folder / "val" / "ant").rmdir()
+    assert [load(folder).eval[i]["label"] for i in range(3)] == [1, 1, 1]
+
+
+def test_wrong_folders_are_named(folder):
+    with pytest.raises(ValueError, match=r"data_dir must be the folder .* got None"):
+        load_dataset("folder")
+    with pytest.raises(FileNotFoundError, match=r"train_split must name a folder .* got 'trian'"):
+        load(folder, train_split="trian")
+    (folder / "val" / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"no class that train_split lacks, got \['cat'\]"):
+        load(folder)
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"train_split must hold pictures .* got none in"):
+        load(folder, train_split="empty", eval_split="empty")
+
+
+def test_pictures_of_several_sizes_need_an_image_size(folder):
+    for make in (train_batches, eval_batches):
+        seed = {"seed": 0} if make is train_batches else {}
+        with pytest.raises(ValueError, match=r"image_size must be given, because .* got None"):
+            make(load(folder), batch_size=4, **seed)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip_crop", "weak", "raug15", "jitter"])
+def test_encoded_batches_depend_on_neither_threads_nor_processes_nor_interruption(folder, augment):
+    dataset = load(folder)
+    arguments = {"batch_size": 4, "seed": 3, "augment": augment, "image_size": 32}
+    alone = train_batches(dataset, threads=0, **arguments)
+    threaded = train_batches(dataset, threads=3, **arguments)
+    parts = [
+        train_batches(dataset, process_index=i, process_count=2, **arguments) for i in range(2)
+    ]
+    for step in range(5):
+        expected = next(alone)
+        assert expected["image"].shape == (4, 32, 32, 3)
+        ours = next(threaded)
+        together = [next(part) for part in parts]
+        for key in expected:
+            np.testing.assert_array_equal(expected[key], ours[key])
+            np.testing.assert_array_equal(expected[key], np.concatenate([b[key] for b in together]))
+        if step == 2:
+            state = threaded.get_state()
+            threaded = train_batches(dataset, threads=2, **arguments)
+            threaded.set_state(state)
+
+
+def test_encoded_evaluation_sees_every_picture_once(folder):
+    batches = list(eval_batches(load(folder), batch_size=4, image_size=24, resize=28))
+    assert [batch["mask"].sum() for batch in batches] == [4, 2]
+    assert batches[0]["image"].shape == (4, 24, 24, 3)
+    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    means = np.concatenate([b["image"][b["mask"]].mean((1, 2, 3)) for b in batches])
+    np.testing.assert_array_equal(labels, means > 110)
+    assert not batches[1]["image"][2:].any()
+
+
+def test_resize_without_or_below_image_size_is_refused(folder):
+    for image_size in (None, 64):
+        with pytest.raises(ValueError, match="resize must be None or at least image_size, got 32"):
+            eval_batches(load(folder), batch_size=4, image_size=image_size, resize=32)
+
+
+def test_a_broken_file_stops_the_run_with_its_name(folder):
+    (folder / "train" / "ant" / "2.JPEG").write_bytes(b"no picture")
+    (folder / "val" / "bee" / "1.JPEG").write_bytes(b"")
+    batches = train_batches(load(folder), batch_size=12, seed=0, augment="weak", image_size=32)
+    with pytest.raises(ValueError, match=r"training picture 2 \(.*ant.2\.JPEG\): .*skip_bad=True"):
+        next(batches)
+    with pytest.raises(ValueError, match=r"evaluation picture 4 \(.*bee.1\.JPEG\)"):
+        list(eval_batches(load(folder), batch_size=6, image_size=32))
+
+
+def test_skipped_files_are_replaced_and_counted(folder, caplog):
+    """Pictures 5 and 6 are broken: 7 stands in for both, in either kind of augmentation."""
+    (folder / "train" / "ant" / "5.JPEG").write_bytes(b"no picture")
+    (folder / "train" / "bee" / "0.JPEG").write_bytes(b"no picture")
+    for augment in ("none", "raug15"):
+        dataset = load(folder)
+        arguments = {"batch_size": 12, "seed": 0, "augment": augment, "image_size": 32}
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            batches = train_batches(dataset, skip_bad=True, threads=0, **arguments)
+            batch = next(batches)
+            next(batches)
+        assert batch["label"].tolist().count(1) == 7
+        assert batch["image"].any(axis=(1, 2, 3)).all()
+        assert len(dataset.bad_pictures) == 2
+        assert [r.message.endswith(f"number {n}") for n, r in enumerate(caplog.records, 1)] == [
+            True,
+            True,
+        ]
+
+
+def test_skipped_files_are_masked_in_evaluation(folder):
+    (folder / "val" / "bee" / "1.JPEG").write_bytes(b"")
+    dataset = load(folder)
+    (batch,) = eval_batches(dataset, batch_size=6, image_size=32, skip_bad=True)
+    assert batch["mask"].tolist() == [True, True, True, True, False, True]
+    assert len(dataset.bad_pictures) == 1
+
+
+def test_a_set_of_broken_files_only_is_an_error(folder):
+    for path in (folder / "train").glob("*/*.JPEG"):
+        path.write_bytes(b"no picture")
+    batches = train_batches(load(folder), batch_size=4, seed=0, image_size=32, skip_bad=True)
+    with pytest.raises(ValueError, match="none of the training pictures can be decoded"):
+        next(batches)
