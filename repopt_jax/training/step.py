@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -164,13 +163,10 @@ def train_step(
     }
 
 
-@flax.struct.dataclass
-class EvalMetrics(clu_metrics.Collection):
-    """Masked sums over an evaluation set: mean loss, top-1 and top-5 in percent."""
-
-    loss: clu_metrics.Average.from_output("loss")
-    top1: clu_metrics.Average.from_output("top1")
-    top5: clu_metrics.Average.from_output("top5")
+# Masked means over an evaluation set: loss, and top-1 and top-5 in percent.
+EvalMetrics = clu_metrics.Collection.create(
+    **{name: clu_metrics.Average.from_output(name) for name in ("loss", "top1", "top5")}
+)
 
 
 def eval_step(

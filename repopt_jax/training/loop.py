@@ -1,0 +1,201 @@
+"""The loop: trains one part from its first step, or its last checkpoint, to its end.
+
+The phases in order: state, restore, steps with evaluation and checkpoints, summary. Step n is
+dispatched before the metrics of step n - 1 are read, so the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.devices import put_batch
+from repopt_jax.training.parts import Part
+from repopt_jax.training.progress import Progress
+from repopt_jax.training.report import MetricsWriter, read_metrics
+from repopt_jax.training.step import EvalMetrics, TrainState, eval_step, train_step
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+
+class RunStopped(Exception):
+    """The run ended early for a reason that its message tells."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT only set `received`; a second SIGINT interrupts."""
+
+    def __enter__(self) -> StopSignal:
+        self.received: signal.Signals | None = None
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        del frame
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+@functools.cache
+def jitted_steps() -> tuple[Any, Any]:
+    """The jitted training and evaluation step, shared by all parts of a process."""
+    return (
+        jax.jit(train_step, static_argnums=(0, 1, 2), donate_argnums=3),
+        jax.jit(eval_step, static_argnums=(0, 1)),
+    )
+
+
+def evaluate(part: Part, params: PyTree, stats: PyTree) -> dict[str, float]:
+    """Loss, top-1 and top-5 (percent) over every evaluation picture exactly once."""
+    total = EvalMetrics.empty()
+    for batch in part.eval_batches():
+        placed = put_batch(part.mesh, batch)
+        total = total.merge(
+            jitted_steps()[1](part.eval_graphdef, part.options, params, stats, placed)
+        )
+    return {name: float(value) for name, value in total.compute().items()}
+
+
+def evaluate_state(part: Part, state: TrainState) -> dict[str, float]:
+    """`evaluate` of the raw parameters, and beside them of the averages if there are any."""
+    found = {f"eval/{k}": v for k, v in evaluate(part, state.params, state.stats).items()}
+    if state.ema is not None:
+        found |= {f"eval_ema/{k}": v for k, v in evaluate(part, *state.ema).items()}
+    return found
+
+
+def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, Any]]:
+    """Train a part in `workdir`, resuming from its newest intact checkpoint.
+
+    Returns:
+      The final state and a summary: the last evaluation, the best top-1, steps and seconds.
+
+    Raises:
+      RunStopped: at a non-finite loss, or after a signal, when the state has been saved.
+    """
+    workdir = epath.Path(workdir)
+    checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
+    batches = part.train_batches()
+    state = part.init()
+    restored = checkpoints.restore(state, batches)
+    first = 0
+    if restored is not None:
+        first, state = restored
+    writer = MetricsWriter(workdir, resumed_at=first if restored is not None else None)
+    progress = Progress(
+        workdir,
+        part.steps,
+        batch_size=part.section.batch_size,
+        resumed_at=first,
+        label=part.name,
+    )
+    try:
+        with StopSignal() as stop, progress:
+            state = _run_steps(part, state, first, batches, checkpoints, writer, progress, stop)
+        checkpoints.wait()
+    finally:
+        writer.close()
+        checkpoints.close()
+    return state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
+
+
+def _run_steps(part, state, first, batches, checkpoints, writer, progress, stop) -> TrainState:
+    step_fn, _ = jitted_steps()
+    eval_every = part.steps_in(part.config.eval_every)
+    save_every = part.steps_in(part.config.checkpoint.every)
+    log_every = part.config.log_every
+    seconds = _seconds_before(read_metrics(writer.path))
+    since = time.perf_counter()
+    recent: list[dict[str, jax.Array]] = []
+    for step in range(first + 1, part.steps + 1):
+        batch = put_batch(part.mesh, next(batches))
+        state, metrics = step_fn(part.graphdef, part.tx, part.options, state, batch)
+        if recent:
+            _require_finite(part, step - 1, recent[-1], checkpoints)
+        recent.append(metrics)
+        progress.step(step)
+
+        last = step == part.steps
+        due_eval = last or step % eval_every == 0
+        due_save = last or step % save_every == 0 or stop.received is not None
+        if due_eval or due_save or step % log_every == 0:
+            _require_finite(part, step, metrics, checkpoints)
+            means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in metrics}
+            recent.clear()
+            means["train/lr"] = float(part.schedule(step - 1))
+            progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
+            record = {"epoch": step / part.steps_per_epoch, **means}
+            if due_eval:
+                with progress.paused():
+                    found = evaluate_state(part, state)
+                record |= found
+                progress.say(_sentence(part.name, step, found))
+            record["seconds"] = seconds + time.perf_counter() - since
+            writer.write(step, record)
+        if due_save:
+            top1 = {"top1": record["eval/top1"]} if due_eval else None
+            checkpoints.save(step, state, batches, metrics=top1, force=True)
+        if stop.received is not None and not last:
+            checkpoints.wait()
+            raise RunStopped(
+                f"{stop.received.name} received: {part.name} is saved at step {step} of "
+                f"{part.steps}; the same command goes on from there",
+                128 + stop.received,
+            )
+    return state
+
+
+def _require_finite(part: Part, step: int, metrics: dict, checkpoints: Checkpoints) -> None:
+    loss = float(metrics["loss"])
+    if not math.isfinite(loss):
+        steps = checkpoints.steps()
+        kept = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
+        raise RunStopped(
+            f"the loss of {part.name} is {loss} at step {step}; a smaller learning rate "
+            f"(schedule.base_lr) may help; last good checkpoint: {kept}",
+            1,
+        )
+
+
+def _seconds_before(records: list[dict[str, Any]]) -> float:
+    """Time that the steps before the restored checkpoint took."""
+    return records[-1]["seconds"] if records else 0.0
+
+
+def _sentence(name: str, step: int, found: dict[str, float]) -> str:
+    text = f"{name} step {step}: top-1 {found['eval/top1']:.2f} %, top-5 {found['eval/top5']:.2f} %"
+    text += f", loss {found['eval/loss']:.4f}"
+    if "eval_ema/top1" in found:
+        text += f"; averaged weights: top-1 {found['eval_ema/top1']:.2f} %"
+    return text
+
+
+def _summary(part: Part, records: list[dict[str, Any]]) -> dict[str, Any]:
+    evaluations = [r for r in records if "eval/top1" in r]
+    last = evaluations[-1]
+    return {
+        "part": part.name,
+        "steps": part.steps,
+        "epochs": part.steps / part.steps_per_epoch,
+        "seconds": last["seconds"],
+        "best_top1": max(r["eval/top1"] for r in evaluations),
+        **{k: v for k, v in last.items() if k.startswith(("eval", "train/"))},
+    }

@@ -1,0 +1,222 @@
+"""The whole method in one working directory: search, scales, target, and baselines.
+
+``DIR/<part>`` holds each part's checkpoints, logs and metrics; ``DIR`` the configuration, the
+scales, the pictures and the summary. What is finished is not done again, so that the same
+command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+from etils import epath
+from flax import nnx
+
+from repopt_jax.models import searched_scales
+from repopt_jax.scales import Scales, load_scales, save_scales
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.figures import plot_curves, plot_scales
+from repopt_jax.training.loop import RunStopped, evaluate_state, train
+from repopt_jax.training.parts import Part, prepare
+from repopt_jax.training.report import format_table, read_metrics, write_json
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# Fields that may differ when a run is resumed, because they do not change its numbers.
+FREE_FIELDS = ("parts", "log_every", "keep", "threads", "data_dir", "eval_batch_size")
+
+TITLES = {
+    "search": "hyper-search",
+    "target": "RepOptimizer",
+    "plain": "plain optimizer",
+    "csla": "constant-scale branches",
+    "repvgg": "RepVGG",
+}
+
+
+@contextlib.contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    """Input that is refused ends the run with its message, and no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RunStopped(str(error), 2) from error
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """Do all of `config.parts` in `workdir`, print a table and return the summary.
+
+    Raises:
+      RunStopped: for anything wrong with `config`, `workdir` or the data, before any work; at a
+        non-finite loss; after SIGTERM.
+    """
+    workdir = epath.Path(workdir)
+    with _told_in_a_sentence():
+        names, scales, mesh = check(config)
+        for name in names:
+            prepare(config, name, mesh, scales)
+        _claim(workdir, config)
+    if scales is not None and jax.process_index() == 0:
+        save_scales(workdir / "scales.safetensors", scales)
+    summaries = {}
+    for name in names:
+        done = workdir / name / "summary.json"
+        if not done.exists():
+            with _told_in_a_sentence():
+                part = prepare(config, name, mesh, scales)
+                state, summary = train(part, workdir / name)
+            if name == "search":
+                scales = _keep_scales(part, state, summary, workdir)
+            write_json(done, summary)
+        elif name == "search":
+            scales = load_scales(workdir / "scales.safetensors")
+        summaries[name] = json.loads(done.read_text())
+    summary = {"parts": summaries, "machine": _machine(mesh)}
+    write_json(workdir / "summary.json", summary)
+    if jax.process_index() == 0:
+        records = {TITLES[n]: read_metrics(workdir / n / "metrics.jsonl") for n in names}
+        plot_curves(workdir / "curves.png", records)
+        print(_table(summaries))
+        print(f"\nEverything is in {workdir}: summary.json, curves.png, checkpoints by part.")
+    return summary
+
+
+def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str, float]]:
+    """Evaluate the latest and the best checkpoint of every part in `workdir`; changes no file.
+
+    Raises:
+      RunStopped: if there is no checkpoint, or it does not fit `config`.
+    """
+    workdir = epath.Path(workdir)
+    found, rows = {}, []
+    with _told_in_a_sentence():
+        names, scales, mesh = check(config)
+        if (workdir / "scales.safetensors").exists():
+            scales = load_scales(workdir / "scales.safetensors")
+        for name in names:
+            if not (workdir / name / "checkpoints").exists():
+                continue
+            part = prepare(config, name, mesh, scales)
+            checkpoints = Checkpoints(workdir / name, read_only=True)
+            state = part.init()
+            for which in ("latest", "best"):
+                step, state = checkpoints.restore(state, step=which)
+                numbers = evaluate_state(part, state)
+                found[f"{name}/{which}"] = numbers
+                for prefix in ("eval", "eval_ema"):
+                    if f"{prefix}/top1" in numbers:
+                        label = which if prefix == "eval" else f"{which}, averaged"
+                        cells = [f"{numbers[f'{prefix}/{k}']:.2f}" for k in ("top1", "top5")]
+                        loss = f"{numbers[f'{prefix}/loss']:.4f}"
+                        rows.append((TITLES[name], label, step, *cells, loss))
+            checkpoints.close()
+        if not rows:
+            raise ValueError(f"workdir must hold a run with checkpoints, got {workdir}")
+    if jax.process_index() == 0:
+        header = ("part", "checkpoint", "step", "top-1 %", "top-5 %", "loss")
+        print(format_table(rows, header))
+    return found
+
+
+def check(config: ConfigDict) -> tuple[list[str], Scales | None, Any]:
+    """The parts to run, the scales if they are given, and the mesh; ValueError if it cannot be."""
+    names = list(config.parts)
+    if not names:
+        raise ValueError("parts must name at least one part, got none")
+    for name in ("log_every", "eval_every", "checkpoint.every", "checkpoint.keep"):
+        value = config
+        for key in name.split("."):
+            value = value[key]
+        if value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    scales = load_scales(config.scales) if config.scales else None
+    if scales is not None and "search" in names:
+        names.remove("search")
+    needing = [name for name in ("target", "csla") if name in names]
+    if needing and scales is None and names[0] != "search":
+        raise ValueError(
+            f"the part {needing[0]!r} needs scales: put 'search' first in parts or give "
+            f"scales=FILE, got parts {tuple(config.parts)}"
+        )
+    return names, scales, make_mesh(config.fsdp)
+
+
+def _claim(workdir: epath.Path, config: ConfigDict) -> None:
+    """Write the configuration, or refuse a directory with another one."""
+    path = workdir / "config.json"
+    wanted = _flat(json.loads(config.to_json_best_effort()))
+    if path.exists():
+        present = _flat(json.loads(path.read_text()))
+        different = [
+            f"{key} ({present.get(key)!r} there, {wanted.get(key)!r} here)"
+            for key in sorted(present.keys() | wanted.keys())
+            if present.get(key) != wanted.get(key) and key.split(".")[-1] not in FREE_FIELDS
+        ]
+        if different:
+            raise ValueError(
+                f"workdir {workdir} holds a run with another configuration; use another workdir "
+                f"or the same settings: {', '.join(different)}"
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"workdir must be empty, absent or a run's own, got {workdir}")
+    write_json(path, json.loads(config.to_json_best_effort()))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _keep_scales(part: Part, state: Any, summary: dict, workdir: epath.Path) -> Scales:
+    """Save what a search found, with a picture."""
+    model = nnx.merge(part.graphdef, state.params, state.stats)
+    metadata = {
+        "model": part.config.model.name,
+        "source": "search",
+        "dataset": part.dataset.name,
+        "epochs": f"{summary['epochs']:g}",
+        "top1": f"{summary['eval/top1']:.2f}",
+    }
+    scales = searched_scales(model, metadata)
+    if jax.process_index() == 0:
+        save_scales(workdir / "scales.safetensors", scales)
+        plot_scales(workdir / "scales.png", scales)
+    return scales
+
+
+def _machine(mesh: Any) -> dict[str, Any]:
+    device = mesh.devices.flat[0]
+    return {
+        "devices": mesh.size,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def _table(summaries: dict[str, dict[str, Any]]) -> str:
+    header = ("part", "epochs", "top-1 %", "best top-1 %", "top-5 %", "loss", "seconds")
+    rows = [
+        (
+            TITLES[name],
+            f"{s['epochs']:g}",
+            f"{s['eval/top1']:.2f}",
+            f"{s['best_top1']:.2f}",
+            f"{s['eval/top5']:.2f}",
+            f"{s['eval/loss']:.4f}",
+            f"{s['seconds']:.0f}",
+        )
+        for name, s in summaries.items()
+    ]
+    return format_table(rows, header)
