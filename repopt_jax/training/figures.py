@@ -22,13 +22,13 @@ _BRANCH_STYLES = {  # fixed, so that pictures of several networks can be compare
 _NAMED_BLOCKS = 32  # of more blocks, only every fifth of a stage is named
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def _figure(width: float, height: float, columns: int = 1):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
     for ax in axes:
         ax.grid(True, color="0.9", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -87,6 +87,7 @@ def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, A
         ax.set_ylabel(title)
         ax.legend(frameon=False, fontsize="small")
     lr.set_ylabel("Learning rate")
+    lr.set_ylim(bottom=0)
     lr.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for ax in (loss, top1, lr):
         ax.set_xlabel(unit)
@@ -106,6 +107,8 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
     Raises:
       ValueError: where there is no block, or a block's vector is empty.
     """
+    from matplotlib.ticker import LogLocator
+
     if not scales:
         raise ValueError("scales must have at least one block; got none")
     blocks = list(scales)
@@ -125,6 +128,8 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
         style = {"color": colour, "linewidth": 1.5, "marker": marker, "markersize": 4}
         ax.plot(mean, label=branch, **style)
         ax.fill_between(range(len(blocks)), low, high, color=colour, alpha=0.15, linewidth=0)
+        alone = _without_neighbours(mean)
+        ax.vlines(alone, low[alone], high[alone], color=colour, alpha=0.3, linewidth=3)
 
     named, in_stage = [], 0
     for place, block in enumerate(blocks):
@@ -141,6 +146,9 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
     ax.set_xlabel("Block, from the input to the output")
     ax.set_xlim(-0.6, len(blocks) - 0.4)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_ylabel("Absolute scale")
     if means:  # single channels near zero would squeeze all lines together at the top
         ax.set_ylim(bottom=max(ax.get_ylim()[0], min(means) / 20))
@@ -164,3 +172,9 @@ def _range(vector, block: str, branch: str) -> tuple[float, float, float]:
         raise ValueError(f"scales must not be empty; got a vector of size 0 for {block}/{branch}")
     sizes = sizes[sizes > 0]
     return (sizes.min(), sizes.mean(), sizes.max()) if sizes.size else (math.nan,) * 3
+
+
+def _without_neighbours(values: np.ndarray) -> list[int]:
+    """Places of the numbers between NaNs, where neither a line nor a band is to be seen."""
+    there = np.pad(np.isfinite(values), 1)
+    return np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()
