@@ -1,0 +1,216 @@
+"""Checks on this machine that GR trains what it claims: ``python -m repopt_jax.check_equivalence``.
+
+Networks of branches with constant scales (CSLA) are trained with the plain optimizer, plain
+networks with the RepOptimizer, from the same start on the same batches in float64. The table
+shows how far the plain network's kernels are from the merged ones afterwards. Exits with status 1
+if any case passes its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from repopt_jax.branches import Block, Centre, Full, Identity
+from repopt_jax.models import create_model, search_layers, search_network
+from repopt_jax.paths import layer_at
+from repopt_jax.transforms import grad_mults, repopt_adamw, repopt_sgd, weight_decay_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+STEPS = 50
+BATCH = 8
+CLASSES = 5
+# AdamW adds a constant epsilon to the root of the second moment, which is not scale-free.
+BOUNDS = {"sgd": 1e-12, "adamw": 1e-5}
+
+OPTIMIZERS = {
+    "SGD": ("sgd", {"momentum": 0.0, "nesterov": False}),
+    "SGD momentum": ("sgd", {"nesterov": False}),
+    "SGD Nesterov": ("sgd", {}),
+    "SGD Nesterov, decay": ("sgd", {"weight_decay": 1e-2}),
+    "AdamW": ("adamw", {"weight_decay": 1e-2}),
+}
+
+
+class SingleBlock(nnx.Module):
+    """One convolution, ReLU and global average pooling."""
+
+    def __init__(self, in_features: int, stride: int):
+        self.conv = nnx.Conv(
+            in_features,
+            CLASSES,
+            (3, 3),
+            stride,
+            padding=((1, 1), (1, 1)),
+            use_bias=False,
+            param_dtype=jnp.float64,
+            rngs=nnx.Rngs(0),
+        )
+        self.has_identity = in_features == CLASSES and stride == 1
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out"]:
+        """Logits."""
+        return jax.nn.relu(self.conv(x)).mean((1, 2))
+
+    def blocks(self) -> dict[str, Block]:
+        """The branches of the convolution."""
+        block = {"conv3x3": Full(), "conv1x1": Centre(1)}
+        return {"conv": {**block, "identity": Identity()} if self.has_identity else block}
+
+
+def _small_network() -> nnx.Module:
+    return create_model(
+        "RepOpt-VGG",
+        num_classes=CLASSES,
+        num_blocks=(1, 2, 2, 1),
+        widths=(4, 4, 6, 8, 8),
+        strides=(1, 2, 2, 1, 1),
+        param_dtype=jnp.float64,
+        rngs=nnx.Rngs(0),
+    )
+
+
+# name -> (network, input channels)
+NETWORKS: dict[str, tuple[Callable[[], nnx.Module], int]] = {
+    "block, identity": (lambda: SingleBlock(CLASSES, 1), CLASSES),
+    "block, no identity": (lambda: SingleBlock(3, 1), 3),
+    "block, stride 2": (lambda: SingleBlock(3, 2), 3),
+    "RepOpt-VGG, 7 layers": (_small_network, 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+      network: key of `NETWORKS`.
+      optimizer: key of `OPTIMIZERS`.
+      mixed: whether scales have both signs.
+    """
+
+    network: str
+    optimizer: str
+    mixed: bool
+
+    @property
+    def bound(self) -> float:
+        """The largest difference that passes."""
+        return BOUNDS[OPTIMIZERS[self.optimizer][0]]
+
+
+def cases() -> Iterator[Case]:
+    """Every combination."""
+    for names in itertools.product(NETWORKS, OPTIMIZERS, (False, True)):
+        yield Case(*names)
+
+
+def random_scales(model: Any, *, mixed: bool, seed: int = 0) -> dict[str, dict[str, Array]]:
+    """Scales of size 0.5 to 1.5, of both signs if `mixed`, for every branch of `model`."""
+    rng = np.random.default_rng(seed)
+
+    def draw(width):
+        sign = rng.choice([-1.0, 1.0], width) if mixed else 1.0
+        return jnp.asarray(rng.uniform(0.5, 1.5, width) * sign)
+
+    return {
+        path: {name: draw(layer_at(model, path).kernel.shape[-1]) for name in block}
+        for path, block in model.blocks().items()
+    }
+
+
+def train(
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    images: Float[Array, "steps batch height width channels"],
+    labels: Int[Array, "steps batch"],
+) -> nnx.Module:
+    """`model` after one step of `tx` per batch."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest, x, y):
+        net = nnx.merge(graphdef, params, rest, copy=True)
+        value = optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
+        return value, nnx.state(net, nnx.Not(nnx.Param))
+
+    def step(carry, batch):
+        params, rest, opt_state = carry
+        grads, rest = jax.grad(loss, has_aux=True)(params, rest, *batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), rest, opt_state), None
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, (images, labels))[0])
+    params, rest, _ = run((params, rest, tx.init(params)))
+    return nnx.merge(graphdef, params, rest)
+
+
+def difference(case: Case, steps: int = STEPS) -> float:
+    """Largest ``max|W_target - W_csla| / max|W_csla|`` over the kernels; needs float64."""
+    make, channels = NETWORKS[case.network]
+    name, options = OPTIMIZERS[case.optimizer]
+    plain = make()
+    blocks = plain.blocks()
+    scales = random_scales(plain, mixed=case.mixed)
+    csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(1))
+    for path, layer in search_layers(csla).items():
+        layer_at(plain, path).kernel[...] = layer.kernel
+
+    factory = repopt_sgd if name == "sgd" else repopt_adamw
+    rule = "linear" if name == "sgd" else "direction"
+    options = {"learning_rate": 0.05 if name == "sgd" else 1e-3, **options}
+    options["mask"] = weight_decay_mask
+    params = nnx.state(plain, nnx.Param)
+    no_mults = jax.tree.map(lambda _: None, nnx.state(csla, nnx.Param))
+
+    rng = np.random.default_rng(2)
+    images = jnp.asarray(rng.normal(size=(steps, BATCH, 8, 8, channels)))
+    labels = jnp.asarray(rng.integers(0, CLASSES, (steps, BATCH)))
+    tx = factory(grad_mults=grad_mults(params, blocks, scales, rule), **options)
+    plain = train(plain, tx, images, labels)
+    csla = train(csla, factory(grad_mults=no_mults, **options), images, labels)
+    return max(
+        float(jnp.abs(layer_at(plain, path).kernel[...] - layer.kernel).max())
+        / float(jnp.abs(layer.kernel).max())
+        for path, layer in search_layers(csla).items()
+    )
+
+
+def main() -> int:
+    """Print the table; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m repopt_jax.check_equivalence", description=__doc__.split("\n\n")[1]
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
+    steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1, got {steps}")
+    row = "{:<22}{:<22}{:<10}{:>12}{:>10}  {}".format
+    print(row("network", "optimizer", "scales", "difference", "bound", ""))
+    failed = 0
+    with jax.enable_x64(True):
+        for case in cases():
+            found = difference(case, steps)
+            passed = found <= case.bound  # false for NaN
+            failed += not passed
+            signs = "mixed" if case.mixed else "positive"
+            verdict = "ok" if passed else "FAILED"
+            numbers = (f"{found:.1e}", f"{case.bound:.0e}", verdict)
+            print(row(case.network, case.optimizer, signs, *numbers), flush=True)
+    print(f"{failed} of {len(list(cases()))} cases failed after {steps} steps in float64")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
