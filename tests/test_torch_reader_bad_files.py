@@ -106,6 +106,13 @@ def test_lazy_and_unknown_tensors_are_refused(tmp_path):
     refuse(path, build.archive_of(tensor), "unsupported type 'torch.float3'")
 
 
+@pytest.mark.parametrize("keys", [[], ["0", "0"], ["0", "1"], ["1"], "0", [0]])
+def test_legacy_files_must_list_each_storage_once(tmp_path, keys):
+    """A storage that is not listed has no numbers: what memory held before must not be returned."""
+    obj = {"a": build.tensor(np.arange(6.0))}
+    refuse(tmp_path / "file.pth", build.legacy_of(obj, keys=keys), "list of storages")
+
+
 def _patch(data: bytes, magic: bytes, field: int, value: bytes, index: int = 0) -> bytes:
     """Write a field of the index-th zip structure with that magic."""
     at = -1
@@ -131,6 +138,10 @@ def test_zip_archives_must_be_what_torch_writes(tmp_path):
     both = _patch(sound, entry, 20, b"\xff\xff\xff\x7f" * 2, data0)
     refuse(path, both, "where its tensors say")
     refuse(path, _patch(sound, entry, 42, b"\7\0\0\0", data0), "not where the directory says")
+    longer = {"a": build.tensor(0.0, (), (), 0, build.Storage(np.zeros(5000, "f4"), numel=5100))}
+    reaching = _patch(build.archive_of(longer), entry, 16, bytes(4), data0)
+    reaching = _patch(reaching, entry, 20, struct.pack("<2I", 20400, 20400), data0)
+    refuse(path, reaching, "not where the directory says")
     refuse(path, _patch(sound, b"PK\5\6", 10, b"\xff\xff"), "ends before its last record")
     refuse(path, _patch(sound, b"PK\5\6", 16, b"\xff\xff\xff\x7f"), "cannot be right")
     flipped = bytearray(sound)
