@@ -49,6 +49,15 @@ def uniform_fan_in(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) 
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def wide_type(dtype: DTypeLike) -> DTypeLike:
+    """`dtype`, or float32 where that is wider: the type in which to multiply and to average.
+
+    >>> wide_type(jnp.bfloat16).__name__, wide_type(jnp.float64).__name__
+    ('float32', 'float64')
+    """
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 @dataclasses.dataclass(frozen=True)
 class Branch(abc.ABC):
     """One linear branch. Subclass it and define `weight_shape` and `embed` to add a type.
@@ -326,7 +335,7 @@ class BranchMult:
 
     def __call__(self, gradient: Float[Array, "*kernel_shape"]) -> Float[Array, "*kernel_shape"]:
         """Multiply `gradient`, in at least float32, and return its own dtype."""
-        dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+        dtype = wide_type(gradient.dtype)
         wide = gradient.astype(dtype)
         if self.is_elementwise:
             product = wide * self.dense(gradient.shape, dtype)

@@ -96,7 +96,7 @@ def test_crops_of_encoded_and_decoded_pictures_are_equal(fast, bicubic):
             for image in (data, decode(data))
         )
         assert ours.shape == (64, 64, 3)
-        np.testing.assert_array_equal(ours, expected)
+        assert mean_difference(ours, expected) <= (1 if fast else 0)
 
 
 def test_crops_from_partly_decoded_pictures_look_the_same():

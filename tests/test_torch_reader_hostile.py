@@ -150,11 +150,12 @@ def test_shared_references_are_not_expanded(tmp_path, packed):
     assert len(result) == 10 and all(part is result[0] for part in result)
 
 
-def test_modules_that_share_submodules_without_end_are_refused():
-    """Each module holds the next twice: 2^60 names."""
+@pytest.mark.parametrize(("depth", "width"), [(60, 0), (16, 10_000)])
+def test_modules_that_share_submodules_without_end_are_refused(depth, width):
+    """Each module holds the next twice: 2^60 modules, or 2^16 with many absent parameters."""
     module = Standin("Net", ())
-    module.state = {"_modules": {}}
-    for _ in range(60):
+    module.state = {"_modules": {}, "_parameters": dict.fromkeys(map(str, range(width)))}
+    for _ in range(depth):
         outer = Standin("Net", ())
         outer.state = {"_modules": {"a": module, "b": module}}
         module = outer

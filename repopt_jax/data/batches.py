@@ -21,7 +21,7 @@ class TrainBatch:
       seed: decides the order of every epoch.
       augment: name of a preset.
       image_size: side of the pictures, None keeps it.
-      fast_resize: random-resized-crop without antialiasing.
+      fast: random-resized-crop with less exact decoding and without antialiasing.
       skip_bad: take the next picture for one that cannot be decoded.
       rows: this process's part of the global batch.
 
@@ -36,7 +36,7 @@ class TrainBatch:
         seed: int,
         augment: str = "none",
         image_size: int | None = None,
-        fast_resize: bool = False,
+        fast: bool = False,
         skip_bad: bool = False,
         rows: slice = slice(None),
     ):
@@ -46,7 +46,7 @@ class TrainBatch:
         self._augment = preset(augment)
         self._image_size = image_size
         self._side = picture_shape(dataset, image_size)[0]
-        self._fast_resize = fast_resize
+        self._fast = fast
         self._rows = rows
         self._reader = Reader(dataset.train, "training", dataset.bad_pictures if skip_bad else None)
 
@@ -75,7 +75,7 @@ class TrainBatch:
         return {"image": images, "label": np.asarray(labels, np.int32)}
 
     def _crop(self, image, seed):
-        return self._augment.picture(image, seed, self._side, self._fast_resize)
+        return self._augment.picture(image, seed, self._side, self._fast)
 
 
 class EvalBatch:

@@ -41,7 +41,7 @@ def train_batches(
     num_epochs: int | None = None,
     augment: str = "none",
     image_size: int | None = None,
-    fast_resize: bool = False,
+    fast: bool = False,
     skip_bad: bool = False,
     threads: int | None = None,
     process_index: int = 0,
@@ -59,8 +59,8 @@ def train_batches(
       num_epochs: None goes on for ever.
       augment: name of a preset, see `repopt_jax.data.augment.preset`.
       image_size: side of the pictures; None keeps the size that they have, if they share one.
-      fast_resize: random-resized-crop without antialiasing. Not used by `none`, `crop` and
-        `flip_crop`.
+      fast: decode with less exact arithmetic and crop without antialiasing. Not used by `none`,
+        `crop` and `flip_crop`.
       skip_bad: where a picture cannot be decoded, take the next one and add its name to
         `dataset.bad_pictures`; False stops the run.
       threads: threads that make batches, at most two batches each ahead; None is one per core,
@@ -90,7 +90,7 @@ def train_batches(
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be None or at least 1, got {num_epochs}")
     rows = _rows(batch_size, process_index, process_count)
-    make = TrainBatch(dataset, batch_size, seed, augment, image_size, fast_resize, skip_bad, rows)
+    make = TrainBatch(dataset, batch_size, seed, augment, image_size, fast, skip_bad, rows)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
     batches = grain.MapDataset.range(total).seed(seed).random_map(make)
     return iter(batches.to_iter_dataset(_read_options(threads)))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import uniform_fan_in
+from repopt_jax.branches import uniform_fan_in, wide_type
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
@@ -131,7 +131,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch *window channels"]) -> Array:
         """Normalize `x`; in training also update the running statistics."""
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = wide_type(x.dtype)
         if self.use_running_average:
             mean, var = self.mean[...].astype(dtype), self.var[...].astype(dtype)
             return self._normalize(x.astype(dtype), mean, var).astype(x.dtype)

@@ -178,7 +178,9 @@ def _parse_entry(directory: bytes, at: int) -> tuple[Record, int]:
 def _apply_zip64(extra: bytes, size: int, packed: int, offset: int) -> list[int]:
     """Replace the values that do not fit in four bytes by those of the zip64 field."""
     values = [size, packed, offset]
-    while len(extra) >= 4:
+    for _ in range(8):  # fields; torch writes one or two, and a loop over thousands is slow
+        if len(extra) < 4:
+            break
         kind, length = struct.unpack_from("<2H", extra)
         field, extra = extra[4 : 4 + length], extra[4 + length :]
         if kind == 1:

@@ -7,8 +7,9 @@ import numpy as np
 from repopt_jax.torch_files.limits import TorchFileError, quote
 from repopt_jax.torch_files.standin import Standin
 
-MAX_MODULES = 100_000  # visits: a module held under n names counts n times, as in torch
-MAX_CHARACTERS = 1 << 25  # of all names together
+# A module held under n names counts n times, as in torch.
+MAX_ENTRIES = 1_000_000  # of all modules' tables together, those that are None included
+MAX_CHARACTERS = 1 << 26  # of all names together
 
 
 def state_dict(module: Standin) -> dict[str, np.ndarray]:
@@ -35,7 +36,7 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
       {'fc.weight': (2, 3)}
     """
     result: dict[str, np.ndarray] = {}
-    visits = characters = 0
+    entries = characters = 0
     above: set[int] = set()  # modules between the root and the one at hand
     pending: list[tuple[str, Any, bool]] = [("", module, True)]  # last-in first-out
     while pending:
@@ -45,26 +46,25 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
             continue
         if id(current) in above:
             raise TorchFileError(f"module {quote(prefix)} contains itself")
-        tensors, children = _parts(prefix, current)
-        visits += 1
+        count, tensors, children = _parts(prefix, current)
+        entries += count
+        characters += len(prefix) * count
+        if entries > MAX_ENTRIES or characters > MAX_CHARACTERS:
+            raise TorchFileError("the module has submodules without end")
         for name, value in tensors:
-            full = prefix + name
-            characters += len(full)
             if not isinstance(value, np.ndarray):
-                raise TorchFileError(f"{quote(full)} is {quote(value)} and no plain tensor")
-            result[full] = value
+                raise TorchFileError(
+                    f"{quote(prefix + name)} is {quote(value)} and no plain tensor"
+                )
+            result[prefix + name] = value
         above.add(id(current))
         pending.append((prefix, current, False))
-        for name, child in reversed(children):
-            characters += len(prefix) + len(name)
-            if visits + len(pending) > MAX_MODULES or characters > MAX_CHARACTERS:
-                raise TorchFileError("the module has submodules without end")
-            pending.append((f"{prefix}{name}.", child, True))
+        pending.extend((f"{prefix}{name}.", child, True) for name, child in reversed(children))
     return result
 
 
-def _parts(prefix: str, module: Any) -> tuple[list, list]:
-    """Named tensors and named submodules of one module, without the ones that are None."""
+def _parts(prefix: str, module: Any) -> tuple[int, list, list]:
+    """A module's entries, counted; its named tensors and submodules, without those of None."""
     state = module.state if isinstance(module, Standin) else None
     tables = [
         state.get(key, {}) if isinstance(state, dict) and "_modules" in state else None
@@ -82,4 +82,5 @@ def _parts(prefix: str, module: Any) -> tuple[list, list]:
     hidden = {name for name in hidden if isinstance(name, str)}
     kept = {name: value for name, value in buffers.items() if name not in hidden}
     tensors = [pair for pair in (*parameters.items(), *kept.items()) if pair[1] is not None]
-    return tensors, [pair for pair in modules.items() if pair[1] is not None]
+    children = [pair for pair in modules.items() if pair[1] is not None]
+    return 1 + sum(map(len, (*tables, hidden))), tensors, children
