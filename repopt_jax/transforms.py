@@ -90,13 +90,13 @@ def _check_fits(path: str, mult: Array | BranchMult, shape: tuple[int, ...]) -> 
             )
         return
     try:
-        fits = np.broadcast_shapes(mult.shape, shape) == shape
+        fits = np.broadcast_shapes(np.shape(mult), shape) == shape
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
             f"grad_mults[{path!r}] must broadcast against its parameter of shape {shape}, "
-            f"got shape {mult.shape}"
+            f"got shape {np.shape(mult)}"
         )
 
 
@@ -157,22 +157,19 @@ def scale_by_grad_mult(
 
     def init_fn(params):
         shown = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
-        # optax.tree.map_params asks for the state's structure with one placeholder for all
-        # parameters; there is nothing to check then, and no copy of them in this state.
-        if not (len(shown) == 1 and not shown[0][0] and not hasattr(shown[0][1], "shape")):
-            names = {path_str(path): param for path, param in shown}
-            missing = sorted(names.keys() - by_path.keys())
-            surplus = sorted(by_path.keys() - names.keys())
-            hidden = any(_is_masked(param) for param in names.values())
-            missing = [n for n in missing if not _is_masked(names[n])]
-            if missing or (surplus and not hidden):
-                raise ValueError(
-                    "grad_mults must have the paths of the parameters (None: leave alone); "
-                    f"missing: {missing or 'none'}, surplus: {surplus or 'none'}"
-                )
-            for path, mult in mults.items():
-                if path in names and not _is_masked(names[path]):
-                    _check_fits(path, mult, jnp.shape(names[path]))
+        names = {path_str(path): param for path, param in shown}
+        missing = sorted(n for n in names.keys() - by_path.keys() if not _is_masked(names[n]))
+        surplus = sorted(by_path.keys() - names.keys())
+        # Wrappers may hide parameters; optax.tree.map_params shows none at all.
+        complete = names and not any(_is_masked(param) for param in names.values())
+        if missing or (surplus and complete):
+            raise ValueError(
+                "grad_mults must have the paths of the parameters (None: leave alone); "
+                f"missing: {missing or 'none'}, surplus: {surplus or 'none'}"
+            )
+        for path, mult in mults.items():
+            if path in names and not _is_masked(names[path]):
+                _check_fits(path, mult, jnp.shape(names[path]))
         return ScaleByGradMultState(jax.tree.map(jnp.asarray, mults))
 
     def update_fn(updates, state, params=None, **extra_args):

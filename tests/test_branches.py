@@ -1,0 +1,203 @@
+"""What a block's statement implies: merge, initialization, multipliers, the general operator."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repopt_jax import (
+    Branch,
+    Centre,
+    Full,
+    Identity,
+    branch_mult,
+    init_weights,
+    initial_scales,
+    merge,
+    pull_back,
+)
+
+BRANCHES = {
+    "full": (Full(), (3, 3, 4, 6), 1),
+    "full, dense layer": (Full(), (4, 6), 1),
+    "centre 1 of 3": (Centre(1), (3, 3, 4, 6), 1),
+    "centre 5 of 9x7": (Centre(5), (9, 7, 2, 3), 1),
+    "centre 1 of 3, one axis": (Centre(1), (3, 4, 6), 1),
+    "identity": (Identity(), (3, 3, 4, 4), 1),
+    "identity, dense layer": (Identity(), (4, 4), 1),
+    "identity, grouped": (Identity(groups=2), (3, 3, 2, 4), 2),
+    "identity, depthwise": (Identity(groups=4), (5, 5, 1, 4), 4),
+}
+every_branch = pytest.mark.parametrize(
+    ("branch", "shape", "groups"), BRANCHES.values(), ids=BRANCHES.keys()
+)
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Average(Branch):
+    """A branch that is no placement: one weight per channel pair, averaged over the window."""
+
+    placement = False
+
+    def weight_shape(self, kernel_shape):
+        return kernel_shape[-2:]
+
+    def embed(self, weight, kernel_shape):
+        taps = np.prod(kernel_shape[:-2])
+        return jnp.broadcast_to(weight / float(taps), kernel_shape)
+
+
+@every_branch
+def test_embedding_is_linear(branch, shape, groups, x64, strict):
+    a, b = (normal(seed, branch.weight_shape(shape)) for seed in (0, 1))
+    left = branch.embed(2.5 * a - b, shape)
+    right = 2.5 * branch.embed(a, shape) - branch.embed(b, shape)
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-15)
+
+
+@every_branch
+def test_placement_puts_every_weight_in_a_place_of_its_own(branch, shape, groups, x64, strict):
+    """What makes the multiplier element-wise: ``E E^T`` is a diagonal 0/1 operator."""
+    weight = jnp.asarray(np.arange(1.0, 1 + np.prod(branch.weight_shape(shape))))
+    kernel = branch.embed(weight.reshape(branch.weight_shape(shape)), shape)
+    assert sorted(kernel[kernel != 0].tolist()) == weight.tolist()
+
+
+@every_branch
+def test_closed_form_multiplier_equals_the_general_operator(branch, shape, groups, x64, strict):
+    block = {"first": branch, "full": Full()}
+    scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
+    gradient = normal(5, shape)
+    operator = merge(block, pull_back(block, scales, gradient), scales, shape)
+    np.testing.assert_allclose(branch_mult(block, scales)(gradient), operator, rtol=1e-13)
+
+
+def test_operator_of_a_branch_that_is_no_placement_is_exact(x64, strict):
+    """One SGD step of the branches moves the kernel by the operator applied to its gradient."""
+    shape, block = (3, 3, 2, 4), {"average": Average(), "full": Full()}
+    scales = {name: normal(seed, (4,)) for seed, name in enumerate(block)}
+    weights = {n: normal(3 + i, b.weight_shape(shape)) for i, (n, b) in enumerate(block.items())}
+    gradient = normal(9, shape)
+    pulled = jax.grad(lambda w: (merge(block, w, scales, shape) * gradient).sum())(weights)
+    moved = merge(block, jax.tree.map(lambda w, g: w - 0.1 * g, weights, pulled), scales, shape)
+    expected = merge(block, weights, scales, shape) - 0.1 * branch_mult(block, scales)(gradient)
+    np.testing.assert_allclose(moved, expected, rtol=1e-12)
+
+
+def test_pull_back_is_the_gradient_of_merge(x64, strict):
+    shape, block = (3, 3, 4, 4), {"conv3x3": Full(), "conv1x1": Centre(1), "id": Identity()}
+    scales = {name: normal(seed, (4,)) for seed, name in enumerate(block)}
+    weights = {name: normal(7, branch.weight_shape(shape)) for name, branch in block.items()}
+    gradient = normal(8, shape)
+    expected = jax.grad(lambda w: (merge(block, w, scales, shape) * gradient).sum())(weights)
+    found = pull_back(block, scales, gradient)
+    for name in block:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-13)
+
+
+@every_branch
+def test_merged_kernel_equals_branch_by_branch_layer(branch, shape, groups, x64, strict):
+    """Convolving with the merged kernel is the sum of the branches' own outputs."""
+    block = {"first": branch, "full": Full()}
+    window, inputs = shape[:-2], shape[-2] * groups
+    scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
+    weights = {name: normal(7, b.weight_shape(shape)) for name, b in block.items()}
+    x = normal(11, (2, *[9] * len(window), inputs))
+
+    def convolve(kernel):
+        if not window:
+            return x @ kernel
+        layout = ("NWC", "WIO", "NWC") if len(window) == 1 else ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,) * len(window), "SAME", dimension_numbers=layout,
+            feature_group_count=groups,
+        )  # fmt: skip
+
+    def own_output():
+        if isinstance(branch, Identity):
+            return x * weights["first"].reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = scales["first"].reshape((1,) * (x.ndim - 1) + (-1,))
+        return convolve(weights["first"]) * scale
+
+    full_scale = scales["full"].reshape((1,) * (x.ndim - 1) + (-1,))
+    expected = own_output() + convolve(weights["full"]) * full_scale
+    found = convolve(merge(block, weights, scales, shape))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_multipliers_of_repopt_vgg_are_the_published_ones(x64, strict):
+    shape, block = (3, 3, 4, 4), {"conv3x3": Full(), "conv1x1": Centre(1), "id": Identity()}
+    s3, s1 = normal(0, (4,)), normal(1, (4,))
+    scales = {"conv3x3": s3, "conv1x1": s1}
+    linear = np.tile(np.square(s3), (3, 3, 4, 1))
+    linear[1, 1] += np.square(s1)
+    linear[1, 1] += np.eye(4)
+    direction = np.tile(np.abs(s3), (3, 3, 4, 1))
+    direction[1, 1] += np.abs(s1)
+    direction[1, 1] += np.eye(4)
+    dense = branch_mult(block, scales).dense(shape, jnp.float64)
+    np.testing.assert_allclose(dense, linear, rtol=1e-15)
+    dense = branch_mult(block, scales, "direction").dense(shape, jnp.float64)
+    np.testing.assert_allclose(dense, direction, rtol=1e-15)
+
+
+def test_weights_start_within_the_bounds_of_their_own_fan_in():
+    """Rule of Initialization: a 1x1 branch starts with the wide range of a 1x1 convolution."""
+    block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
+    weights = init_weights(block, jax.random.key(0), (3, 3, 16, 16))
+    assert 0.9 / 12 < abs(weights["conv3x3"]).max() <= 1 / 12
+    assert 0.9 / 4 < abs(weights["conv1x1"]).max() <= 1 / 4
+    assert weights["identity"].tolist() == [1.0] * 16
+
+
+def test_identity_starts_where_the_search_left_it():
+    scales = {"full": jnp.ones(2), "identity": jnp.array([0.5, 2.0])}
+    block = {"full": Full(), "identity": Identity()}
+    weights = init_weights(block, jax.random.key(0), (2, 2), scales=scales)
+    assert weights["identity"].tolist() == [0.5, 2.0]
+
+
+def test_initial_scales_are_those_of_the_branches():
+    scales = initial_scales({"a": Full(scale=0.5), "b": Identity()}, (3, 3, 2, 2))
+    assert scales["a"].tolist() == [0.5, 0.5]
+    assert scales["b"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape"),
+    [
+        (Centre(5), (3, 3, 4, 4)),
+        (Centre(2), (3, 3, 4, 4)),
+        (Centre(1), (4, 4)),
+        (Identity(), (3, 3, 4, 8)),
+        (Identity(), (2, 2, 4, 4)),
+        (Identity(groups=2), (3, 3, 4, 4)),
+    ],
+)
+def test_branch_that_does_not_fit_names_the_kernel(branch, shape):
+    with pytest.raises(ValueError, match=r"needs .* got a kernel of shape"):
+        branch.weight_shape(shape)
+
+
+def test_direction_rule_refuses_branches_without_a_closed_form():
+    with pytest.raises(ValueError, match=r"0/1 placements, got \['average'\]"):
+        branch_mult({"average": Average()}, {"average": jnp.ones(2)}, "direction")
+
+
+def test_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="rule must be one of"):
+        branch_mult({"full": Full()}, {"full": jnp.ones(2)}, "adam")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_multiplier_keeps_the_type_of_the_gradient(dtype):
+    mult = branch_mult({"full": Full()}, {"full": jnp.array([3.0, 1.0])})
+    product = mult(jnp.ones((2, 2), dtype))
+    assert product.dtype == dtype
+    assert product[0].tolist() == [9.0, 1.0]

@@ -1,0 +1,315 @@
+"""scale_by_grad_mult as a citizen of Optax, and the assembled optimizers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import repopt_jax
+from repopt_jax import Centre, Full, Identity, grad_mults, repopt_adamw, repopt_sgd
+from repopt_jax import scale_by_grad_mult as by_mult
+
+BLOCK = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
+BLOCKS = {"conv": BLOCK}
+SCALES = {"conv": {"conv3x3": np.array([0.5, -2.0]), "conv1x1": np.array([1.0, 3.0])}}
+
+
+def make_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 2)), dtype)},
+        "bn": {"scale": jnp.ones(2, dtype), "bias": jnp.zeros(2, dtype)},
+    }
+
+
+def mults_of(params, rule="linear"):
+    return grad_mults(params, BLOCKS, SCALES, rule)
+
+
+def dense_of(params):
+    return repopt_jax.branch_mult(BLOCK, SCALES["conv"]).dense(params["conv"]["kernel"].shape)
+
+
+def one_update(tx, params, grads=None):
+    grads = params if grads is None else grads
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_kernels_are_multiplied_and_the_rest_left_alone():
+    params = make_params()
+    updates = one_update(by_mult(mults_of(params)), params)
+    expected = params["conv"]["kernel"] * dense_of(params)
+    np.testing.assert_allclose(updates["conv"]["kernel"], expected, rtol=1e-6)
+    assert_trees_equal(updates["bn"], params["bn"])
+
+
+def test_dense_and_broadcasting_arrays_act_as_they_are():
+    params = make_params()
+    vector = jnp.array([2.0, 3.0])
+    mults = {"conv": {"kernel": dense_of(params)}, "bn": {"scale": vector, "bias": 5.0}}
+    updates = one_update(by_mult(mults), params)
+    assert updates["bn"]["scale"].tolist() == [2.0, 3.0]
+    compact = one_update(by_mult(mults_of(params)), params)
+    np.testing.assert_allclose(updates["conv"]["kernel"], compact["conv"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("container", ["nnx.State", "tuple", "flat"])
+def test_any_pytree_of_parameters(container):
+    kernel, bias = jnp.ones((3, 3, 2, 2)), jnp.ones(2)
+    if container == "nnx.State":
+        conv = nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0))
+        params = nnx.state(nnx.Dict(conv=conv), nnx.Param)
+        mults = {"conv": {"kernel": jnp.full((1, 1, 1, 2), 3.0), "bias": None}}
+    elif container == "tuple":
+        params, mults = (kernel, (bias,)), (jnp.full((1, 1, 1, 2), 3.0), (None,))
+    else:
+        params = {"conv/~/kernel": kernel, "conv/~/bias": bias}  # Haiku's style of names
+        mults = {"conv/~/kernel": jnp.full((1, 1, 1, 2), 3.0), "conv/~/bias": None}
+    updates = one_update(by_mult(mults), params)
+    for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(update, param * (3.0 if param.ndim == 4 else 1.0), rtol=1e-6)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_attribute_trees_as_of_equinox():
+    class Linear:
+        def __init__(self, weight, bias):
+            self.weight, self.bias = weight, bias
+
+    jax.tree_util.register_pytree_with_keys(
+        Linear,
+        lambda m: (
+            [(jax.tree_util.GetAttrKey(k), getattr(m, k)) for k in ("weight", "bias")],
+            None,
+        ),
+        lambda _, children: Linear(*children),
+    )
+    updates = one_update(
+        by_mult(Linear(jnp.full((1, 2), 4.0), None)), Linear(jnp.ones((3, 2)), jnp.ones(2))
+    )
+    assert (updates.weight == 4).all()
+    assert (updates.bias == 1).all()
+
+
+def test_state_holds_the_constants_and_no_update_changes_them():
+    params = make_params()
+    tx = by_mult(mults_of(params))
+    state = tx.init(params)
+    assert list(state.grad_mults) == ["conv/kernel"]
+    assert len(jax.tree.leaves(state)) == 2  # a vector per scaled branch, nothing dense
+    _, after = jax.jit(tx.update)(params, state)
+    assert_trees_equal(state, after)
+
+
+def test_constants_reach_the_step_as_arguments():
+    """Another state gives another result without another compilation."""
+    params = make_params()
+    tx = by_mult(mults_of(params))
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    first, _ = update(params, state)
+    second, _ = update(params, jax.tree.map(lambda s: 2 * s, state))
+    identity = np.zeros((3, 3, 2, 2), np.float32)
+    identity[1, 1] = np.eye(2)
+    kernel = params["conv"]["kernel"]
+    np.testing.assert_allclose(
+        second["conv"]["kernel"] - kernel * identity,
+        4 * (first["conv"]["kernel"] - kernel * identity),
+        rtol=1e-5,
+    )
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
+def test_no_recompilation_on_the_second_step(make):
+    params = make_params()
+    tx = make(1e-3, mults_of(params, "linear" if make is repopt_sgd else "direction"))
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = update(params, state, params)
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
+def test_types_of_updates_are_those_of_parameters(make, dtype):
+    params = make_params(dtype)
+    tx = make(1e-3, mults_of(params, "linear" if make is repopt_sgd else "direction"))
+    updates = one_update(tx, params)
+    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
+
+
+def test_extra_arguments_are_accepted():
+    params = make_params()
+    tx = repopt_sgd(1e-3, mults_of(params))
+    tx.update(params, tx.init(params), params, value=1.0, grad_fn=None)
+
+
+@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
+def test_convergence_on_a_quadratic(make):
+    """Both optimizers reach the minimum in spite of multipliers from 0.25 to 14."""
+    params = make_params()
+    target = jax.tree.map(lambda x: x + 0.5, params)
+    rule = "linear" if make is repopt_sgd else "direction"
+    tx = make(2e-2, mults_of(params, rule), weight_decay=0.0)
+
+    def loss(p):
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(
+            jax.tree.leaves(p), jax.tree.leaves(target), strict=True))  # fmt: skip
+
+    @jax.jit
+    def step(p, s):
+        updates, s = tx.update(jax.grad(loss)(p), s, p)
+        return optax.apply_updates(p, updates), s
+
+    state = tx.init(params)
+    for _ in range(300):
+        params, state = step(params, state)
+    assert loss(params) < 1e-6
+
+
+def test_sharding_of_updates_is_that_of_parameters():
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, PartitionSpec(None, None, None, "fsdp"))
+    params = make_params()
+    tx = repopt_sgd(1e-3, mults_of(params))
+    expected = one_update(tx, params)
+    params["conv"]["kernel"] = jax.device_put(params["conv"]["kernel"], split)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["conv"]["kernel"].sharding.is_equivalent_to(split, 4)
+    np.testing.assert_allclose(updates["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
+
+
+def test_map_params_leaves_the_constants_out():
+    """optax.tree.map_params, used to shard optimizer states, sees no parameters in the state."""
+    params = make_params()
+    tx = repopt_sgd(1e-3, mults_of(params))
+    state = tx.init(params)
+    zeroed = optax.tree.map_params(tx, jnp.zeros_like, state)
+    assert_trees_equal(zeroed[0], state[0])
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mult", "message"),
+    [
+        (np.array([1.0, np.nan]), r"grad_mults\['bn/scale'\]: the multiplier must be finite"),
+        (np.array([1.0, -1.0]), r"grad_mults\['bn/scale'\]: the multiplier must not be negative"),
+        ("one", r"grad_mults\['bn/scale'\] must be an array, a BranchMult or None, got str"),
+        (
+            repopt_jax.branch_mult({"full": Full()}, {"full": np.ones(2)}, "direction"),
+            r"grad_mults\['bn/scale'\] must follow the rule 'linear' here, got 'direction'",
+        ),
+        (
+            repopt_jax.branch_mult({"full": Full()}, {"full": np.array([1.0, np.inf])}),
+            r"grad_mults\['bn/scale'\]: the scale of full must be finite",
+        ),
+    ],
+)
+def test_factory_refuses(mult, message):
+    mults = {"conv": {"kernel": None}, "bn": {"scale": mult, "bias": None}}
+    with pytest.raises(ValueError, match=message):
+        by_mult(mults)
+
+
+@pytest.mark.parametrize(
+    ("mults", "message"),
+    [
+        ({"conv": {"kernel": None}}, r"missing: \['bn/bias', 'bn/scale'\], surplus: none"),
+        (
+            {"conv": {"kernel": None, "bias": None}, "bn": {"scale": None, "bias": None}},
+            r"missing: none, surplus: \['conv/bias'\]",
+        ),
+        (
+            {"conv": {"kernel": None}, "bn": {"scale": np.ones(3), "bias": None}},
+            r"'bn/scale'\] must broadcast against its parameter of shape \(2,\), got shape \(3,\)",
+        ),
+        (
+            {"conv": {"kernel": np.ones((1, 3, 3, 2, 2))}, "bn": {"scale": None, "bias": None}},
+            r"'conv/kernel'\] must broadcast",
+        ),
+        (
+            {
+                "conv": {"kernel": repopt_jax.branch_mult(BLOCK, {**SCALES["conv"],
+                                                          "conv1x1": np.ones(3)})},
+                "bn": {"scale": None, "bias": None},
+            },
+            r"'conv/kernel'\]: scales must have the shape \(2,\).*'conv1x1': \(3,\)",
+        ),
+        (
+            {
+                "conv": {"kernel": repopt_jax.branch_mult({"big": Centre(5)},
+                                                          {"big": np.ones(2)})},
+                "bn": {"scale": None, "bias": None},
+            },
+            r"'conv/kernel'\], branch 'big': Centre\(size=5\) needs",
+        ),
+    ],
+)  # fmt: skip
+def test_init_refuses(mults, message):
+    with pytest.raises(ValueError, match=message):
+        by_mult(mults).init(make_params())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+    ],
+)
+def test_sgd_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        repopt_sgd(0.1, {}, **options)
+
+
+def test_adamw_refuses_multipliers_of_the_linear_rule():
+    with pytest.raises(ValueError, match="must follow the rule 'direction' here, got 'linear'"):
+        repopt_adamw(0.1, mults_of(make_params()))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "message"),
+    [
+        ({"nope": BLOCK}, {"nope": SCALES["conv"]}, r"without a kernel: \['nope'\]"),
+        (BLOCKS, {}, r"without scales: \['conv'\]"),
+    ],
+)
+def test_grad_mults_refuses(blocks, scales, message):
+    with pytest.raises(ValueError, match=message):
+        grad_mults(make_params(), blocks, scales)
+
+
+def test_weight_decay_mask_is_the_recipes():
+    """Rank 2 and more, and identity vectors of search networks; no BN, bias, scale."""
+    model = repopt_jax.create_model(
+        "RepOpt-VGG",
+        "hs",
+        num_blocks=(1, 2, 1, 1),
+        widths=(4, 4, 4, 8, 8),
+        num_classes=3,
+        se=True,
+        rngs=nnx.Rngs(0),
+    )
+    params = nnx.state(model, nnx.Param)
+    mask = repopt_jax.weight_decay_mask(params)
+    decayed = {
+        repopt_jax.paths.path_str(path)
+        for path, decay in jax.tree_util.tree_leaves_with_path(mask)
+        if decay
+    }
+    assert "stage2/1/conv/branch_weights/identity" in decayed
+    assert "stage2/1/conv/branch_weights/conv1x1" in decayed
+    assert "linear/kernel" in decayed
+    assert "stage0/post_se/down/kernel" in decayed
+    assert not any(name.endswith("bias") or "/bn/" in name or "scale" in name for name in decayed)
