@@ -7,9 +7,9 @@ import numpy as np
 from repopt_jax.torch_files.limits import TorchFileError, quote
 from repopt_jax.torch_files.standin import Standin
 
-# A module held under n names counts n times, as in torch.
-MAX_ENTRIES = 1_000_000  # of all modules' tables together, those that are None included
-MAX_CHARACTERS = 1 << 26  # of all names together
+# About the bytes of all names, one for each entry of a module, those that are None included.
+# A module held under n names counts n times: so it does in torch.
+MAX_SIZE = 1 << 26
 
 
 def state_dict(module: Standin) -> dict[str, np.ndarray]:
@@ -36,7 +36,7 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
       {'fc.weight': (2, 3)}
     """
     result: dict[str, np.ndarray] = {}
-    entries = characters = 0
+    size = 0
     above: set[int] = set()  # modules between the root and the one at hand
     pending: list[tuple[str, Any, bool]] = [("", module, True)]  # last-in first-out
     while pending:
@@ -47,9 +47,8 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
         if id(current) in above:
             raise TorchFileError(f"module {quote(prefix)} contains itself")
         count, tensors, children = _parts(prefix, current)
-        entries += count
-        characters += len(prefix) * count
-        if entries > MAX_ENTRIES or characters > MAX_CHARACTERS:
+        size += (60 + len(prefix)) * count
+        if size > MAX_SIZE:
             raise TorchFileError("the module has submodules without end")
         for name, value in tensors:
             if not isinstance(value, np.ndarray):
