@@ -11,6 +11,7 @@ RUN = [
     {"step": 10, "epoch": 1.0, "eval/top1": 50.0},
     {"step": 20, "epoch": 2.0, "train/loss": 1.0, "train/lr": 0.05},
     {"step": 20, "epoch": 2.0, "eval/top1": 70.25},
+    {"step": 30, "epoch": 3.0, "eval/top1": 60.0},
 ]
 
 
@@ -45,7 +46,7 @@ def test_curves_are_drawn_over_epochs_with_their_best_accuracy(tmp_path, drawn):
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss, top1, lr = drawn[0].axes
     assert lines(loss) == {"RepOptimizer": [[1, 2], [2, 1]], "SGD": [[1, 2]]}
-    assert lines(top1) == {"RepOptimizer: best 70.25 %": [[1, 50], [2, 70.25]], "SGD": []}
+    assert lines(top1) == {"RepOptimizer: best 70.25 %": [[1, 50], [2, 70.25], [3, 60]], "SGD": []}
     assert [line.get_xydata().tolist() for line in lr.get_lines()] == [
         [[1, 0.1], [2, 0.05]],
         [[1, 0.1]],
@@ -61,9 +62,9 @@ def test_curves_are_drawn_over_epochs_with_their_best_accuracy(tmp_path, drawn):
 
 def test_curves_without_epochs_are_drawn_over_updates_and_skip_nan(tmp_path, drawn):
     run = [{"step": s, "train/loss": loss} for s, loss in [(1, 3.0), (2, float("nan")), (3, 1.0)]]
-    plot_curves(tmp_path / "curves.pdf", {"run": run})
+    plot_curves(tmp_path / "curves.pdf", {"run": run, "another": RUN})
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
-    assert lines(drawn[0].axes[0]) == {"run": [[1, 3], [3, 1]]}
+    assert lines(drawn[0].axes[0]) == {"run": [[1, 3], [3, 1]], "another": [[10, 2], [20, 1]]}
     assert drawn[0].axes[0].get_xlabel() == "Update"
 
 
@@ -112,6 +113,7 @@ def test_names_of_the_blocks_do_not_overlap_and_every_stage_is_named(tmp_path, d
     assert_labels_do_not_overlap(ax)
     names = [label.get_text() for label in ax.get_xticklabels()]
     assert {f"stage{stage}/0" for stage in range(len(stages))} <= set(names)
+    assert len(names) <= 32
 
 
 def test_nothing_to_draw_is_refused(tmp_path):

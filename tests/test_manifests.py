@@ -53,3 +53,8 @@ def test_sealed_content_that_was_changed_is_refused():
     sealed["content"]["position"] = 13
     with pytest.raises(ValueError, match="not what was written"):
         unseal(sealed)
+
+
+def test_imaginary_parts_count():
+    x = jnp.array([1 + 2j, 3j])
+    assert fingerprint(x).tolist() != fingerprint(x.conj()).tolist()
