@@ -54,6 +54,30 @@ def test_jpegs_can_be_decoded_small(reduction):
     assert decode(KINDS["png"], reduction=reduction).shape == (61, 50, 3)
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 8, 9, 30, 61])
+def test_the_top_of_a_jpeg_equals_that_of_the_whole(rows, subsampling):
+    data = encoded(subsampling=subsampling)
+    top = decode(data, rows=rows)
+    assert len(top) >= rows
+    assert (len(top) < 61) == (rows <= 30)
+    np.testing.assert_array_equal(top[:rows], decode(data)[:rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_without_a_separable_top_come_whole(kind):
+    if kind in ("jpeg", "no subsampling", "grey", "CMYK"):
+        assert len(decode(KINDS[kind], rows=8)) < 61
+    else:
+        np.testing.assert_array_equal(decode(KINDS[kind], rows=8), decode(KINDS[kind]))
+
+
+def test_a_truncated_jpeg_is_refused_even_if_its_top_is_there():
+    """Or else it would depend on the crop whether a broken file is noticed."""
+    with pytest.raises(ValueError, match="the picture cannot be decoded"):
+        decode(KINDS["jpeg"][:-300], rows=8)
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"no picture", KINDS["jpeg"][:-300], KINDS["png"][:-300], KINDS["jpeg"][:30]],

@@ -97,8 +97,8 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Cuts a random box out of a picture and resizes it to a square.
 
-    Of an encoded JPEG that is far larger than needed, only a half, quarter or eighth of the
-    resolution is decoded.
+    Of an encoded JPEG, rows below the box are not decoded, and only a half, quarter or eighth
+    of the resolution if that is enough.
 
     Args:
       image: uint8 (height, width, 3) or the bytes of a picture file.
@@ -123,11 +123,10 @@ def random_resized_crop(
         top, left, crop_height, crop_width = random_box(height, width, rng)
         # libjpeg's powers of two have SIMD code, its other fractions have not.
         spare = min(crop_height, crop_width) / size
-        image = decode(
-            image, reduction=max(f for f in (1, 2, 4, 8) if f <= max(spare, 1)), fast=fast
-        )
+        reduction = max(f for f in (1, 2, 4, 8) if f <= max(spare, 1))
+        image = decode(image, rows=top + crop_height, reduction=reduction, fast=fast)
         # Formats other than JPEG come in full size.
-        reduction = round(height / image.shape[0])
+        reduction = round(width / image.shape[1])
     # Moves the crop by half a pixel of the reduced picture at most.
     rows = slice(round(top / reduction), round((top + crop_height) / reduction))
     columns = slice(round(left / reduction), round((left + crop_width) / reduction))
