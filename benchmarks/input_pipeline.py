@@ -1,0 +1,283 @@
+"""Claim: ImageNet training batches cost a fraction of the official pipeline's CPU time.
+
+    python benchmarks/input_pipeline.py                       # the pictures beside this checkout
+    python benchmarks/input_pipeline.py --folder=DIR          # DIR/train/<class>/*.JPEG
+    python benchmarks/input_pipeline.py --data_dir=DIR        # TFDS's imagenet2012 in DIR
+
+Compares, per core and on the same encoded pictures in memory:
+
+* official: Pillow decodes, crops, resizes and augments, floats are normalized, in a torch
+  DataLoader if torch is installed, else in a bare loop;
+* tf.data: `decode_and_crop_jpeg` and a resize without antialiasing, if TensorFlow is installed;
+* ours: `ResizedCrop.picture` in a bare loop, and `train_batches` on one thread and on two.
+
+Every round runs all variants in turn. Rates are medians over the rounds, ratios are medians of
+the rounds' ratios. One-core rates count CPU seconds, so that other work on the machine disturbs
+them little; the speed-up by a second thread is in wall time and needs two idle cores.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+# Every variant gets one thread per core it is given; libraries must not add their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pillow_transforms
+
+from repopt_jax.data import Dataset, load_dataset, train_batches
+from repopt_jax.data.augment import preset
+from repopt_jax.data.sources import read_items
+
+HERE = pathlib.Path(__file__).parent
+SIZE, BATCH = 224, 32
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
+STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
+
+
+def official(pictures, augment):
+    """The recipe's pipeline in a DataLoader, or without torch in a loop."""
+    rand_augment = augment == "raug15"
+    if importlib.util.find_spec("torch") is None:
+
+        def run():
+            batch = []
+            for data in pictures:
+                image = pillow_transforms.transform(data, SIZE, rand_augment)
+                image = image.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+                batch.append((image - MEAN) / STD)
+                if len(batch) == BATCH:
+                    batch = [] if np.stack(batch).size else None
+
+        return run
+
+    import torch
+
+    torch.set_num_threads(1)
+    mean, std = torch.from_numpy(MEAN), torch.from_numpy(STD)
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(pictures)
+
+        def __getitem__(self, index):
+            image = pillow_transforms.transform(pictures[index], SIZE, rand_augment)
+            image = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
+            return image.to(torch.float32).div(255).sub_(mean).div_(std)
+
+    def run():
+        for _ in torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True):
+            pass
+
+    return run
+
+
+def tf_data(pictures):
+    """The usual tf.data pipeline of ResNet examples: decode only the crop, resize, flip."""
+    import tensorflow as tf
+
+    def load(data):
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(data),
+            tf.zeros([1, 0, 4]),
+            area_range=(0.08, 1.0),
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.stack([begin[0], begin[1], size[0], size[1]])
+        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        image = tf.image.resize(image, [SIZE, SIZE])
+        return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    dataset = tf.data.Dataset.from_tensor_slices(pictures).map(load).batch(BATCH)
+    dataset = dataset.with_options(options)
+
+    def run():
+        for _ in dataset:
+            pass
+
+    return run
+
+
+def bare(pictures, augment, fast):
+    """Our pictures one by one, without Grain."""
+    augment = preset(augment)
+
+    def run():
+        seeds = augment.draw(len(pictures), np.random.default_rng(0))
+        for data, seed in zip(pictures, seeds, strict=True):
+            augment.picture(data, seed, SIZE, fast)
+
+    return run
+
+
+def ours(pictures, augment, fast, threads):
+    """Our batches: one epoch, so that no thread works ahead into the next measurement."""
+    source = [{"image": data, "label": 0} for data in pictures]
+    dataset = Dataset("memory", 1, source, source)
+
+    def run():
+        for _ in train_batches(
+            dataset,
+            batch_size=BATCH,
+            seed=0,
+            num_epochs=1,
+            augment=augment,
+            image_size=SIZE,
+            fast=fast,
+            threads=threads,
+        ):
+            pass
+
+    return run
+
+
+def measure(variants, rounds, count):
+    """Runs all variants in every round; pictures per CPU second and per second, by name."""
+    for run in variants.values():
+        run()  # imports, caches, compilation
+    rates = {name: {"cpu": [], "wall": []} for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            rates[name]["cpu"].append(count / (time.process_time() - cpu))
+            rates[name]["wall"].append(count / (time.perf_counter() - wall))
+    return rates
+
+
+def ratio(rates, name, base, clock="cpu"):
+    """Median over the rounds of one variant's rate by another's."""
+    pairs = zip(rates[name][clock], rates[base][clock], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def compare(pictures, augment, rounds):
+    """All variants of one preset."""
+    count = len(pictures)
+    variants = {"official": official(pictures, augment)}
+    if augment == "weak" and importlib.util.find_spec("tensorflow") is not None:
+        variants["tf.data"] = tf_data(pictures)
+    for label, fast in (("antialiased", False), ("fast", True)):
+        variants[f"bare loop, {label}"] = bare(pictures, augment, fast)
+        for threads in (1, 2):
+            variants[f"train_batches, {label}, threads={threads}"] = ours(
+                pictures, augment, fast, threads
+            )
+    rates = measure(variants, rounds, count)
+    rows = []
+    for name in variants:
+        row = {
+            "augment": augment,
+            "variant": name,
+            "pictures_per_cpu_second": round(statistics.median(rates[name]["cpu"]), 1),
+            "pictures_per_second": round(statistics.median(rates[name]["wall"]), 1),
+            "times_official_per_cpu_second": round(ratio(rates, name, "official"), 3),
+        }
+        if name.endswith("threads=1"):
+            loop = name.replace("train_batches", "bare loop").removesuffix(", threads=1")
+            row["grain_overhead"] = round(ratio(rates, loop, name) - 1, 3)
+        if name.endswith("threads=2"):
+            one = name.replace("threads=2", "threads=1")
+            row["times_one_thread_wall"] = round(ratio(rates, name, one, "wall"), 3)
+        rows.append(row)
+    return rows
+
+
+def cpu_model():
+    """The processor's name as the kernel gives it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line]
+    return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def versions():
+    """Versions of what takes part, None where absent."""
+    names = (
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "opencv-python-headless",
+        "grain",
+        "torch",
+        "tensorflow",
+    )
+    found = {}
+    for name in names:
+        for candidate in (name, f"{name}-cpu"):
+            try:
+                found[name] = importlib.metadata.version(candidate)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                found[name] = None
+    return found
+
+
+def main():
+    """Measures, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--data_dir", default=str(HERE.parents[1] / "shared" / "tfds"))
+    where.add_argument("--folder")
+    parser.add_argument("--pictures", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", default=str(HERE / "results" / "input_pipeline.json"))
+    flags = parser.parse_args()
+    if flags.folder:
+        dataset = load_dataset("folder", data_dir=flags.folder)
+    else:
+        try:
+            dataset = load_dataset("imagenet2012", data_dir=flags.data_dir)
+        except FileNotFoundError:
+            raise SystemExit(
+                "no ImageNet pictures found: give --folder or --data_dir (see --help)"
+            ) from None
+    count = min(flags.pictures, len(dataset.train)) // BATCH * BATCH
+    indices = np.random.default_rng(0).permutation(len(dataset.train))[:count].tolist()
+    pictures = [item["image"] for item in read_items(dataset.train, indices)]
+
+    rows = [
+        row for augment in ("weak", "raug15") for row in compare(pictures, augment, flags.rounds)
+    ]
+    print(f"{'augment':8}{'variant':42}{'per CPU s':>10}{'per s':>8}{'x official':>12}  note")
+    for row in rows:
+        note = ""
+        if "grain_overhead" in row:
+            note = f"Grain costs {row['grain_overhead']:.1%}"
+        if "times_one_thread_wall" in row:
+            note = f"{row['times_one_thread_wall']:.2f}x one thread"
+        print(
+            f"{row['augment']:8}{row['variant']:42}{row['pictures_per_cpu_second']:10.0f}"
+            f"{row['pictures_per_second']:8.0f}{row['times_official_per_cpu_second']:12.2f}  {note}"
+        )
+    result = {
+        "claim": __doc__.splitlines()[0],
+        "pictures": count,
+        "mean_bytes": round(sum(map(len, pictures)) / count),
+        "image_size": SIZE,
+        "batch_size": BATCH,
+        "rounds": flags.rounds,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    pathlib.Path(flags.output).parent.mkdir(exist_ok=True)
+    pathlib.Path(flags.output).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
