@@ -98,6 +98,18 @@ def test_scales_are_drawn_as_mean_and_range_of_their_absolute_values(tmp_path, d
     assert ax.get_yscale() == "log" and ax.get_ylabel() == "Absolute scale"
 
 
+def test_range_of_a_vector_without_neighbours_is_drawn_too(tmp_path, drawn):
+    blocks = [{"conv": np.ones(2)}, {"conv": np.ones(2), "identity": np.array([0.5, 2.0])}]
+    plot_scales(tmp_path / "scales.png", {f"a/{i}": block for i, block in enumerate(blocks)})
+    segments = [s for c in drawn[0].axes[0].collections for s in getattr(c, "get_segments", list)()]
+    assert [segment.tolist() for segment in segments] == [[[1, 0.5], [1, 2]]]
+
+
+def test_channels_near_zero_do_not_squeeze_the_lines(tmp_path, drawn):
+    plot_scales(tmp_path / "scales.png", {f"a/{i}": {"conv": [1e-9, 1.0]} for i in range(2)})
+    assert drawn[0].axes[0].get_ylim()[0] == pytest.approx(0.5 / 20)
+
+
 def test_stages_are_separated_where_the_first_part_of_the_path_changes(tmp_path, drawn):
     plot_scales(tmp_path / "scales.png", deep([1, 2, 3]))
     verticals = [

@@ -34,6 +34,12 @@ def test_sixty_four_bit_numbers_count_with_all_their_bits(x64):
     assert fingerprint(x).tolist() != fingerprint(high.view(np.float64)).tolist()
 
 
+def test_signs_changed_in_pairs_change_the_fingerprint():
+    """Sums of the bits as they are would not see it: the top bits of two numbers cancel."""
+    x = jnp.array([1.0, 2.0, 3.0])
+    assert fingerprint(x).tolist() != fingerprint(x.at[:2].multiply(-1)).tolist()
+
+
 def test_exchanged_rows_change_the_fingerprint():
     x = jnp.arange(12.0).reshape(4, 3)
     assert fingerprint(x).tolist() != fingerprint(x[::-1]).tolist()
