@@ -18,9 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from repopt_jax.branches import initial_scales
-from repopt_jax.paths import layer_at
-
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -63,6 +60,9 @@ class Scales(Mapping):
         Args:
           model: a network that states its ``blocks()``.
         """
+        from repopt_jax.branches import initial_scales
+        from repopt_jax.paths import layer_at
+
         return cls(
             {
                 path: {
@@ -98,6 +98,8 @@ class Scales(Mapping):
           ValueError: one message with everything that is missing, surplus, of the wrong width or
             not finite.
         """
+        from repopt_jax.paths import layer_at
+
         wanted = {}
         for path, block in model.blocks().items():
             width = layer_at(model, path).kernel.shape[-1]

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import repopt_jax
 from repopt_jax import Centre, Full, Identity, grad_mults, repopt_adamw, repopt_sgd
 from repopt_jax import scale_by_grad_mult as by_mult
+from repopt_jax.paths import path_str
 
 BLOCK = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
 BLOCKS = {"conv": BLOCK}
@@ -303,11 +304,7 @@ def test_weight_decay_mask_is_the_recipes():
     )
     params = nnx.state(model, nnx.Param)
     mask = repopt_jax.weight_decay_mask(params)
-    decayed = {
-        repopt_jax.paths.path_str(path)
-        for path, decay in jax.tree_util.tree_leaves_with_path(mask)
-        if decay
-    }
+    decayed = {path_str(path) for path, decay in jax.tree_util.tree_leaves_with_path(mask) if decay}
     assert "stage2/1/conv/branch_weights/identity" in decayed
     assert "stage2/1/conv/branch_weights/conv1x1" in decayed
     assert "linear/kernel" in decayed
