@@ -98,6 +98,9 @@ def test_missing_sets_and_splits_name_the_way_out(tfds_dir, tmp_path):
     command = f"tfds build mnist --data_dir={tmp_path} --file_format=array_record"
     with pytest.raises(FileNotFoundError, match=command):
         load_dataset("mnist", data_dir=str(tmp_path))
+    command = f"tfds build imagenet_resized/8x8 --data_dir={tmp_path} --file_format=array_record"
+    with pytest.raises(FileNotFoundError, match=command):
+        load_dataset("imagenet_resized/8x8", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"eval_split must select from .* got 'tset'"):
         load_dataset("cifar10_jpeg", data_dir=tfds_dir, eval_split="tset")
 

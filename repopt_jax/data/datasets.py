@@ -164,6 +164,7 @@ def _load_folder(data_dir, train_split, eval_split) -> Dataset:
 
 def _load_tfds(name, data_dir, train_split, eval_split) -> Dataset:
     import tensorflow_datasets as tfds
+    from etils import epath
 
     try:
         # Offline by design: TFDS asks its public bucket only with `try_gcs=True`.
@@ -174,11 +175,11 @@ def _load_tfds(name, data_dir, train_split, eval_split) -> Dataset:
             "name must be 'digits', 'folder', a TFDS set or a TFDS folder in "
             f"data_dir={str(data_dir)!r}, got {name!r}"
         ) from None
-    folder = pathlib.Path(builder.data_dir)
-    prepare = (
-        f"`tfds build {name} --data_dir={data_dir or folder.parents[1]} --file_format=array_record`"
-    )
-    if not (folder / "dataset_info.json").is_file():
+    folder = epath.Path(builder.data_dir)  # may lie in a bucket
+    # The folder is <root>/name/version or <root>/name/config/version.
+    root = folder.parents[builder.info.full_name.count("/")]
+    prepare = f"`tfds build {name} --data_dir={root} --file_format=array_record`"
+    if not (folder / "dataset_info.json").exists():
         raise FileNotFoundError(
             f"data set {name!r} is not prepared in {folder}: run {prepare} once "
             "(only this command needs tensorflow installed)"

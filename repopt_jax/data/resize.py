@@ -105,8 +105,8 @@ def random_resized_crop(
       size: side of the result.
       rng: source of randomness.
       bicubic: interpolate bicubically (with Pillow, thus slowly) instead of bilinearly.
-      fast: decode with less exact arithmetic and resize without antialiasing, which saves a
-        sixth of the time; what is too fine for the result then shows as noise.
+      fast: decode with less exact arithmetic and resize without antialiasing, which saves an
+        eighth of the time; what is too fine for the result then shows as noise.
 
     Returns:
       uint8 (size, size, 3).
