@@ -75,3 +75,22 @@ def test_random_interpolation_takes_pillows_bicubic_for_half_of_the_pictures():
     crops = [augment.picture(image, seed, 64) for seed in seeds]
     overshoot = [crop.max() > 151 for crop in crops if crop.min() < 101 and crop.max() >= 150]
     assert np.mean(overshoot) == pytest.approx(0.5, abs=0.1)
+
+
+def test_presets_are_the_recipes():
+    assert preset("weak") == ResizedCrop()
+    assert preset("raug15") == ResizedCrop(rand_augment=True)
+    assert preset("jitter") == ResizedCrop(jitter=0.4, random_interpolation=True)
+    assert preset("none") == FlipCrop()
+    assert preset("crop") == FlipCrop(padding=1)
+    assert preset("flip_crop") == FlipCrop(padding=4, flip=True)
+
+
+def test_randaugment_works_on_what_the_weak_preset_makes():
+    image = np.random.default_rng(0).integers(0, 256, (50, 60, 3)).astype(np.uint8)
+    weak, strong = preset("weak"), preset("raug15")
+    seeds = weak.draw(200, np.random.default_rng(0))
+    pairs = [(weak.picture(image, s, 16), strong.picture(image, s, 16)) for s in seeds]
+    equal = np.mean([(a == b).all() for a, b in pairs])
+    # Both operations leave a picture alone now and then, e.g. a turn by 0 degrees.
+    assert 0 < equal < 0.2
