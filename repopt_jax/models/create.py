@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flax import nnx
 
-from repopt_jax.models.repopt_vgg import SIZES, RepOptVGG, RepVGGBlock, stage_widths
+from repopt_jax.models.repopt_vgg import RepOptVGG, RepVGGBlock
 from repopt_jax.models.search import search_network
+from repopt_jax.sizes import SIZES, stage_widths
 
 if TYPE_CHECKING:
     from jaxtyping import Array

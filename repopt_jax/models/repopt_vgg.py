@@ -1,6 +1,6 @@
 """RepOpt-VGG: a plain stack of 3x3 convolutions that states RepVGG's branches as blocks.
 
-Paper: RepOptimizers, arXiv 2205.15242, section 4; sizes A0 to B0 from RepVGG, arXiv 2101.03697.
+Paper: RepOptimizers, arXiv 2205.15242, section 4.
 Stage 0 is one block, then four stages, global average pooling and a dense layer. Images are NHWC.
 """
 
@@ -26,28 +26,6 @@ from repopt_jax.models.layers import (
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
-
-# name -> blocks of stages 1 to 4, width multipliers of stages 1 to 4
-SIZES = {
-    "RepOpt-VGG-A0": ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
-    "RepOpt-VGG-A1": ((2, 4, 14, 1), (1, 1, 1, 2.5)),
-    "RepOpt-VGG-A2": ((2, 4, 14, 1), (1.5, 1.5, 1.5, 2.75)),
-    "RepOpt-VGG-B0": ((4, 6, 16, 1), (1, 1, 1, 2.5)),
-    "RepOpt-VGG-B1": ((4, 6, 16, 1), (2, 2, 2, 4)),
-    "RepOpt-VGG-B2": ((4, 6, 16, 1), (2.5, 2.5, 2.5, 5)),
-    "RepOpt-VGG-L1": ((8, 14, 24, 1), (2, 2, 2, 4)),
-    "RepOpt-VGG-L2": ((8, 14, 24, 1), (2.5, 2.5, 2.5, 5)),
-}
-
-
-def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
-    """Channels of stages 0 to 4 from the four width multipliers.
-
-    >>> stage_widths((2, 2, 2, 4))
-    (64, 128, 256, 512, 2048)
-    """
-    stages = [int(base * m) for base, m in zip((64, 128, 256, 512), multipliers, strict=True)]
-    return (min(64, stages[0]), *stages)
 
 
 class PlainBlock(nnx.Module):
@@ -173,12 +151,12 @@ class RepOptVGG(nnx.Module):
         return self.linear(x.mean((1, 2)))
 
     def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty for RepVGG, whose branches are layers.
+        """Path of a layer -> its branches; empty if the blocks are not plain ones.
 
         A search starts the convolutions' scales at 1 in the first block of a stage and at
         ``sqrt(2 / i)`` in block ``i``.
         """
-        if isinstance(self.stage0, RepVGGBlock):
+        if not isinstance(self.stage0, PlainBlock):
             return {}
         found = {"stage0/conv": _branches(self.stage0, 1.0)}
         for stage in range(1, 5):
