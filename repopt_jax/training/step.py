@@ -71,10 +71,12 @@ def init_state(
     """
     model.train()
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-    # The averages are copies: a donated buffer may not appear twice.
+    # The averages are copies because a donated buffer may not appear twice, and the optimizer's
+    # state because the multipliers in it are the transformation's own.
     averages = jax.tree.map(jnp.copy, (params, stats)) if ema else None
+    opt_state = jax.tree.map(jnp.copy, tx.init(params))
     step = jnp.zeros((), jnp.int32)
-    return graphdef, TrainState(step, params, stats, tx.init(params), averages)
+    return graphdef, TrainState(step, params, stats, opt_state, averages)
 
 
 def normalize(
