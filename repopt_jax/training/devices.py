@@ -72,7 +72,11 @@ def samples_per_group(batch_size: int, accumulation: int, bn_group: int | None, 
     >>> samples_per_group(256, 1, 32, make_mesh(devices=jax.devices()[:1]))
     32
     """
-    if accumulation < 1 or batch_size % (mesh.size * accumulation):
+    if batch_size < 1 or accumulation < 1:
+        raise ValueError(
+            f"batch_size and accumulation must be at least 1, got {batch_size} and {accumulation}"
+        )
+    if batch_size % (mesh.size * accumulation):
         raise ValueError(
             f"batch_size must be divisible by {mesh.size} devices times accumulation "
             f"{accumulation}, got {batch_size}"
