@@ -37,9 +37,15 @@ def make_optimizer(
       reparameterized: whether any multiplier is not None.
 
     Raises:
-      ValueError: unknown name, or clipping together with multipliers: the norm of the merged
-        kernels' gradient is not that of the branches', so the equivalence would be lost.
+      ValueError: unknown name, a number out of its range, or clipping together with multipliers:
+        the norm of the merged kernels' gradient is not that of the branches', so the equivalence
+        would be lost.
     """
+    if not config.clip_norm >= 0:
+        raise ValueError(f"optimizer.clip_norm must be at least 0, got {config.clip_norm}")
+    for key in ("b1", "b2"):
+        if not 0 <= config[key] < 1:
+            raise ValueError(f"optimizer.{key} must be in [0, 1), got {config[key]}")
     if reparameterized and config.clip_norm:
         raise ValueError(
             "optimizer.clip_norm must be 0 for the part 'target', because clipping the merged "
