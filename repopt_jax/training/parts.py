@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -109,7 +111,8 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
       config: the whole configuration.
       name: one of `PARTS`.
       mesh: the devices.
-      scales: for "target" and "csla". None: not known yet; the part can be checked, but not run.
+      scales: for "target" and "csla". None: not known yet, and those that a search starts with
+        stand in for them.
 
     Raises:
       ValueError: anything in `config` or `scales` that does not fit.
@@ -117,63 +120,73 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
     """
     if name not in PARTS:
         raise ValueError(f"parts must be among {PARTS}, got {name!r}")
-    section = config.search if name == "search" else config.target
+    section_name = "search" if name == "search" else "target"
+    section = config[section_name]
     dtype = DTYPES.get(config.dtype)
     if dtype is None:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
         raise ValueError("dtype 'float64' needs JAX_ENABLE_X64=1 in the environment")
+    if config.identity not in ("searched", "one"):
+        raise ValueError(f"identity must be 'searched' or 'one', got {config.identity!r}")
     if not 0 <= section.ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {section.ema_decay}")
     if not 0 <= section.label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {section.label_smoothing}")
+    if section.eval_batch_size < 1:
+        raise ValueError(f"eval_batch_size must be at least 1, got {section.eval_batch_size}")
+    _check_tuples(config, section)
     group = samples_per_group(section.batch_size, section.accumulation, config.bn_group, mesh)
-    dataset = data_lib.load_dataset(**_dataset_arguments(section.data))
+    with _told_where(f"{section_name}.data"):
+        dataset = data_lib.load_dataset(**_dataset_arguments(section.data))
     steps_per_epoch = data_lib.steps_per_epoch(dataset, section.batch_size)
-    schedule = make_schedule(
-        batch_size=section.batch_size,
-        steps_per_epoch=steps_per_epoch,
-        epochs=section.epochs,
-        **section.schedule,
-    )
+    with _told_where(f"{section_name}.schedule"):
+        schedule = make_schedule(
+            batch_size=section.batch_size,
+            steps_per_epoch=steps_per_epoch,
+            epochs=section.epochs,
+            **section.schedule,
+        )
     size = {key: value for key, value in config.model.items() if value is not None}
     types = {
         "dtype": dtype,
         "param_dtype": jnp.float64 if dtype == jnp.float64 else jnp.float32,
     }
 
+    def create(kind: str, **options: Any) -> nnx.Module:
+        options |= {"num_classes": dataset.num_classes, "bn_group": group, **size, **types}
+        with _told_where("model"):
+            return create_model(kind=kind, **options)
+
+    if name in ("target", "csla"):
+        plain = nnx.eval_shape(lambda: create("target", rngs=nnx.Rngs(0)))
+        scales = Scales.initial(plain) if scales is None else scales
+        scales.check(plain)
+
     def build() -> nnx.Module:
         # Another generator than JAX's default because it compiles eight times as fast, which
         # for a network of 28 layers is seconds.
         rngs = nnx.Rngs(params=jax.random.key(config.seed, impl="rbg"))
-        model = create_model(
-            kind=KINDS[name],
-            num_classes=dataset.num_classes,
-            scales=scales if name == "csla" else None,
-            bn_group=group,
-            rngs=rngs,
-            **size,
-            **types,
-        )
-        if name == "target" and scales is not None:
+        if name == "csla":
+            starts = scales if config.identity == "searched" else _identity_at_one(plain, scales)
+            return create("csla", scales=starts, rngs=rngs)
+        model = create(KINDS[name], rngs=rngs)
+        if name == "target":
             init_target(model, scales, identity=config.identity, rngs=rngs)
         return model
 
     model = nnx.eval_shape(build)
     params = nnx.state(model, nnx.Param)
     rule = update_rule(section.optimizer.name)
-    if name in ("target", "csla"):
-        known = Scales.initial(model) if scales is None else scales
-        known.check(model)
     if name == "target":
-        mults = grad_mults(params, model.blocks(), known, rule)
+        mults = grad_mults(params, model.blocks(), scales, rule)
     else:
         mults = jax.tree.map(lambda _: None, params)
     tx = make_optimizer(section.optimizer, schedule, mults, reparameterized=name == "target")
     model.train()
     graphdef = nnx.graphdef(model)
     model.eval()
-    return Part(
+    part = Part(
         name=name,
         config=config,
         section=section,
@@ -195,6 +208,40 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
         steps_per_epoch=steps_per_epoch,
         steps=max(1, round(section.epochs * steps_per_epoch)),
     )
+    # What the data cannot do is refused now, not after a search.
+    part.train_batches()
+    part.eval_batches()
+    return part
+
+
+def _identity_at_one(model: nnx.Module, scales: Scales) -> dict[str, dict[str, np.ndarray]]:
+    blocks = model.blocks()
+    return {
+        path: {n: v if blocks[path][n].scaled else np.ones_like(v) for n, v in vectors.items()}
+        for path, vectors in scales.vectors.items()
+    }
+
+
+@contextlib.contextmanager
+def _told_where(place: str) -> Iterator[None]:
+    """Several fields are called "name": say in which section the refused one is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _check_tuples(config: ConfigDict, section: ConfigDict) -> None:
+    for key in ("num_blocks", "widths", "strides"):
+        value = config.model[key]
+        if value is not None and not all(isinstance(n, int) and n > 0 for n in value):
+            raise ValueError(f"model.{key} must be whole numbers above 0, got {value}")
+    for key in ("mean", "std"):
+        value = section.data[key]
+        good = len(value) == 3 and all(isinstance(x, float | int) for x in value)
+        if not good or (key == "std" and min(value) <= 0):
+            kind = "numbers above 0" if key == "std" else "numbers"
+            raise ValueError(f"data.{key} must be 3 {kind}, one per channel, got {value}")
 
 
 def _dataset_arguments(section: ConfigDict) -> dict[str, Any]:
