@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """
     workdir = epath.Path(workdir)
     with _told_in_a_sentence():
-        names, scales, mesh = check(config)
+        names, scales, mesh = check(config, workdir)
         for name in names:
             prepare(config, name, mesh, scales)
         _claim(workdir, config)
@@ -96,9 +96,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
     workdir = epath.Path(workdir)
     found, rows = {}, []
     with _told_in_a_sentence():
-        names, scales, mesh = check(config)
-        if (workdir / "scales.safetensors").exists():
-            scales = load_scales(workdir / "scales.safetensors")
+        names, scales, mesh = check(config, workdir)
         for name in names:
             if not (workdir / name / "checkpoints").exists():
                 continue
@@ -106,7 +104,12 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
             checkpoints = Checkpoints(workdir / name, read_only=True)
             state = part.init()
             for which in ("latest", "best"):
-                step, state = checkpoints.restore(state, step=which)
+                if which == "best" and checkpoints.best_step() is None:
+                    continue  # no checkpoint was written where an evaluation was due
+                restored = checkpoints.restore(state, step=which)
+                if restored is None:  # stopped before its first checkpoint
+                    continue
+                step, state = restored
                 numbers = evaluate_state(part, state)
                 found[f"{name}/{which}"] = numbers
                 for prefix in ("eval", "eval_ema"):
@@ -124,8 +127,15 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
     return found
 
 
-def check(config: ConfigDict) -> tuple[list[str], Scales | None, Any]:
-    """The parts to run, the scales if they are given, and the mesh; ValueError if it cannot be."""
+def check(
+    config: ConfigDict, workdir: epath.Path | None = None
+) -> tuple[list[str], Scales | None, Any]:
+    """The parts to run, the scales if they are known, and the mesh; ValueError if it cannot be.
+
+    Args:
+      config: the whole configuration.
+      workdir: may hold the scales of a search that is done. None: look at `config.scales` only.
+    """
     names = list(config.parts)
     if not names:
         raise ValueError("parts must name at least one part, got none")
@@ -138,6 +148,14 @@ def check(config: ConfigDict) -> tuple[list[str], Scales | None, Any]:
     scales = load_scales(config.scales) if config.scales else None
     if scales is not None and "search" in names:
         names.remove("search")
+        if not names:
+            raise ValueError(
+                f"parts must name another part than 'search' where scales are given, "
+                f"got {tuple(config.parts)} and scales={config.scales!r}"
+            )
+    found = workdir / "scales.safetensors" if workdir is not None else None
+    if scales is None and found is not None and found.exists():
+        scales = load_scales(found)
     needing = [name for name in ("target", "csla") if name in names]
     if needing and scales is None and names[0] != "search":
         raise ValueError(
@@ -163,7 +181,10 @@ def _claim(workdir: epath.Path, config: ConfigDict) -> None:
                 f"workdir {workdir} holds a run with another configuration; use another workdir "
                 f"or the same settings: {', '.join(different)}"
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir must be a directory, got the file {workdir}")
+    # A kill while the configuration was being written leaves its unfinished file alone.
+    elif workdir.exists() and any(p.name != "config.json.unfinished" for p in workdir.iterdir()):
         raise ValueError(f"workdir must be empty, absent or a run's own, got {workdir}")
     write_json(path, json.loads(config.to_json_best_effort()))
 
