@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -109,15 +110,26 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     )
     try:
         with StopSignal() as stop, progress:
-            state = _run_steps(part, state, first, batches, checkpoints, writer, progress, stop)
-        checkpoints.wait()
+            step, state = _run_steps(
+                part, state, first, batches, checkpoints, writer, progress, stop
+            )
+            checkpoints.wait()
     finally:
         writer.close()
         checkpoints.close()
+    if stop.received is not None:  # even at the last step: a part after this one may not begin
+        raise RunStopped(
+            f"{stop.received.name} received: {part.name} is saved at step {step} of "
+            f"{part.steps}; the same command goes on from there",
+            128 + stop.received,
+        )
     return state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
 
 
-def _run_steps(part, state, first, batches, checkpoints, writer, progress, stop) -> TrainState:
+def _run_steps(
+    part, state, first, batches, checkpoints, writer, progress, stop
+) -> tuple[int, TrainState]:
+    """Train up to the last step, or to the first one that a signal lets end; that one is saved."""
     step_fn, _ = jitted_steps()
     eval_every = part.steps_in(part.config.eval_every)
     save_every = part.steps_in(part.config.checkpoint.every)
@@ -125,6 +137,7 @@ def _run_steps(part, state, first, batches, checkpoints, writer, progress, stop)
     seconds = _seconds_before(read_metrics(writer.path))
     since = time.perf_counter()
     recent: list[dict[str, jax.Array]] = []
+    step = first
     for step in range(first + 1, part.steps + 1):
         batch = put_batch(part.mesh, next(batches))
         state, metrics = step_fn(part.graphdef, part.tx, part.options, state, batch)
@@ -134,8 +147,9 @@ def _run_steps(part, state, first, batches, checkpoints, writer, progress, stop)
         progress.step(step)
 
         last = step == part.steps
+        stopping = stop.received is not None  # one that comes from here on counts at the next step
         due_eval = last or step % eval_every == 0
-        due_save = last or step % save_every == 0 or stop.received is not None
+        due_save = last or step % save_every == 0 or stopping
         if due_eval or due_save or step % log_every == 0:
             _require_finite(part, step, metrics, checkpoints)
             means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in metrics}
@@ -151,28 +165,43 @@ def _run_steps(part, state, first, batches, checkpoints, writer, progress, stop)
             record["seconds"] = seconds + time.perf_counter() - since
             writer.write(step, record)
         if due_save:
+            _require_finite_state(part, step, state, checkpoints)
             top1 = {"top1": record["eval/top1"]} if due_eval else None
             checkpoints.save(step, state, batches, metrics=top1, force=True)
-        if stop.received is not None and not last:
-            checkpoints.wait()
-            raise RunStopped(
-                f"{stop.received.name} received: {part.name} is saved at step {step} of "
-                f"{part.steps}; the same command goes on from there",
-                128 + stop.received,
-            )
-    return state
+        if stopping:
+            break
+    return step, state
 
 
 def _require_finite(part: Part, step: int, metrics: dict, checkpoints: Checkpoints) -> None:
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
-        steps = checkpoints.steps()
-        kept = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
-        raise RunStopped(
-            f"the loss of {part.name} is {loss} at step {step}; a smaller learning rate "
-            f"(schedule.base_lr) may help; last good checkpoint: {kept}",
-            1,
-        )
+        _stop_diverged(f"the loss of {part.name} is {loss} at step {step}", checkpoints)
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def _require_finite_state(
+    part: Part, step: int, state: TrainState, checkpoints: Checkpoints
+) -> None:
+    # The step's loss is that before its update, which may have broken what is to be saved.
+    if not _all_finite(state):
+        _stop_diverged(f"the update of {part.name} at step {step} is not finite", checkpoints)
+
+
+def _stop_diverged(what: str, checkpoints: Checkpoints) -> None:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    kept = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
+    raise RunStopped(
+        f"{what}; a smaller learning rate (schedule.base_lr) may help; "
+        f"last good checkpoint: {kept}",
+        1,
+    )
 
 
 def _seconds_before(records: list[dict[str, Any]]) -> float:
