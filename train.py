@@ -5,49 +5,83 @@ Without arguments the whole method runs on scikit-learn's digits. `--help` lists
 """
 
 import pathlib
+import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(pathlib.Path(__file__).parent / "configs" / "digits.py"),
-    "Configuration file, with an argument after a colon where it takes one.",
-    lock_config=True,
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes. Default: runs/CONFIG.")
-_MODE = flags.DEFINE_enum(
-    "mode",
-    "run",
-    ["run", "eval", "throughput"],
-    "run: train what is not finished; eval: evaluate the checkpoints in workdir; "
-    "throughput: time the training step, without workdir.",
-)
+
+def parse(argv):
+    """Parse the flags; end with one sentence where they are wrong."""
+    try:
+        config_flags.DEFINE_config_file(
+            "config",
+            str(pathlib.Path(__file__).parent / "configs" / "digits.py"),
+            "Configuration file, with an argument after a colon where it takes one.",
+            lock_config=True,
+        )
+        flags.DEFINE_string("workdir", None, "Where everything goes. Default: runs/CONFIG.")
+        flags.DEFINE_enum(
+            "mode",
+            "run",
+            ["run", "eval", "throughput"],
+            "run: train what is not finished; eval: evaluate the checkpoints in workdir; "
+            "throughput: time the training step, without workdir.",
+        )
+        unknown = flags.FLAGS(argv)[1:]
+        _ = flags.FLAGS.config.parts  # that the file is not there shows only at its first use
+    except flags.Error as error:
+        lines = str(error).splitlines()  # of an error in the file: a traceback, the reason last
+        stop(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}", 2)
+    except OSError as error:
+        reason = str(error).splitlines()[-1].strip()
+        stop(f"config must be a file that can be read, got this: {reason}", 2)
+    except (AttributeError, KeyError) as error:  # ml_collections' answers to a misspelt field
+        given = [x.split("=")[0] for x in argv if re.match("--?(no)?config[.]", x)]
+        frames = traceback.extract_tb(error.__traceback__)
+        if not given or any(frame.name == "get_config" for frame in frames):
+            raise  # a mistake in the file, whose author wants to see the line
+        hint = re.search('did you mean "(.*?)"', str(error), re.IGNORECASE)
+        missing = re.search(r"\w+", str(error)).group()
+        wrong = [x for x in given if missing in x.split(".")] or given
+        stop(
+            f"the configuration has no field {' '.join(wrong)}"
+            + (f"; did you mean {hint[1]!r} instead of {missing!r}?" if hint else ""),
+            2,
+        )
+    if unknown:
+        stop(f"unknown arguments {unknown}; flags begin with --", 2)
+    return argv[:1]
 
 
-def main(argv):
+def main(_):
     """Dispatch on --mode; end with one sentence where the run cannot go on."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # absl would tell which backends jax looks for
     from repopt_jax.training import run
     from repopt_jax.training.loop import RunStopped
     from repopt_jax.training.throughput import throughput
 
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = _WORKDIR.value or f"runs/{name}"
+    given = flags.FLAGS
+    name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
+    workdir = given.workdir or f"runs/{name}"
     try:
-        if _MODE.value == "run":
-            run.run(_CONFIG.value, workdir)
-        elif _MODE.value == "eval":
-            run.evaluate(_CONFIG.value, workdir)
+        if given.mode == "run":
+            run.run(given.config, workdir)
+        elif given.mode == "eval":
+            run.evaluate(given.config, workdir)
         else:
-            throughput(_CONFIG.value)
+            throughput(given.config)
     except RunStopped as stopped:
-        print(f"train.py: {stopped}", file=sys.stderr)
-        sys.exit(stopped.exit_code)
+        stop(str(stopped), stopped.exit_code)
+
+
+def stop(sentence, exit_code):
+    """End the process with a sentence instead of a traceback."""
+    print(f"train.py: {sentence}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)
