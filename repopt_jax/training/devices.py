@@ -33,8 +33,8 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     Raises:
       ValueError: if `fsdp` does not divide the number of devices.
 
-    >>> make_mesh(devices=jax.devices()[:1]).shape
-    OrderedDict({'data': 1, 'fsdp': 1})
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1}
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
