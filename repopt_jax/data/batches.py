@@ -45,7 +45,7 @@ class TrainBatch:
         self._steps = len(dataset.train) // batch_size
         self._augment = preset(augment)
         self._image_size = image_size
-        self._side = picture_shape(dataset, image_size)[0]
+        self._shape = picture_shape(dataset, image_size)
         self._fast = fast
         self._rows = rows
         self._reader = Reader(dataset.train, "training", dataset.bad_pictures if skip_bad else None)
@@ -64,18 +64,25 @@ class TrainBatch:
         indices = self._order(epoch)[start : start + self._batch_size][self._rows]
         draws = self._augment.draw(self._batch_size, rng)[self._rows]
         if not isinstance(self._augment, FlipCrop):
-            images, labels = self._reader.read_all(indices.tolist(), self._crop, draws)
-            return {"image": np.stack(images), "label": np.asarray(labels, np.int32)}
+            images, labels = self._read(indices, self._crop, draws)
+            return {"image": images, "label": labels}
         if _fits(self._source, self._image_size):
             images, labels = self._source.images[indices], self._source.labels[indices]
         else:
             make = functools.partial(_whole, image_size=self._image_size)
-            images, labels = self._reader.read_all(indices.tolist(), make)
-        images = self._augment.batch(np.asarray(images), draws)
-        return {"image": images, "label": np.asarray(labels, np.int32)}
+            images, labels = self._read(indices, make)
+        return {"image": self._augment.batch(images, draws), "label": labels}
 
     def _crop(self, image, seed):
-        return self._augment.picture(image, seed, self._side, self._fast)
+        return self._augment.picture(image, seed, self._shape[0], self._fast)
+
+    def _read(self, indices, make, draws=None) -> tuple[np.ndarray, np.ndarray]:
+        images = np.empty((len(indices), *self._shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        pictures = self._reader.read_all(indices.tolist(), make, draws)
+        for row, (image, label) in enumerate(pictures):
+            images[row], labels[row] = image, label
+        return images, labels
 
 
 class EvalBatch:
@@ -126,9 +133,7 @@ class EvalBatch:
             batch["mask"][: len(indices)] = True
             return batch
         make = functools.partial(_whole, image_size=self._image_size, resize=self._resize)
-        for row, (image, label) in enumerate(
-            zip(*self._reader.read(indices.tolist(), make), strict=True)
-        ):
+        for row, (image, label) in enumerate(self._reader.read(indices.tolist(), make)):
             if image is not None:
                 batch["image"][row], batch["label"][row], batch["mask"][row] = image, label, True
         return batch

@@ -1,7 +1,7 @@
 """Labelled pictures of a split by index, with a policy for broken files."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Reader:
 
     def read(
         self, indices: Sequence[int], make: Callable, rows: Sequence | None = None
-    ) -> tuple[list[np.ndarray | None], list[int]]:
+    ) -> Iterator[tuple[np.ndarray | None, int]]:
         """Reads pictures.
 
         Args:
@@ -36,39 +36,37 @@ class Reader:
             array or of encoded bytes, and raises ValueError where it cannot.
           rows: None or one object per picture.
 
-        Returns:
-          The arrays, None in place of bad pictures, and the labels.
+        Yields:
+          The array, None for a bad picture, and the label. One at a time, so that arrays can be
+          copied into a batch while they are in the processor's cache.
 
         Raises:
           ValueError: a picture cannot be decoded and bad ones are not collected.
         """
-        images, labels = [], []
         items = read_items(self._source, list(indices))
         arguments = [()] * len(items) if rows is None else [(row,) for row in rows]
         for index, item, extra in zip(indices, items, arguments, strict=True):
             try:
-                images.append(make(item["image"], *extra))
+                image = make(item["image"], *extra)
             except ValueError as error:
                 self._note(index, item, error)
-                images.append(None)
-            labels.append(item["label"])
-        return images, labels
+                image = None
+            yield image, item["label"]
 
     def read_all(
         self, indices: Sequence[int], make: Callable, rows: Sequence | None = None
-    ) -> tuple[list[np.ndarray], list[int]]:
+    ) -> Iterator[tuple[np.ndarray, int]]:
         """Like `read`, but the next good picture of the source stands in for a bad one."""
-        images, labels = self.read(indices, make, rows)
-        for position, index in enumerate(indices):
+        for position, (image, label) in enumerate(self.read(indices, make, rows)):
             tries = 0
-            while images[position] is None:
+            while image is None:
                 tries += 1
                 if tries == len(self._source):
                     raise ValueError(f"none of the {self._name} pictures can be decoded")
                 row = None if rows is None else [rows[position]]
-                other = [(index + tries) % len(self._source)]
-                (images[position],), (labels[position],) = self.read(other, make, row)
-        return images, labels
+                other = (indices[position] + tries) % len(self._source)
+                ((image, label),) = self.read([other], make, row)
+            yield image, label
 
     def _note(self, index: int, item: dict, error: ValueError) -> None:
         name = f"{self._name} picture {index}"
