@@ -10,7 +10,6 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 # Second bytes of JPEG markers.
 _BASELINE_FRAMES = (0xC0, 0xC1)
-_OTHER_FRAMES = frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN = 0xDA
 
 
@@ -54,7 +53,6 @@ def decode(
                 fastupsample=fast,
                 min_height=-(-height // reduction),
                 min_width=-(-width // reduction),
-                min_factor=reduction,
                 strict=top is None,  # the rows that are left over count as an error
             )
         except ValueError:
@@ -98,14 +96,13 @@ def _top_of_jpeg(data: bytes, rows: int) -> bytearray | None:
         marker = data[at + 1]
         if marker in _BASELINE_FRAMES:
             frame = at
-        elif marker in _OTHER_FRAMES:
-            return None
         elif marker == _SCAN:
             break
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     else:
         return None
-    # A frame is: marker, length, precision, height, width, components, 3 bytes for each.
+    # Progressive files have another kind of frame, files with several scans fewer components in
+    # the first. A frame is: marker, length, precision, height, width, components, 3 bytes for each.
     if frame is None or data[at + 4] != data[frame + 9]:
         return None
     components = data[frame + 9]

@@ -16,11 +16,6 @@ from repopt_jax.data.decode import decode, decoded_size
 # Parallel work is the pipeline's business: OpenCV's own threads would only get in the way.
 cv2.setNumThreads(0)
 
-# Variances, in units of a pixel squared, of bilinear interpolation (a triangle over two pixels)
-# and of averaging a block of pixels, which is what a JPEG decoded at a fraction has undergone.
-_LINEAR_VARIANCE = 1 / 6
-_BLOCK_VARIANCE = 1 / 12
-
 
 def resize_and_crop(image: np.ndarray, size: int, resize: int | None = None) -> np.ndarray:
     """Brings the shorter side to `resize` (bilinear, antialiased) and cuts out the centre.
@@ -137,10 +132,10 @@ def random_resized_crop(
     if bicubic:
         picture = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(picture)
-    return antialiased(crop, size, blocks=reduction > 1)
+    return antialiased(crop, size)
 
 
-def antialiased(image: np.ndarray, size: int, *, blocks: bool = False) -> np.ndarray:
+def antialiased(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes bilinearly after smoothing away what the smaller grid cannot show.
 
     Resizing by a factor s should average with a triangle 2s wide, of variance s^2/6. Bilinear
@@ -149,7 +144,6 @@ def antialiased(image: np.ndarray, size: int, *, blocks: bool = False) -> np.nda
     Args:
       image: uint8 (height, width, 3).
       size: side of the result.
-      blocks: every pixel is already the mean of a block of finer ones.
 
     Returns:
       uint8 (size, size, 3).
@@ -161,8 +155,7 @@ def antialiased(image: np.ndarray, size: int, *, blocks: bool = False) -> np.nda
     >>> cv2.resize(stripes, (3, 3))[0, :, 0]
     array([0, 0, 0], dtype=uint8)
     """
-    have = _LINEAR_VARIANCE + (_BLOCK_VARIANCE if blocks else 0)
-    missing = [(side / size) ** 2 / 6 - have for side in image.shape[:2]]
+    missing = [((side / size) ** 2 - 1) / 6 for side in image.shape[:2]]
     if max(missing) > 0.02:  # less is not worth the pass
         vertical, horizontal = (_smoothing(variance) for variance in missing)
         image = cv2.sepFilter2D(image, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
