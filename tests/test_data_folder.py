@@ -7,6 +7,8 @@ import pytest
 import simplejpeg
 
 from repopt_jax.data import eval_batches, load_dataset, train_batches
+from repopt_jax.data.decode import decode
+from repopt_jax.data.resize import resize_and_crop
 
 
 @pytest.fixture
@@ -95,6 +97,8 @@ def test_encoded_evaluation_sees_every_picture_once(folder):
     means = np.concatenate([b["image"][b["mask"]].mean((1, 2, 3)) for b in batches])
     np.testing.assert_array_equal(labels, means > 110)
     assert not batches[1]["image"][2:].any()
+    whole = decode(load(folder).eval[0]["image"])
+    np.testing.assert_array_equal(batches[0]["image"][0], resize_and_crop(whole, 24, 28))
 
 
 def test_resize_without_or_below_image_size_is_refused(folder):
@@ -126,6 +130,9 @@ def test_skipped_files_are_replaced_and_counted(folder, caplog):
             batch = next(batches)
             next(batches)
         assert batch["label"].tolist().count(1) == 7
+        if augment == "none":
+            copies = np.unique(batch["image"], axis=0, return_counts=True)[1]
+            assert sorted(copies) == [1] * 9 + [3]
         assert batch["image"].any(axis=(1, 2, 3)).all()
         assert len(dataset.bad_pictures) == 2
         assert [r.message.endswith(f"number {n}") for n, r in enumerate(caplog.records, 1)] == [

@@ -127,7 +127,7 @@ def test_evaluation_can_be_repeated():
         ({"augment": "flop"}, "augment must be one of none, crop, .* got 'flop'"),
         ({"process_count": 2}, "batch_size must be a multiple of process_count = 2, got 5"),
         ({"process_index": 1}, "process_index must be in .* got 1"),
-        ({"threads": -1}, "threads must be .* got -1"),
+        ({"threads": -1}, "threads must be None or at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

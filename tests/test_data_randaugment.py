@@ -93,6 +93,15 @@ def test_pictures_of_few_values_equalize_and_stretch_as_in_pillow(values):
         np.testing.assert_array_equal(OPERATIONS[name](image, Draw(5)), expected)
 
 
+@pytest.mark.parametrize("brightest", [89, 90, 91, 345, 346, 599])
+def test_equalize_steps_as_pillow_does(brightest):
+    """The step is the number of pixels below the brightest value over 255, rounded down."""
+    values = np.repeat([10, 20, 200], [300, 300, brightest])[-600:].astype(np.uint8)
+    image = np.repeat(values.reshape(20, 30, 1), 3, axis=-1)
+    expected = np.asarray(ImageOps.equalize(Image.fromarray(image)))
+    np.testing.assert_array_equal(OPERATIONS["Equalize"](image, Draw(5)), expected)
+
+
 def test_zero_bits_make_a_black_picture():
     """Pillow refuses to posterize to 0 bits, which magnitudes 0, 1 and 2 ask for."""
     assert posterize(picture(), 0).max() == 0

@@ -31,7 +31,7 @@ def test_evaluation_equals_the_official_preprocessing(golden):
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, None), (320, None), (224, 256), (32, 32)])
-@pytest.mark.parametrize("shape", [(301, 400), (400, 301), (120, 90), (320, 320)])
+@pytest.mark.parametrize("shape", [(301, 400), (400, 301), (120, 90), (320, 320), (100, 110)])
 def test_evaluation_is_pillows_resize_and_a_centre_crop(size, resize, shape):
     image = photo(*shape)
     short = resize or size
@@ -84,6 +84,15 @@ def test_only_antialiasing_removes_what_is_too_fine():
     pillow = np.asarray(Image.fromarray(noise).resize((112, 112), Image.Resampling.BILINEAR))
     assert antialiased(noise, 112).std() == pytest.approx(pillow.std(), rel=0.15)
     assert cv2.resize(noise, (112, 112)).std() > 1.5 * pillow.std()
+
+
+def test_fast_crops_are_not_antialiased():
+    noise = np.random.default_rng(0).integers(0, 256, (448, 448, 3)).astype(np.uint8)
+    slow, fast = (
+        random_resized_crop(noise, 64, np.random.default_rng(0), fast=fast).std()
+        for fast in (False, True)
+    )
+    assert fast > 1.5 * slow
 
 
 @pytest.mark.parametrize("fast", [False, True])

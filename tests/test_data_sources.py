@@ -1,5 +1,6 @@
 """Claims about opening data sets."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -76,6 +77,26 @@ def test_imagenet_is_read_encoded_and_evaluated_on_its_validation_split(tfds_dir
     assert (len(imagenet.train), len(imagenet.eval)) == (240, 120)
     assert (imagenet.num_classes, imagenet.image_shape) == (1000, None)
     assert isinstance(imagenet.train[0]["image"], bytes)
+
+
+def test_evaluation_uses_the_test_split_only_where_it_has_labels(tfds_dir, tmp_path):
+    """TFDS's whole imagenet2012 has a test split with label -1; this one is made up."""
+    cifar = load_dataset("cifar10_jpeg", data_dir=tfds_dir, cache=False, train_split="train[:9]")
+    assert (len(cifar.train), len(cifar.eval)) == (9, 10000)
+    source = pathlib.Path(tfds_dir) / "imagenet2012" / "5.1.0"
+    folder = tmp_path / "imagenet2012" / "5.1.0"
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+        (folder / path.name.replace("-train", "-test")).unlink(missing_ok=True)
+        (folder / path.name.replace("-train", "-test")).symlink_to(path)
+    info = json.loads((source / "dataset_info.json").read_text())
+    train = next(split for split in info["splits"] if split["name"] == "train")
+    info["splits"].append(train | {"name": "test"})
+    (folder / "dataset_info.json").unlink()
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(load_dataset("imagenet2012", data_dir=str(tmp_path), eval_split="test").eval) == 240
+    assert len(load_dataset("imagenet2012", data_dir=str(tmp_path)).eval) == 120
 
 
 def test_classes_of_an_encoded_set(tfds_dir):
