@@ -1,0 +1,126 @@
+"""Claim: a run that is killed again and again ends with the bits of an undisturbed one.
+
+    python benchmarks/kill_and_resume.py --kills 20 --seed 0
+
+Trains a search and a target on digits once undisturbed, and once with SIGKILL at random moments
+and the same command again after each. Compares every array of the final states (parameters,
+BatchNorm, optimizer, averages), the scales file, and all metrics but the seconds. Exits with
+status 1 at a difference.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from small_run import SETTINGS, command, interrupt, lines_written, small_config
+
+from repopt_jax.scales import load_scales
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.parts import prepare
+from repopt_jax.training.report import format_table, read_metrics, write_json
+
+
+def kill_until_done(workdir, kills: int, total: int, rng: random.Random, **options) -> list[dict]:
+    """Run with `kills` kills in ascending moments of the `total` steps, then to its end.
+
+    Args:
+      workdir: its directory.
+      kills: how many.
+      total: steps of both parts.
+      rng: draws the moments.
+      **options: of `subprocess.Popen`.
+
+    Returns:
+      For every kill, what it found.
+    """
+    found = []
+    for number, lines in enumerate(sorted(rng.choices(range(total), k=kills)), 1):
+        delay = rng.uniform(0, 0.1)  # somewhere in a step, an evaluation or a checkpoint's writing
+        arguments = command(workdir)
+        status, _ = interrupt(
+            arguments, workdir, signal.SIGKILL, lines=lines, delay=delay, **options
+        )
+        found.append({"kill": number, "steps told": lines_written(workdir), "status": status})
+        print(f"kill {number} of {kills}: after {lines_written(workdir)} of {total} steps told")
+    subprocess.run(command(workdir), check=True, capture_output=True, **options)
+    return found
+
+
+def differences(one, other) -> list[str]:
+    """What differs between the results of two finished runs."""
+    one, other = pathlib.Path(one), pathlib.Path(other)
+    found = []
+    for part in SETTINGS["parts"]:
+        states = [_final_state(workdir, part) for workdir in (one, other)]
+        paths = jax.tree_util.tree_leaves_with_path(states[0])
+        for (path, a), b in zip(paths, jax.tree.leaves(states[1]), strict=True):
+            if np.asarray(a).tobytes() != np.asarray(b).tobytes():
+                found.append(f"{part}: the final state{jax.tree_util.keystr(path)}")
+        records = [_untimed(workdir / part / "metrics.jsonl") for workdir in (one, other)]
+        if records[0] != records[1]:
+            found.append(f"{part}: metrics.jsonl")
+        summaries = [json.loads((w / part / "summary.json").read_text()) for w in (one, other)]
+        if any(s.pop("seconds") is None for s in summaries) or summaries[0] != summaries[1]:
+            found.append(f"{part}: summary.json")
+    if _scales(one) != _scales(other):  # the file's own bytes hold its metadata in any order
+        found.append("scales.safetensors")
+    return found
+
+
+def _scales(workdir: pathlib.Path):
+    scales = load_scales(workdir / "scales.safetensors")
+    return {path: vector.tobytes() for path, vector in scales.flat().items()}, scales.metadata
+
+
+def _untimed(path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(path)]
+
+
+def _final_state(workdir: pathlib.Path, name: str):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    part = prepare(small_config(), name, mesh, load_scales(workdir / "scales.safetensors"))
+    checkpoints = Checkpoints(workdir / name, read_only=True)
+    step, state = checkpoints.restore(part.init(), step=part.steps)
+    checkpoints.close()
+    assert step == part.steps == int(state.step)
+    return state
+
+
+def main():
+    """Run both, print a table and exit with status 1 at a difference."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="also write the result to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, killed = pathlib.Path(folder, "undisturbed"), pathlib.Path(folder, "killed")
+        # Most of a start is compilation, which the interrupted run would do again and again.
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        subprocess.run(command(undisturbed), check=True, capture_output=True, env=environment)
+        total, rng = lines_written(undisturbed), random.Random(arguments.seed)
+        kills = kill_until_done(killed, arguments.kills, total, rng, env=environment)
+        different = differences(undisturbed, killed)
+    rows = [[kill["kill"], kill["steps told"], kill["status"]] for kill in kills]
+    print(format_table(rows, ["kill", "steps told", "exit status"]))
+    verdict = f"different: {', '.join(different)}" if different else "identical to the last bit"
+    print(f"\n{len(kills)} kills, {total} steps: the two runs are {verdict}.")
+    if arguments.json:
+        write_json(arguments.json, {"kills": kills, "steps": total, "different": different})
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()
