@@ -1,0 +1,162 @@
+"""What devices there are changes where numbers live, and none of the numbers."""
+
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from repopt_jax.scales import Scales
+from repopt_jax.training import devices
+from repopt_jax.training.devices import make_mesh, put_batch, samples_per_group, state_shardings
+from repopt_jax.training.loop import jitted_steps
+from repopt_jax.training.parts import prepare
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from small_run import small_config  # noqa: E402
+
+STEPS = 5
+CASES = {"one": (1, 1), "data": (8, 1), "fsdp2": (8, 2), "fsdp4": (8, 4)}
+
+
+def scales_for(config, mesh):
+    """Drawn scales, so that the multipliers matter."""
+    rng = np.random.default_rng(0)
+    initial = Scales.initial(nnx.eval_shape(prepare(config, "plain", mesh).build))
+    draw = {
+        path: {name: rng.normal(1, 0.5, v.shape).astype(np.float32) for name, v in block.items()}
+        for path, block in initial.vectors.items()
+    }
+    return Scales(draw)
+
+
+def train(count, fsdp):
+    """A target's part on `count` devices, its state after some steps, and the compiled step."""
+    config = small_config(
+        bn_group=4,
+        dtype="float64",
+        fsdp=fsdp,
+        target__batch_size=64,
+        target__accumulation=2,
+        target__schedule__warmup_epochs=0.0,
+    )
+    mesh = make_mesh(fsdp, jax.devices()[:count])
+    part = prepare(config, "target", mesh, scales_for(config, mesh))
+    state, batches = part.init(), part.train_batches()
+    batch = put_batch(mesh, next(batches))
+    step = jitted_steps()[0].lower(part.graphdef, part.tx, part.options, state, batch).compile()
+    start = [np.asarray(x) for x in jax.tree.leaves(state.params)]
+    for _ in range(STEPS):
+        state, _ = step(state, batch)
+        batch = put_batch(mesh, next(batches))
+    return part, start, state, step
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The same training on one device and, in three ways, on eight."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "FSDP_MIN_SIZE", 8)  # a small network's arrays are small
+        return {name: train(*case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("case", ["data", "fsdp2", "fsdp4"])
+def test_eight_devices_train_as_one(trained, case):
+    """Every array of the state, in float64, after 5 steps of 2 accumulated parts."""
+    _, start, alone, _ = trained["one"]
+    _, _, state, _ = trained[case]
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=1e-12)
+    for before, after in zip(start, jax.tree.leaves(alone.params), strict=True):
+        assert abs(before - np.asarray(after)).max() > 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_leaves_the_state_where_state_shardings_puts_it(trained, case, monkeypatch):
+    """Parameters, statistics, averages, momentum and multipliers: nothing is copied silently."""
+    monkeypatch.setattr(devices, "FSDP_MIN_SIZE", 8)
+    part, _, state, _ = trained[case]
+    wanted = state_shardings(part.mesh, state)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
+    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs)
+
+
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp4"])
+def test_fsdp_splits_kernels_momentum_averages_and_multipliers(trained, case):
+    """Each device holds its share of the output channels of all of them."""
+    _, fsdp = CASES[case]
+    _, _, state, _ = trained[case]
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    split = {jax.tree_util.keystr(p): x for p, x in paths if not x.is_fully_replicated}
+    for x in split.values():
+        assert {s.data.shape[-1] for s in x.addressable_shards} == {x.shape[-1] // fsdp}
+    kernels = [name for name in split if "'stage4'" in name and "'kernel'" in name]
+    places = {name.split("[")[0] + name.split("]")[0][-3:] for name in kernels}
+    assert len(places) >= 3, places  # parameters, trace of the momentum, averages
+    assert any("scales['conv3x3']" in name for name in split)
+
+
+def test_without_fsdp_only_sums_travel_between_devices(trained):
+    """Gradients, statistics and metrics are summed; no picture or activation changes its device."""
+    pattern = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    found = set(re.findall(pattern, trained["data"][3].as_text()))
+    assert found == {"all-reduce"}
+
+
+def test_a_batch_is_split_over_all_devices_in_order():
+    mesh = make_mesh(2)
+    batch = put_batch(mesh, {"label": np.arange(16, dtype=np.int32)})["label"]
+    shards = sorted(batch.addressable_shards, key=lambda shard: shard.index[0].start)
+    assert [shard.data.tolist() for shard in shards] == [[2 * i, 2 * i + 1] for i in range(8)]
+
+
+def test_only_large_arrays_with_divisible_channels_are_split():
+    mesh = make_mesh(4)
+    shapes = {"large": (256, 256), "small": (4, 4), "odd": (512, 257), "step": ()}
+    state = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    specs = {name: s.spec for name, s in state_shardings(mesh, state).items()}
+    everywhere = PartitionSpec()
+    assert specs == {
+        "large": PartitionSpec(None, "fsdp"),
+        "small": everywhere,
+        "odd": everywhere,
+        "step": everywhere,
+    }
+    replicated = state_shardings(make_mesh(), state)
+    assert all(sharding.spec == everywhere for sharding in replicated.values())
+
+
+@pytest.mark.parametrize("fsdp", [0, -1, 3, 16])
+def test_a_mesh_needs_an_fsdp_that_divides_the_devices(fsdp):
+    with pytest.raises(ValueError, match=f"^fsdp must divide the number of devices 8, got {fsdp}$"):
+        make_mesh(fsdp)
+
+
+def test_a_group_is_what_a_device_holds_at_a_time_or_divides_it():
+    mesh = make_mesh()
+    assert samples_per_group(256, 1, None, mesh) == 32
+    assert samples_per_group(256, 2, None, mesh) == 16
+    assert samples_per_group(256, 2, 8, mesh) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((100, 1, None), "batch_size must be divisible by 8 devices times accumulation 1, got 100"),
+        ((64, 3, None), "batch_size must be divisible by 8 devices times accumulation 3, got 64"),
+        ((0, 1, None), "batch_size and accumulation must be at least 1, got 0 and 1"),
+        ((64, 0, None), "batch_size and accumulation must be at least 1, got 64 and 0"),
+        ((64, 1, 16), r"bn_group must divide the 8 samples .* got 16"),
+        ((64, 1, 3), r"bn_group must divide the 8 samples .* got 3"),
+        ((64, 1, 0), r"bn_group must divide the 8 samples .* got 0"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        samples_per_group(*arguments, make_mesh())
