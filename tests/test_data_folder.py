@@ -97,8 +97,8 @@ def test_encoded_evaluation_sees_every_picture_once(folder):
     means = np.concatenate([b["image"][b["mask"]].mean((1, 2, 3)) for b in batches])
     np.testing.assert_array_equal(labels, means > 110)
     assert not batches[1]["image"][2:].any()
-    whole = decode(load(folder).eval[0]["image"])
-    np.testing.assert_array_equal(batches[0]["image"][0], resize_and_crop(whole, 24, 28))
+    whole = decode(load(folder).eval[2]["image"])
+    np.testing.assert_array_equal(batches[0]["image"][2], resize_and_crop(whole, 24, 28))
 
 
 def test_resize_without_or_below_image_size_is_refused(folder):

@@ -79,24 +79,37 @@ def test_imagenet_is_read_encoded_and_evaluated_on_its_validation_split(tfds_dir
     assert isinstance(imagenet.train[0]["image"], bytes)
 
 
+def with_split(source, target, old, new, keep_old):
+    """Links a TFDS set with one split renamed or, with keep_old, there under two names."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name == "dataset_info.json":
+            continue
+        if keep_old or f"-{old}." not in path.name:
+            (target / path.name).symlink_to(path)
+        if f"-{old}." in path.name:
+            (target / path.name.replace(f"-{old}.", f"-{new}.")).symlink_to(path)
+    info = json.loads((source / "dataset_info.json").read_text())
+    splits = info["splits"]
+    renamed = [split | {"name": new} for split in splits if split["name"] == old]
+    info["splits"] = [s for s in splits if keep_old or s["name"] != old] + renamed
+    (target / "dataset_info.json").write_text(json.dumps(info))
+
+
 def test_evaluation_uses_the_test_split_only_where_it_has_labels(tfds_dir, tmp_path):
-    """TFDS's whole imagenet2012 has a test split with label -1; this one is made up."""
+    """TFDS's whole imagenet2012 has a test split with label -1; the one here is made up."""
     cifar = load_dataset("cifar10_jpeg", data_dir=tfds_dir, cache=False, train_split="train[:9]")
     assert (len(cifar.train), len(cifar.eval)) == (9, 10000)
-    source = pathlib.Path(tfds_dir) / "imagenet2012" / "5.1.0"
-    folder = tmp_path / "imagenet2012" / "5.1.0"
-    folder.mkdir(parents=True)
-    for path in source.iterdir():
-        (folder / path.name).symlink_to(path)
-        (folder / path.name.replace("-train", "-test")).unlink(missing_ok=True)
-        (folder / path.name.replace("-train", "-test")).symlink_to(path)
-    info = json.loads((source / "dataset_info.json").read_text())
-    train = next(split for split in info["splits"] if split["name"] == "train")
-    info["splits"].append(train | {"name": "test"})
-    (folder / "dataset_info.json").unlink()
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    assert len(load_dataset("imagenet2012", data_dir=str(tmp_path), eval_split="test").eval) == 240
-    assert len(load_dataset("imagenet2012", data_dir=str(tmp_path)).eval) == 120
+    source = pathlib.Path(tfds_dir)
+    for name, old, new, keep_old in (
+        ("imagenet2012/5.1.0", "train", "test", True),
+        ("cifar10_jpeg/1.0.0", "test", "validation", False),
+    ):
+        with_split(source / name, tmp_path / name, old, new, keep_old)
+    tmp = str(tmp_path)
+    assert len(load_dataset("imagenet2012", data_dir=tmp, eval_split="test").eval) == 240
+    assert len(load_dataset("imagenet2012", data_dir=tmp).eval) == 120
+    assert len(load_dataset("cifar10_jpeg", data_dir=tmp, cache=False).eval) == 10000
 
 
 def test_classes_of_an_encoded_set(tfds_dir):
