@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repopt_jax.branches import Block as Block
+    from repopt_jax.branches import BlockDiagonal as BlockDiagonal
     from repopt_jax.branches import Branch as Branch
     from repopt_jax.branches import BranchMult as BranchMult
     from repopt_jax.branches import Centre as Centre
+    from repopt_jax.branches import Diagonal as Diagonal
+    from repopt_jax.branches import Dilated as Dilated
+    from repopt_jax.branches import FoldedConv as FoldedConv
+    from repopt_jax.branches import FrozenPointwise as FrozenPointwise
     from repopt_jax.branches import Full as Full
     from repopt_jax.branches import Identity as Identity
+    from repopt_jax.branches import LowRank as LowRank
+    from repopt_jax.branches import PooledPointwise as PooledPointwise
+    from repopt_jax.branches import Window as Window
     from repopt_jax.branches import branch_mult as branch_mult
+    from repopt_jax.branches import check_block as check_block
     from repopt_jax.branches import init_weights as init_weights
     from repopt_jax.branches import initial_scales as initial_scales
     from repopt_jax.branches import merge as merge
@@ -38,12 +47,21 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "Block": "branches",
+    "BlockDiagonal": "branches",
     "Branch": "branches",
     "BranchMult": "branches",
     "Centre": "branches",
+    "Diagonal": "branches",
+    "Dilated": "branches",
+    "FoldedConv": "branches",
+    "FrozenPointwise": "branches",
     "Full": "branches",
     "Identity": "branches",
+    "LowRank": "branches",
+    "PooledPointwise": "branches",
+    "Window": "branches",
     "branch_mult": "branches",
+    "check_block": "branches",
     "init_weights": "branches",
     "initial_scales": "branches",
     "merge": "branches",

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import Block, BranchMult, branch_mult
+from repopt_jax.branches import Block, BranchMult, branch_mult, check_block
 from repopt_jax.paths import path_str
 
 if TYPE_CHECKING:
@@ -77,11 +77,10 @@ def _check_mult(path: str, mult: Any, rule: str) -> None:
 def _check_fits(path: str, mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
     """Refuse a multiplier that does not fit its parameter."""
     if isinstance(mult, BranchMult):
-        for name, branch in mult.block:
-            try:
-                branch.weight_shape(shape)
-            except ValueError as error:
-                raise ValueError(f"grad_mults[{path!r}], branch {name!r}: {error}") from None
+        try:
+            check_block(dict(mult.block), shape)
+        except ValueError as error:
+            raise ValueError(f"grad_mults[{path!r}], {error}") from None
         wrong = {n: s.shape for n, s in mult.scales.items() if s.shape != shape[-1:]}
         if wrong:
             raise ValueError(

@@ -1,0 +1,173 @@
+"""Blocks: branches by name, and what follows from their sum.
+
+A *block* states its branches as data, for RepOpt-VGG
+``{"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from repopt_jax.branches.branch import Branch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+Block: TypeAlias = Mapping[str, Branch]
+
+
+@functools.lru_cache(maxsize=1024)
+def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a branch's `embed`; None if it is a linear map onto `kernel_shape`."""
+    weight = jax.ShapeDtypeStruct(branch.weight_shape(kernel_shape), jnp.float32)
+    embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
+    made = jax.eval_shape(embed, weight).shape
+    if made != kernel_shape:
+        return f"embed must return the kernel's shape {kernel_shape}, got {made}"
+    try:
+        jax.eval_shape(jax.linear_transpose(embed, weight), jax.ShapeDtypeStruct(made, jnp.float32))
+        with jax.ensure_compile_time_eval():
+            offset = bool(jnp.any(embed(jnp.zeros(weight.shape)) != 0))
+    except (NotImplementedError, TypeError, ValueError, AssertionError):
+        return (
+            "embed must be linear in its weight; a product of weights (two trainable layers in a "
+            "row) or a division by their statistics (BatchNorm inside the branch) is not"
+        )
+    return "embed must be linear in its weight, got a constant added to it" if offset else None
+
+
+def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:
+    """Refuse what no equivalence exists for: branches that do not fit or are not linear.
+
+    Args:
+      block: branch name -> branch.
+      kernel_shape: ``(*window, in / groups, out)``.
+
+    Raises:
+      ValueError: naming the branch and the reason.
+
+    >>> check_block({"batch_norm": "BatchNorm"}, (3, 3, 2, 2))
+    Traceback (most recent call last):
+    ValueError: branch 'batch_norm' must be a Branch, got 'BatchNorm': a layer is described by the \
+linear map from its weight to the kernel; normalization goes after the block, and of two layers \
+in a row one must be frozen
+    """
+    if not block:
+        raise ValueError("block must have at least one branch, got none")
+    for name, branch in block.items():
+        if not isinstance(branch, Branch):
+            raise ValueError(
+                f"branch {name!r} must be a Branch, got {branch!r}: a layer is described by the "
+                "linear map from its weight to the kernel; normalization goes after the block, "
+                "and of two layers in a row one must be frozen"
+            )
+        try:
+            problem = _why_not_linear(branch, tuple(kernel_shape))
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise ValueError(f"branch {name!r}: {problem}")
+
+
+def initial_scales(block: Block, kernel_shape: tuple[int, ...], dtype=jnp.float32) -> dict:
+    """The per-channel vectors with which a search starts, one of shape ``(out,)`` per branch.
+
+    >>> from repopt_jax import Full
+    >>> initial_scales({"conv3x3": Full(scale=2.0)}, (3, 3, 1, 2))["conv3x3"].tolist()
+    [2.0, 2.0]
+    """
+    return {name: jnp.full(kernel_shape[-1:], b.scale, dtype) for name, b in block.items()}
+
+
+def init_weights(
+    block: Block,
+    key: PRNGKeyArray,
+    kernel_shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+    scales: Mapping[str, Float[Array, " out"]] | None = None,
+) -> dict[str, Array]:
+    """Draw ``w_b`` of every branch; an unscaled branch starts at its vector in `scales`.
+
+    ``merge(block, init_weights(...), scales, kernel_shape)`` is the Rule of Initialization.
+
+    Args:
+      block: branch name -> branch.
+      key: a PRNG key.
+      kernel_shape: ``(*window, in / groups, out)``.
+      dtype: of the weights.
+      scales: branch name -> ``(out,)``. None: unscaled branches start at their own `scale`.
+
+    >>> from repopt_jax import Full, Identity
+    >>> block = {"conv3x3": Full(), "identity": Identity()}
+    >>> w = init_weights(block, jax.random.key(0), (3, 3, 2, 2))
+    >>> w["conv3x3"].shape, w["identity"].tolist()
+    ((3, 3, 2, 2), [1.0, 1.0])
+    """
+    weights = {}
+    for name, subkey in zip(block, jax.random.split(key, len(block)), strict=True):
+        weights[name] = block[name].init(subkey, kernel_shape, dtype)
+        if scales is not None and not block[name].scaled:
+            weights[name] = jnp.asarray(scales[name], dtype)
+    return weights
+
+
+def _scaled(branch: Branch, scale: Array | None, kernel: Array) -> Array:
+    """``s_b * kernel`` along the last axis; unscaled branches have ``s_b = 1``."""
+    if not branch.scaled:
+        return kernel
+    return kernel * jnp.broadcast_to(scale.astype(kernel.dtype), kernel.shape)
+
+
+def merge(
+    block: Block,
+    weights: Mapping[str, Array],
+    scales: Mapping[str, Float[Array, " out"]],
+    kernel_shape: tuple[int, ...],
+) -> Float[Array, "*kernel_shape"]:
+    """The merged kernel ``W = sum_b s_b * E_b(w_b)``.
+
+    Args:
+      block: branch name -> branch ``E_b``.
+      weights: branch name -> ``w_b``.
+      scales: branch name -> ``s_b``, shape ``(out,)``; entries of unscaled branches are ignored.
+      kernel_shape: ``(*window, in / groups, out)``.
+
+    >>> from repopt_jax import Centre, Full
+    >>> block = {"conv3x3": Full(), "conv1x1": Centre(1)}
+    >>> ones = {name: jnp.ones(b.weight_shape((3, 3, 1, 1))) for name, b in block.items()}
+    >>> scales = {"conv3x3": jnp.array([2.0]), "conv1x1": jnp.array([10.0])}
+    >>> merge(block, ones, scales, (3, 3, 1, 1))[..., 0, 0].tolist()
+    [[2.0, 2.0, 2.0], [2.0, 12.0, 2.0], [2.0, 2.0, 2.0]]
+    """
+    terms = [
+        _scaled(branch, scales.get(name), branch.embed(weights[name], kernel_shape))
+        for name, branch in block.items()
+    ]
+    return functools.reduce(jnp.add, terms)
+
+
+def pull_back(
+    block: Block,
+    scales: Mapping[str, Float[Array, " out"]],
+    gradient: Float[Array, "*kernel_shape"],
+) -> dict[str, Array]:
+    """Gradients of the branches' weights, ``E_b^T(s_b * G)``, from the kernel's gradient ``G``.
+
+    >>> from repopt_jax import Centre
+    >>> block = {"conv1x1": Centre(1)}
+    >>> pull_back(block, {"conv1x1": jnp.array([3.0])}, jnp.ones((3, 3, 1, 1)))["conv1x1"].item()
+    3.0
+    """
+    shape, dtype = gradient.shape, gradient.dtype
+    pulled = {}
+    for name, branch in block.items():
+        weight = jax.ShapeDtypeStruct(branch.weight_shape(shape), dtype)
+        embed = functools.partial(branch.embed, kernel_shape=shape)
+        scaled = _scaled(branch, scales.get(name), gradient)
+        (pulled[name],) = jax.linear_transpose(embed, weight)(scaled)
+    return pulled

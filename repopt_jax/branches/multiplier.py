@@ -1,0 +1,113 @@
+"""The multiplier of a merged kernel's gradient: the Rule of Iteration, compact."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+
+from repopt_jax.branches.blocks import Block, merge, pull_back
+from repopt_jax.branches.branch import Branch, wide_type
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, DTypeLike, Float
+
+RULES = ("linear", "direction")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["scales"], meta_fields=["block", "rule"]
+)
+@dataclasses.dataclass(frozen=True)
+class BranchMult:
+    """The gradient multiplier of one merged kernel, kept as one vector per branch.
+
+    Called with a gradient ``G`` it returns, for placements (all entries element-wise)::
+
+        rule "linear":     G * sum_b s_b^2  * E_b(1)    (SGD, momentum, coupled decay)
+        rule "direction":  G * sum_b |s_b|  * E_b(1)    (after Adam's or Lion's preconditioner)
+
+    and for other linear branches under the rule "linear" the exact operator
+    ``sum_b s_b * E_b(E_b^T(s_b * G))``. Arrays take the shape of the kernel only here, inside the
+    jitted update, where XLA fuses them.
+
+    Attributes:
+      scales: branch name -> ``s_b``, shape ``(out,)``; the pytree's leaves. Unscaled branches
+        have none.
+      block: ``(name, branch)`` pairs.
+      rule: "linear" or "direction".
+
+    Raises:
+      ValueError: unknown rule, or "direction" with a branch that is not a 0/1 placement.
+
+    >>> from repopt_jax import Centre
+    >>> mult = BranchMult({"conv1x1": jnp.array([3.0])}, (("conv1x1", Centre(1)),), "linear")
+    >>> mult(jnp.ones((3, 3, 1, 1)))[..., 0, 0].tolist()
+    [[0.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+
+    scales: dict[str, Float[Array, " out"]]
+    block: tuple[tuple[str, Branch], ...]
+    rule: Literal["linear", "direction"]
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
+        if self.rule == "direction" and not self.is_elementwise:
+            names = [name for name, branch in self.block if not branch.placement]
+            raise ValueError(
+                "rule='direction' has a closed form only for branches that are 0/1 placements, "
+                f"got {names}; `reparameterize` is exact for any branch"
+            )
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the multiplier is one factor per entry of the kernel."""
+        return all(branch.placement for _, branch in self.block)
+
+    def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        """The element-wise multiplier as an array of `kernel_shape`."""
+        terms = []
+        for name, branch in self.block:
+            mask = branch.embed(jnp.ones(branch.weight_shape(kernel_shape), dtype), kernel_shape)
+            if branch.scaled:
+                scale = self.scales[name].astype(dtype)
+                factor = jnp.square(scale) if self.rule == "linear" else jnp.abs(scale)
+                mask = mask * jnp.broadcast_to(factor, kernel_shape)
+            terms.append(mask)
+        return functools.reduce(jnp.add, terms)
+
+    def __call__(self, gradient: Float[Array, "*kernel_shape"]) -> Float[Array, "*kernel_shape"]:
+        """Multiply `gradient`, in at least float32, and return its own dtype."""
+        dtype = wide_type(gradient.dtype)
+        wide = gradient.astype(dtype)
+        if self.is_elementwise:
+            product = wide * self.dense(gradient.shape, dtype)
+        else:
+            block = dict(self.block)
+            pulled = pull_back(block, self.scales, wide)
+            product = merge(block, pulled, self.scales, gradient.shape)
+        return product.astype(gradient.dtype)
+
+
+def branch_mult(
+    block: Block,
+    scales: Mapping[str, Float[Array, " out"]],
+    rule: Literal["linear", "direction"] = "linear",
+) -> BranchMult:
+    """The multiplier of a block's kernel under an update `rule`; see `BranchMult`.
+
+    >>> from repopt_jax import Centre, Full, Identity
+    >>> block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
+    >>> scales = {"conv3x3": jnp.array([2.0]), "conv1x1": jnp.array([-3.0])}
+    >>> branch_mult(block, scales).dense((3, 3, 1, 1))[1, :, 0, 0].tolist()
+    [4.0, 14.0, 4.0]
+    >>> branch_mult(block, scales, "direction").dense((3, 3, 1, 1))[1, :, 0, 0].tolist()
+    [2.0, 6.0, 2.0]
+    """
+    vectors = {name: jnp.asarray(scales[name]) for name, b in block.items() if b.scaled}
+    return BranchMult(vectors, tuple(block.items()), rule)
