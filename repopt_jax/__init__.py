@@ -29,10 +29,16 @@ if TYPE_CHECKING:
     from repopt_jax.branches import merge as merge
     from repopt_jax.branches import pull_back as pull_back
     from repopt_jax.models import RepOptVGG as RepOptVGG
+    from repopt_jax.models import Target as Target
     from repopt_jax.models import create_model as create_model
+    from repopt_jax.models import find_blocks as find_blocks
     from repopt_jax.models import init_target as init_target
+    from repopt_jax.models import repvgg_branches as repvgg_branches
     from repopt_jax.models import search_network as search_network
     from repopt_jax.models import searched_scales as searched_scales
+    from repopt_jax.models import target_network as target_network
+    from repopt_jax.reparameterization import ReparameterizeState as ReparameterizeState
+    from repopt_jax.reparameterization import reparameterize as reparameterize
     from repopt_jax.scales import Scales as Scales
     from repopt_jax.scales import load_scales as load_scales
     from repopt_jax.scales import save_scales as save_scales
@@ -67,10 +73,16 @@ _MODULE_OF = {
     "merge": "branches",
     "pull_back": "branches",
     "RepOptVGG": "models",
+    "Target": "models",
     "create_model": "models",
+    "find_blocks": "models",
     "init_target": "models",
+    "repvgg_branches": "models",
     "search_network": "models",
     "searched_scales": "models",
+    "target_network": "models",
+    "ReparameterizeState": "reparameterization",
+    "reparameterize": "reparameterization",
     "Scales": "scales",
     "load_scales": "scales",
     "save_scales": "scales",

@@ -21,6 +21,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from repopt_jax.branches import Block
+
 FORMAT_VERSION = "1"
 
 
@@ -54,11 +56,12 @@ class Scales(Mapping):
         return len(self.vectors)
 
     @classmethod
-    def initial(cls, model: Any) -> Scales:
+    def initial(cls, model: Any, blocks: Mapping[str, Block] | None = None) -> Scales:
         """The vectors with which a search of `model` starts (an ablation of the paper).
 
         Args:
-          model: a network that states its ``blocks()``.
+          model: a plain network.
+          blocks: path of a layer -> its branches. None: those that the network states.
         """
         from repopt_jax.branches import initial_scales
         from repopt_jax.paths import layer_at
@@ -71,7 +74,7 @@ class Scales(Mapping):
                         block, layer_at(model, path).kernel.shape
                     ).items()
                 }
-                for path, block in model.blocks().items()
+                for path, block in blocks_of(model, blocks).items()
             },
             {"source": "initial values of the search"},
         )
@@ -91,8 +94,14 @@ class Scales(Mapping):
         }
         return Scales(vectors, {**self.metadata, "source": source})
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, blocks: Mapping[str, Block] | None = None) -> None:
         """Refuse scales that do not fit `model`: blocks, branches and widths must agree.
+
+        So must the seeds of frozen factors, where the search noted them in the metadata.
+
+        Args:
+          model: a plain network.
+          blocks: path of a layer -> its branches. None: those that the network states.
 
         Raises:
           ValueError: one message with everything that is missing, surplus, of the wrong width or
@@ -101,7 +110,8 @@ class Scales(Mapping):
         from repopt_jax.paths import layer_at
 
         wanted = {}
-        for path, block in model.blocks().items():
+        blocks = blocks_of(model, blocks)
+        for path, block in blocks.items():
             width = layer_at(model, path).kernel.shape[-1]
             wanted.update({f"{path}/{name}": width for name in block})
         found = self.flat()
@@ -112,6 +122,9 @@ class Scales(Mapping):
                 problems.append(f"{key} must have shape ({wanted[key]},), got {found[key].shape}")
             elif not np.isfinite(found[key]).all():
                 problems.append(f"{key} must be finite")
+        for key, seed in frozen_seeds(blocks).items():
+            if self.metadata.get(key, seed) != seed:
+                problems.append(f"{key} must be {seed}, got {self.metadata[key]}")
         if problems:
             raise ValueError("scales do not fit the model: " + "; ".join(sorted(problems)))
 
@@ -154,6 +167,37 @@ class Scales(Mapping):
             for cells in ([*zip(row, widths, strict=True)] for row in rows)
         ]
         return "\n".join(line.rstrip() for line in aligned)
+
+
+def blocks_of(model: Any, blocks: Mapping[str, Block] | None = None) -> Mapping[str, Block]:
+    """`blocks` if given, or those that `model` states.
+
+    Raises:
+      ValueError: None for a model without a method ``blocks()``.
+    """
+    if blocks is not None:
+        return blocks
+    if not hasattr(model, "blocks"):
+        raise ValueError(
+            f"blocks must be given for a model that does not state its own, got None for a "
+            f"{type(model).__name__}"
+        )
+    return model.blocks()
+
+
+def frozen_seeds(blocks: Mapping[str, Block]) -> dict[str, str]:
+    """The seeds of frozen factors as metadata: scales only fit the factors they were found with.
+
+    >>> from repopt_jax import LowRank
+    >>> frozen_seeds({"dense": {"low_rank": LowRank(2, seed=7)}})
+    {'seed of dense/low_rank': '7'}
+    """
+    return {
+        f"seed of {path}/{name}": str(branch.seed)
+        for path, block in blocks.items()
+        for name, branch in block.items()
+        if hasattr(branch, "seed")
+    }
 
 
 def save_scales(path: str | os.PathLike, scales: Scales) -> None:

@@ -1,9 +1,14 @@
 """Networks in Flax NNX and the functions that turn one kind into another."""
 
+from repopt_jax.models.blocks import check_layer as check_layer
+from repopt_jax.models.blocks import find_blocks as find_blocks
+from repopt_jax.models.blocks import repvgg_branches as repvgg_branches
 from repopt_jax.models.create import create_model as create_model
 from repopt_jax.models.repopt_vgg import RepOptVGG as RepOptVGG
 from repopt_jax.models.search import SearchLayer as SearchLayer
-from repopt_jax.models.search import init_target as init_target
 from repopt_jax.models.search import search_layers as search_layers
 from repopt_jax.models.search import search_network as search_network
 from repopt_jax.models.search import searched_scales as searched_scales
+from repopt_jax.models.target import Target as Target
+from repopt_jax.models.target import init_target as init_target
+from repopt_jax.models.target import target_network as target_network

@@ -1,9 +1,10 @@
-"""From the plain network to its search network and back.
+"""From the plain network to its search network and back, for any Flax NNX network.
 
-The plain network is the only network. `search_network` swaps named layers for ones whose kernel
-is merged from trainable branches, `searched_scales` reads the result of a search, and
-`init_target` draws the plain network's kernels by the Rule of Initialization (RepOptimizers,
-arXiv 2205.15242, sections 3.2 and 3.3).
+The plain network is the only network. `find_blocks` names its layers that get branches,
+`search_network` swaps them for ones whose kernel is merged from trainable branches,
+`searched_scales` reads the result of a search, and `target_network` draws the plain network's
+kernels by the Rule of Initialization (RepOptimizers, arXiv 2205.15242, sections 3.2 and 3.3) and
+gives the optimizer its parts.
 
 Deviation from the authors' code, which runs every branch: ONE layer runs with the merged kernel,
 so that a search step costs what a training step costs.
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.branches import Block, init_weights, initial_scales, merge
-from repopt_jax.paths import layer_at, parent_and_key
-from repopt_jax.scales import Scales
+from repopt_jax.branches import Block, check_block, init_weights, initial_scales, merge
+from repopt_jax.models.blocks import check_layer
+from repopt_jax.paths import layer_at
+from repopt_jax.scales import Scales, frozen_seeds
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -42,7 +44,7 @@ class SearchLayer(nnx.Module):
 
     Args:
       layer: a layer with a `kernel`, such as `nnx.Conv` or `nnx.Linear`; its other parameters
-        stay what they are.
+        stay what they are, under the names that they had.
       block: branch name -> branch.
       kind: "hs" or "csla".
       scales: branch name -> vector to start from. None: the branches' own initial values.
@@ -58,6 +60,7 @@ class SearchLayer(nnx.Module):
         scales: Mapping[str, Array] | None = None,
         rngs: nnx.Rngs,
     ):
+        check_layer(layer, block)
         self.layer_def, state = nnx.split(layer)
         kernel = state.pop("kernel")[...]
         self.others = tuple(state)
@@ -65,6 +68,7 @@ class SearchLayer(nnx.Module):
             setattr(self, name, state[name])
         self.block = tuple(block.items())
         self.kernel_shape = kernel.shape
+        check_block(block, kernel.shape)
         weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, scales)
         vectors = scales if scales is not None else initial_scales(block, kernel.shape)
         scale_type = nnx.Param if kind == "hs" else ConstantScale
@@ -84,10 +88,19 @@ class SearchLayer(nnx.Module):
         scales = {name: s[...] for name, s in self.branch_scales.items()}
         return merge(dict(self.block), weights, scales, self.kernel_shape)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """The layer's output with the merged kernel."""
         variables = {name: getattr(self, name) for name in self.others}
-        return nnx.merge(self.layer_def, {"kernel": nnx.Param(self.kernel), **variables})(x)
+        layer = nnx.merge(self.layer_def, {"kernel": nnx.Param(self.kernel), **variables})
+        return layer(*args, **kwargs)
+
+
+def _swap(model: nnx.Module, layer: Any, other: Any) -> None:
+    """Put `other` wherever `model` refers to `layer`: shared layers stay shared."""
+    for _, module in list(nnx.iter_modules(model)):
+        for name, value in list(vars(module).items()):
+            if value is layer:
+                setattr(module, name, other)
 
 
 def search_network(
@@ -109,7 +122,8 @@ def search_network(
       rngs: draws the branches' weights.
 
     Raises:
-      ValueError: unknown kind, a path without a layer, or a branch that does not fit its kernel.
+      ValueError: unknown kind, a path without a layer, or a layer or branch for which there is
+        no equivalence; see `check_layer` and `check_block`.
 
     >>> from flax import nnx
     >>> import repopt_jax
@@ -129,11 +143,7 @@ def search_network(
             swapped = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
         except ValueError as error:
             raise ValueError(f"block {path!r}: {error}") from None
-        parent, key = parent_and_key(model, path)
-        if key.isdigit():
-            parent[int(key)] = swapped
-        else:
-            setattr(parent, key, swapped)
+        _swap(model, layer, swapped)
     return model
 
 
@@ -155,49 +165,11 @@ def searched_scales(model: nnx.Module, metadata: Mapping[str, str] | None = None
             f"model must be a search network, got a {type(model).__name__} without search layers"
         )
     vectors = {}
+    seeds = frozen_seeds({path: dict(layer.block) for path, layer in layers.items()})
     for path, layer in layers.items():
         found = {
             n: layer.branch_scales[n] if b.scaled else layer.branch_weights[n]
             for n, b in layer.block
         }
         vectors[path] = {name: np.asarray(v[...], np.float32) for name, v in found.items()}
-    return Scales(vectors, dict(metadata or {}))
-
-
-def init_target(
-    model: ModelT,
-    scales: Mapping[str, Mapping[str, Array]],
-    *,
-    identity: Literal["searched", "one"] = "searched",
-    rngs: nnx.Rngs,
-) -> ModelT:
-    """Draw the kernels of a plain network by the Rule of Initialization, in place.
-
-    ``W = sum_b s_b * E_b(w_b)`` with every ``w_b`` drawn by its own initializer.
-
-    Args:
-      model: a plain network that states its ``blocks()``.
-      scales: path of a layer -> branch name -> vector.
-      identity: where identity branches start: "searched", the value in `scales` (the authors'
-        default), or "one" (the paper).
-      rngs: draws the branches' weights.
-
-    Returns:
-      `model`.
-
-    Raises:
-      ValueError: `identity` is neither, or a block has no scales.
-    """
-    if identity not in ("searched", "one"):
-        raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
-    blocks = model.blocks()
-    missing = [path for path in blocks if path not in scales]
-    if missing:
-        raise ValueError(f"scales must have an entry for every block, missing: {missing}")
-    for path, block in blocks.items():
-        kernel = layer_at(model, path).kernel
-        start = scales[path] if identity == "searched" else None
-        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, start)
-        vectors = {name: jnp.asarray(v) for name, v in scales[path].items()}
-        kernel[...] = merge(block, weights, vectors, kernel.shape)
-    return model
+    return Scales(vectors, {**seeds, **(metadata or {})})

@@ -1,0 +1,127 @@
+"""Which layers of a network get which branches."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity
+
+
+def check_layer(layer: Any, block: Block) -> None:
+    """Refuse layers that are not one linear map of their `kernel` with outputs on its last axis.
+
+    Raises:
+      ValueError: no kernel, a kernel whose last axis is the input or with an axis of stacked
+        layers, or groups other than those of a branch.
+
+    >>> check_layer(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), {"full": Full()})
+    Traceback (most recent call last):
+    ValueError: layer must have a kernel, got a LayerNorm
+    """
+    name = type(layer).__name__
+    if not isinstance(getattr(layer, "kernel", None), nnx.Param):
+        raise ValueError(f"layer must have a kernel, got a {name}")
+    if getattr(layer, "transpose_kernel", False):
+        raise ValueError(
+            f"layer must have its outputs on the kernel's last axis, got a {name} with "
+            "transpose_kernel=True"
+        )
+    rank = 2 + len(layer.kernel_size) if hasattr(layer, "kernel_size") else 2
+    if isinstance(layer, (nnx.Conv, nnx.ConvTranspose, nnx.Linear)) and layer.kernel.ndim != rank:
+        raise ValueError(
+            f"layer must be a single one with a kernel of rank {rank}, got a {name} with a kernel "
+            f"of shape {layer.kernel.shape}"
+        )
+    groups = getattr(layer, "feature_group_count", 1)
+    for branch_name, branch in block.items():
+        # BlockDiagonal and FoldedConv have groups of their own, inside an ordinary layer.
+        if isinstance(branch, (Identity, FrozenPointwise)) and branch.groups != groups:
+            raise ValueError(
+                f"branch {branch_name!r} must have the layer's groups={groups}, got {branch.groups}"
+            )
+
+
+def repvgg_branches(path: str, layer: Any) -> Block | None:
+    """RepVGG's branches for every 3x3 convolution, grouped and depthwise ones included.
+
+    A rule for `find_blocks`: 3x3, 1x1 and, where input and output have the same shape, identity.
+
+    >>> from flax import nnx
+    >>> list(repvgg_branches("conv", nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))))
+    ['conv3x3', 'conv1x1', 'identity']
+    >>> list(repvgg_branches("conv", nnx.Conv(4, 4, (3, 3), strides=2, rngs=nnx.Rngs(0))))
+    ['conv3x3', 'conv1x1']
+    """
+    del path
+    if not isinstance(layer, nnx.Conv) or layer.kernel_size != (3, 3):
+        return None
+    block = {"conv3x3": Full(), "conv1x1": Centre(1)}
+    if layer.in_features == layer.out_features and _strides_one(layer):
+        block["identity"] = Identity(groups=layer.feature_group_count)
+    return block
+
+
+def _strides_one(layer: nnx.Conv) -> bool:
+    strides = layer.strides
+    return all(s == 1 for s in ((strides,) if isinstance(strides, int) else strides or ()))
+
+
+def find_blocks(
+    model: nnx.Module,
+    rule: Callable[[str, Any], Block | None] | Mapping[str, Block],
+) -> dict[str, Block]:
+    """The layers of `model` that get branches, by path.
+
+    Args:
+      model: a plain network; it is not changed.
+      rule: a function of a layer's path and the layer that returns its branches or None, such as
+        `repvgg_branches`; or branches by pattern, such as ``{"stages/*/conv": block}`` (``*``
+        stands for any text; the first pattern that matches counts). It is asked about every
+        layer that has a `kernel`; a layer that is used at several places has one path.
+
+    Raises:
+      ValueError: if no layer gets branches, a pattern matches none, or a layer is refused by
+        `check_layer`.
+
+    >>> from flax import nnx
+    >>> from repopt_jax import Centre, Full
+    >>> layers = [nnx.Conv(2, 2, (k, k), rngs=nnx.Rngs(0)) for k in (3, 1, 3)]
+    >>> model = nnx.Sequential(*layers)
+    >>> list(find_blocks(model, repvgg_branches))
+    ['layers/0', 'layers/2']
+    >>> list(find_blocks(model, {"layers/[01]": {"conv": Full()}}))
+    ['layers/0', 'layers/1']
+    """
+    layers = {
+        "/".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(model)
+        if path and isinstance(getattr(layer, "kernel", None), nnx.Param)
+    }
+    if isinstance(rule, Mapping):
+        idle = [p for p in rule if not fnmatch.filter(layers, p)]
+        if idle:
+            raise ValueError(
+                f"every pattern of rule must match a layer with a kernel, got {idle} for layers "
+                f"{sorted(layers)}"
+            )
+    blocks = {}
+    for path, layer in layers.items():
+        if isinstance(rule, Mapping):
+            block = next((b for p, b in rule.items() if fnmatch.fnmatchcase(path, p)), None)
+        else:
+            block = rule(path, layer)
+        if block is not None:
+            try:
+                check_layer(layer, block)
+            except ValueError as error:
+                raise ValueError(f"block {path!r}: {error}") from None
+            blocks[path] = block
+    if not blocks:
+        raise ValueError(
+            f"rule must give branches to some layer, got none for layers {sorted(layers)}"
+        )
+    return blocks

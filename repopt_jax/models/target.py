@@ -1,0 +1,156 @@
+"""The plain network as it starts under a RepOptimizer, and what its optimizer needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from repopt_jax.branches import Block, BranchMult, check_block, init_weights, merge
+from repopt_jax.models.blocks import check_layer
+from repopt_jax.paths import layer_at
+from repopt_jax.reparameterization import reparameterize
+from repopt_jax.scales import blocks_of
+from repopt_jax.transforms import grad_mults
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, PyTree
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+Weights = dict[str, dict[str, "Array"]]
+
+
+def _draw_kernels(
+    model: nnx.Module,
+    blocks: Mapping[str, Block],
+    scales: Mapping[str, Mapping[str, Array]],
+    identity: str,
+    rngs: nnx.Rngs,
+) -> Weights:
+    """Set the kernels of `model` by the Rule of Initialization; the weights they are merged of."""
+    if identity not in ("searched", "one"):
+        raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
+    missing = [path for path in blocks if path not in scales]
+    if missing:
+        raise ValueError(f"scales must have an entry for every block, missing: {missing}")
+    drawn = {}
+    for path, block in blocks.items():
+        layer = layer_at(model, path)
+        try:
+            check_layer(layer, block)
+            check_block(block, layer.kernel.shape)
+        except ValueError as error:
+            raise ValueError(f"block {path!r}: {error}") from None
+        kernel = layer.kernel
+        start = scales[path] if identity == "searched" else None
+        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, start)
+        vectors = {name: jnp.asarray(v) for name, v in scales[path].items()}
+        kernel[...] = merge(block, weights, vectors, kernel.shape)
+        drawn[path] = weights
+    return drawn
+
+
+def init_target(
+    model: ModelT,
+    scales: Mapping[str, Mapping[str, Array]],
+    *,
+    blocks: Mapping[str, Block] | None = None,
+    identity: Literal["searched", "one"] = "searched",
+    rngs: nnx.Rngs,
+) -> ModelT:
+    """Draw the kernels of a plain network by the Rule of Initialization, in place.
+
+    ``W = sum_b s_b * E_b(w_b)`` with every ``w_b`` drawn by its own initializer.
+
+    Args:
+      model: a plain network.
+      scales: path of a layer -> branch name -> vector.
+      blocks: path of a layer -> its branches. None: those that the network states.
+      identity: where identity branches start: "searched", the value in `scales` (the authors'
+        default), or "one" (the paper).
+      rngs: draws the branches' weights.
+
+    Returns:
+      `model`.
+
+    Raises:
+      ValueError: `identity` is neither, a block has no scales, or a layer or branch is refused.
+
+    >>> from repopt_jax import Full
+    >>> model = nnx.Sequential(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    >>> scales = {"layers/0": {"full": jnp.array([0.0, 1.0])}}
+    >>> model = init_target(model, scales, blocks={"layers/0": {"full": Full()}}, rngs=nnx.Rngs(0))
+    >>> bool((model.layers[0].kernel[:, 0] == 0).all())
+    True
+    """
+    _draw_kernels(model, blocks_of(model, blocks), scales, identity, rngs)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Target(Generic[ModelT]):
+    """A plain network that starts as its branches would, and the parts of its optimizer.
+
+    Attributes:
+      model: the network.
+      blocks: path of a layer -> its branches.
+      scales: path of a layer -> branch name -> vector.
+      weights: path of a layer -> branch name -> the weights that its kernel was merged of.
+    """
+
+    model: ModelT
+    blocks: Mapping[str, Block]
+    scales: Mapping[str, Mapping[str, Array]]
+    weights: Weights
+
+    def grad_mults(self, rule: Literal["linear", "direction"] = "linear") -> PyTree[BranchMult]:
+        """The multipliers for `repopt_sgd` ("linear") or `repopt_adamw` ("direction")."""
+        return grad_mults(nnx.state(self.model, nnx.Param), self.blocks, self.scales, rule)
+
+    def reparameterize(
+        self, optimizer: optax.GradientTransformation
+    ) -> optax.GradientTransformationExtraArgs:
+        """Any optimizer, exactly, started at this network's branches; see `reparameterize`."""
+        return reparameterize(optimizer, self.blocks, self.scales, weights=self.weights)
+
+
+def target_network(
+    model: ModelT,
+    scales: Mapping[str, Mapping[str, Array]],
+    *,
+    blocks: Mapping[str, Block] | None = None,
+    identity: Literal["searched", "one"] = "searched",
+    rngs: nnx.Rngs,
+) -> Target[ModelT]:
+    """A copy of `model` started by the Rule of Initialization, and the parts of its optimizer.
+
+    Args:
+      model: a plain network; it is not changed.
+      scales: what the search yielded, such as a `Scales`.
+      blocks: path of a layer -> its branches. None: those that the network states.
+      identity: where identity branches start: "searched", the value in `scales` (the authors'
+        default), or "one" (the paper).
+      rngs: draws the branches' weights.
+
+    Raises:
+      ValueError: as `init_target` does, and by ``Scales.check``.
+
+    >>> import optax, repopt_jax
+    >>> model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)))
+    >>> blocks = repopt_jax.find_blocks(model, repopt_jax.repvgg_branches)
+    >>> scales = repopt_jax.Scales.initial(model, blocks)
+    >>> target = target_network(model, scales, blocks=blocks, rngs=nnx.Rngs(1))
+    >>> closed_form = repopt_jax.repopt_sgd(0.1, target.grad_mults())
+    >>> state = closed_form.init(nnx.state(target.model, nnx.Param))
+    >>> any_optimizer = target.reparameterize(optax.lamb(1e-3))
+    >>> state = any_optimizer.init(nnx.state(target.model, nnx.Param))
+    """
+    blocks = blocks_of(model, blocks)
+    if hasattr(scales, "check"):
+        scales.check(model, blocks)
+    model = nnx.clone(model)
+    return Target(model, blocks, scales, _draw_kernels(model, blocks, scales, identity, rngs))
