@@ -96,7 +96,9 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
     batches = part.train_batches()
     state = part.init()
-    restored = checkpoints.restore(state, batches)
+    # Open meanwhile, so that what is told of damaged checkpoints goes to the log file as well.
+    with Progress(workdir, part.steps, batch_size=part.section.batch_size, terminal=False):
+        restored = checkpoints.restore(state, batches)
     first = 0
     if restored is not None:
         first, state = restored
