@@ -60,7 +60,7 @@ def differences(one, other) -> list[str]:
     one, other = pathlib.Path(one), pathlib.Path(other)
     found = []
     for part in SETTINGS["parts"]:
-        states = [_final_state(workdir, part) for workdir in (one, other)]
+        states = _final_states(part, one, other)
         paths = jax.tree_util.tree_leaves_with_path(states[0])
         for (path, a), b in zip(paths, jax.tree.leaves(states[1]), strict=True):
             if np.asarray(a).tobytes() != np.asarray(b).tobytes():
@@ -85,14 +85,19 @@ def _untimed(path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(path)]
 
 
-def _final_state(workdir: pathlib.Path, name: str):
+def _final_states(name: str, *workdirs: pathlib.Path) -> list:
     mesh = make_mesh(devices=jax.devices()[:1])
-    part = prepare(small_config(), name, mesh, load_scales(workdir / "scales.safetensors"))
-    checkpoints = Checkpoints(workdir / name, read_only=True)
-    step, state = checkpoints.restore(part.init(), step=part.steps)
-    checkpoints.close()
-    assert step == part.steps == int(state.step)
-    return state
+    scales = load_scales(workdirs[0] / "scales.safetensors")
+    part = prepare(small_config(), name, mesh, scales)
+    shapes = jax.eval_shape(part.init)
+    found = []
+    for workdir in workdirs:
+        checkpoints = Checkpoints(workdir / name, read_only=True)
+        step, state = checkpoints.restore(shapes, step=part.steps)
+        checkpoints.close()
+        assert step == part.steps == int(state.step)
+        found.append(state)
+    return found
 
 
 def main():
