@@ -1,0 +1,257 @@
+"""`run` does every part once, tells what cannot be done before any work, and counts exactly."""
+
+import contextlib
+import logging
+import math
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from repopt_jax.scales import load_scales
+from repopt_jax.training import loop, run
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.loop import RunStopped
+from repopt_jax.training.parts import prepare
+from repopt_jax.training.report import read_metrics
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from small_run import small_config  # noqa: E402
+
+PARTS = ("search", "target")
+
+
+@contextlib.contextmanager
+def compilations():
+    """The names of the functions that jax compiles meanwhile."""
+    names = []
+    handler = logging.Handler()
+    handler.emit = lambda record: names.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def compiled(messages, name):
+    return sum(m.startswith("Compiling") and name in m for m in messages)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of both parts on eight devices; the target with averages."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = small_config(target__epochs=2.0)
+    with compilations() as messages:
+        summary = run.run(config, workdir)
+    return config, workdir, summary, messages
+
+
+def restored(config, workdir, name):
+    """A part, and the step and state of its newest checkpoint."""
+    part = prepare(config, name, make_mesh())
+    checkpoints = Checkpoints(workdir / name, read_only=True)
+    step, state = checkpoints.restore(part.init())
+    checkpoints.close()
+    return part, step, state
+
+
+def test_nothing_is_compiled_twice(finished):
+    """Two epochs of every part, with partial last evaluation batches, averages and checkpoints."""
+    *_, messages = finished
+    assert compiled(messages, "train_step") == len(PARTS)
+    assert compiled(messages, "eval_step") == len(PARTS)
+
+
+def test_evaluation_counts_every_picture_exactly_once(finished):
+    """Equal to plain numpy over all 360 pictures, with batches of 104 and a partial last one."""
+    config, workdir, summary, _ = finished
+    part, _, state = restored(config, workdir, "target")
+    batches = list(part.eval_batches())
+    assert [len(b["mask"]) for b in batches] == [104] * 4
+    assert sum(int(b["mask"].sum()) for b in batches) == len(part.dataset.eval) == 360
+    data = part.dataset.eval
+    pictures = (data.images / 255 - 0.3) / 0.35
+    for prefix, params, stats in (
+        ("eval", state.params, state.stats),
+        ("eval_ema", *state.ema),
+    ):
+        model = nnx.merge(part.eval_graphdef, params, stats)
+        logits = np.asarray(model(jnp.asarray(pictures, jnp.float32)), np.float64)
+        own = logits[np.arange(360), data.labels]
+        ranks = (logits > own[:, None]).sum(-1)
+        loss = np.log(np.exp(logits).sum(-1)) - own
+        expected = {"loss": loss.mean(), "top1": 100 * (ranks < 1).mean()}
+        expected["top5"] = 100 * (ranks < 5).mean()
+        told = {name: summary["parts"]["target"][f"{prefix}/{name}"] for name in expected}
+        assert told == pytest.approx(expected, rel=1e-5)
+    averaged = summary["parts"]["target"]
+    assert averaged["eval_ema/loss"] != averaged["eval/loss"]
+
+
+def test_eval_mode_reproduces_the_summary_and_changes_no_file(finished, capsys):
+    config, workdir, summary, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    found = run.evaluate(config, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    for name in PARTS:
+        told = summary["parts"][name]
+        latest = {key: value for key, value in told.items() if key.startswith("eval")}
+        assert found[f"{name}/latest"] == latest
+        assert found[f"{name}/best"]["eval/top1"] == told["best_top1"]
+    table = capsys.readouterr().out
+    assert f"{summary['parts']['target']['eval_ema/top1']:.2f}" in table
+    assert table.count("averaged") == 2
+
+
+def test_eval_mode_takes_a_part_of_a_finished_run(finished):
+    """Its scales are in the working directory."""
+    config, workdir, summary, _ = finished
+    config = small_config(parts=("target",), target__epochs=2.0)
+    found = run.evaluate(config, workdir)
+    assert found["target/latest"]["eval/loss"] == summary["parts"]["target"]["eval/loss"]
+
+
+def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
+    """Its table is printed at once."""
+    config, workdir, summary, _ = finished
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("trained again"))
+    assert run.run(config, workdir) == summary
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table[2:4]] == [run.TITLES[name] for name in PARTS]
+
+
+def test_a_part_whose_summary_was_not_written_is_taken_up_at_its_end(finished):
+    """A kill may come between the last checkpoint and the summary."""
+    config, workdir, summary, _ = finished
+    (workdir / "target" / "summary.json").unlink()
+    with compilations() as messages:
+        assert run.run(config, workdir) == summary
+    assert compiled(messages, "train_step") == compiled(messages, "eval_step") == 0
+
+
+def test_the_scales_file_holds_what_the_search_ended_with(finished):
+    config, workdir, summary, _ = finished
+    _, _, state = restored(config, workdir, "search")
+    scales = load_scales(workdir / "scales.safetensors")
+    trained = state.params["stage4"][0]["conv"]["branch_scales"]["conv1x1"][...]
+    np.testing.assert_array_equal(scales["stage4/0/conv"]["conv1x1"], trained)
+    assert scales.metadata["top1"] == f"{summary['parts']['search']['eval/top1']:.2f}"
+    assert scales.metadata["dataset"] == "digits"
+
+
+def test_the_workdir_holds_what_the_design_says(finished):
+    _, workdir, _, _ = finished
+    names = {path.name for path in workdir.iterdir()}
+    pictures = {"scales.png", "curves.png"}
+    assert names == {*PARTS, *pictures, "config.json", "scales.safetensors", "summary.json"}
+    for name in PARTS:
+        kept = {path.name for path in (workdir / name).iterdir()}
+        files = {"metrics.jsonl", "train.log", "summary.json"}
+        assert kept == {*files, "checkpoints", "tensorboard"}
+
+
+@pytest.fixture
+def fake_step(monkeypatch):
+    """The loop without the compilation of a step: its losses are those that the test appends."""
+    losses = []
+
+    def step(graphdef, tx, options, state, batch):
+        loss = losses[int(state.step)] if losses else 1.0
+        return state._replace(step=state.step + 1), {"loss": jnp.asarray(loss)}
+
+    found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
+    monkeypatch.setattr(loop, "jitted_steps", lambda: (step, None))
+    monkeypatch.setattr(loop, "evaluate_state", lambda part, state: found)
+    return losses
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, fake_step):
+    """Also between two reports, one step late; the step after it is not saved."""
+    config = small_config(parts=("plain",), checkpoint__every=0.45, log_every=100)
+    fake_step += [1.0, 1.0, 1.0, 1.0, 1.0, math.nan, 1.0]
+    with pytest.raises(RunStopped, match=r"^the loss of plain is nan at step 6; ") as stopped:
+        run.run(config, tmp_path)
+    assert stopped.value.exit_code == 1
+    assert f"last good checkpoint: step 5 in {tmp_path / 'plain'}" in str(stopped.value)
+
+
+def test_a_broken_state_is_not_saved_over_the_last_good_one(tmp_path):
+    """The loss of a step is that before its update, and so was finite here."""
+    config = small_config(parts=("plain",), checkpoint__every=0.01, eval_every=100.0)
+    config.target.schedule.base_lr = config.target.optimizer.weight_decay = 1e38
+    with pytest.raises(RunStopped) as stopped:
+        run.run(config, tmp_path)
+    assert stopped.value.exit_code == 1
+    said = str(stopped.value)
+    assert said.startswith("the update of plain at step 3 is not finite; a smaller learning rate")
+    _, step, state = restored(config, tmp_path, "plain")
+    assert step == 2 and f"last good checkpoint: step 2 in {tmp_path / 'plain'}" in said
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    assert all(math.isfinite(record["train/loss"]) for record in told)
+    assert not (tmp_path / "plain" / "summary.json").exists()
+
+
+def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
+    tmp_path, monkeypatch, fake_step
+):
+    """The same command then goes on with the next part."""
+    config = small_config(search__epochs=0.2, target__epochs=0.2)
+    config.search.schedule.warmup_epochs = config.target.schedule.warmup_epochs = 0.0
+
+    class Interrupted(loop.Progress):
+        def step(self, step):
+            super().step(step)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = loop.Progress
+    monkeypatch.setattr(loop, "Progress", Interrupted)
+    with pytest.raises(RunStopped, match=r"^SIGTERM received: search is saved at step 2 of 2; "):
+        run.run(config, tmp_path)
+    assert not (tmp_path / "target").exists()
+    monkeypatch.setattr(loop, "Progress", before)
+    real = run.train
+
+    def only_the_search(part, workdir):
+        if part.name == "target":
+            raise RunStopped("the target begins", 0)
+        return real(part, workdir)  # reads its last checkpoint
+
+    monkeypatch.setattr(run, "train", only_the_search)
+    fake_step += [math.nan] * 9  # so that a step of the search would show
+    with pytest.raises(RunStopped, match="the target begins"):
+        run.run(config, tmp_path)
+
+
+def test_a_signal_during_an_evaluation_counts_at_the_next_step(tmp_path, monkeypatch, fake_step):
+    """What the message calls saved is saved."""
+    config = small_config(parts=("plain",), eval_every=0.1, checkpoint__every=9.0)
+
+    def interrupting(part, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
+
+    monkeypatch.setattr(loop, "evaluate_state", interrupting)
+    with pytest.raises(RunStopped, match="plain is saved at step 2 of 33") as stopped:
+        run.run(config, tmp_path)
+    assert stopped.value.exit_code == 143
+    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
+    assert checkpoints.steps() == [2]
+    checkpoints.close()
+    monkeypatch.undo()
+    assert [key for key in run.evaluate(config, tmp_path) if "latest" in key] == ["plain/latest"]
