@@ -1,0 +1,194 @@
+"""What cannot be run is refused in one sentence, before any work and before anything is written."""
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from repopt_jax.scales import Scales, save_scales
+from repopt_jax.training import run
+from repopt_jax.training.loop import RunStopped
+from repopt_jax.training.throughput import throughput
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from small_run import small_config  # noqa: E402
+
+
+def refused(config, workdir, action=run.run):
+    """The sentence with which a run is refused."""
+    with pytest.raises(RunStopped) as stopped:
+        action(config, workdir)
+    assert stopped.value.exit_code == 2
+    sentence = str(stopped.value)
+    assert sentence and "\n" not in sentence
+    return sentence
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("a part was trained"))
+
+
+CONFIGS = [
+    ({"parts": ()}, "parts must name at least one part, got none"),
+    ({"parts": ("search", "nope")}, "parts must be among .* got 'nope'"),
+    ({"parts": ("target",)}, "the part 'target' needs scales: .* got parts .'target',."),
+    ({"parts": ("plain", "csla")}, "the part 'csla' needs scales"),
+    ({"seed": -1}, "seed must be .* got -1"),
+    ({"scales": "nowhere.safetensors"}, "scales must be an existing file, got 'nowhere"),
+    ({"identity": "two"}, "identity must be 'searched' or 'one', got 'two'"),
+    ({"model.name": "VGG"}, "model: name must be one of .* got 'VGG'"),
+    ({"model.widths": (4, 4)}, r"model: widths must have 5 entries, got \(4, 4\)"),
+    ({"model.widths": (4, 4, 4, 8, "8")}, "model.widths must be whole numbers above 0"),
+    ({"model.num_blocks": (1, 1, 0, 1)}, "model.num_blocks must be whole numbers above 0"),
+    ({"model.strides": (1, 2, 2, 1, -1)}, "model.strides must be whole numbers above 0"),
+    ({"bn_group": 5}, "bn_group must divide the 16 samples .* got 5"),
+    ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
+    ({"dtype": "float64"}, "dtype 'float64' needs JAX_ENABLE_X64"),
+    ({"fsdp": 3}, "fsdp must divide the number of devices 8, got 3"),
+    ({"log_every": 0}, "log_every must be above 0, got 0"),
+    ({"eval_every": -1.0}, "eval_every must be above 0, got -1.0"),
+    ({"checkpoint.every": 0.0}, "checkpoint.every must be above 0, got 0.0"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep must be above 0, got 0"),
+]
+
+# Fields of a part's section; of "target" above all, because a search would come before it.
+SECTIONS = [
+    ({"data.name": "nonesuch"}, r"target.data: name must be .* got 'nonesuch'"),
+    ({"data.train_split": "test"}, "train_split .* must be None for digits"),
+    ({"data.classes": (3, 99)}, "classes must lie in 0..9 for 'digits'"),
+    ({"data.image_size": 0}, "image_size must be .* got 0"),
+    ({"data.augment": "heavy"}, "augment must be one of .* got 'heavy'"),
+    ({"data.threads": -1}, "threads must be .* got -1"),
+    ({"data.mean": (0.5,)}, r"data.mean must be 3 numbers, one per channel, got \(0.5,\)"),
+    ({"data.std": (0.5, 0.5, 0.0)}, "data.std must be 3 numbers above 0"),
+    ({"data.std": ("a", "b", "c")}, "data.std must be 3 numbers above 0"),
+    (
+        {"batch_size": 100},
+        "batch_size must be divisible by 8 devices times accumulation 1, got 100",
+    ),
+    ({"batch_size": 2048}, "batch_size must be in 1..1437, .* got 2048"),
+    ({"batch_size": 0}, "batch_size and accumulation must be at least 1, got 0"),
+    ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, got 0"),
+    ({"epochs": 0.0}, "target.schedule: epochs must be .* got 0.0"),
+    ({"accumulation": 3}, "accumulation 3"),
+    ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+    ({"ema_decay": 1.5}, r"ema_decay must be in \[0, 1\), got 1.5"),
+    ({"optimizer.name": "lars"}, "optimizer.name must be one of .* got 'lars'"),
+    ({"optimizer.momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ({"optimizer.weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+    ({"optimizer.clip_norm": 5.0}, "optimizer.clip_norm must be 0 for the part 'target'"),
+    ({"schedule.name": "exponential"}, "target.schedule: name must be .* got 'exponential'"),
+    ({"schedule.warmup_epochs": 9.0}, r"warmup_epochs must be at most epochs \(3.0\); got 9.0"),
+    ({"schedule.base_lr": float("nan")}, "base_lr must be a finite number .* got nan"),
+]
+CASES = CONFIGS + [({f"target.{k}": v for k, v in c.items()}, m) for c, m in SECTIONS]
+
+
+@pytest.mark.parametrize(("changes", "message"), CASES, ids=lambda x: str(x)[:50])
+def test_a_configuration_that_cannot_be_is_refused_before_the_search(changes, message, tmp_path):
+    config = small_config()
+    config.update_from_flattened_dict(changes)
+    sentence = refused(config, tmp_path / "new")
+    assert re.search(message, sentence), sentence
+    assert not (tmp_path / "new").exists()
+
+
+def test_csla_can_be_run_after_a_search(monkeypatch, tmp_path):
+    """Everything is prepared; the part itself does not start here."""
+
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    monkeypatch.setattr(run, "train", start)
+    with pytest.raises(Started):
+        run.run(small_config(parts=("search", "target", "csla")), tmp_path)
+
+
+@pytest.mark.parametrize("action", [run.run, lambda config, _: throughput(config)])
+def test_scales_of_another_model_are_refused(tmp_path, action):
+    wrong = Scales({"stage0/conv": {"conv3x3": np.ones(4, np.float32)}})
+    save_scales(tmp_path / "s.safetensors", wrong)
+    config = small_config(scales=str(tmp_path / "s.safetensors"))
+    sentence = refused(config, tmp_path / "new", action)
+    assert "scales do not fit the model: missing stage0/conv/conv1x1; " in sentence
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_holds_no_scales_is_refused(tmp_path):
+    path = tmp_path / "notes.safetensors"
+    path.write_text("no scales")
+    sentence = refused(small_config(scales=str(path)), tmp_path / "new")
+    assert f"{str(path)!r} must be a safetensors file of scales" in sentence
+
+
+def test_scales_leave_nothing_of_a_search_alone(tmp_path):
+    save_scales(tmp_path / "s.safetensors", Scales({"a": {"b": np.ones(2, np.float32)}}))
+    config = small_config(parts=("search",), scales=str(tmp_path / "s.safetensors"))
+    assert "another part than 'search' where scales are given" in refused(config, tmp_path / "new")
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_workdir_of_another_run_is_refused_and_names_what_differs(tmp_path):
+    (tmp_path / "config.json").write_text(small_config(seed=7).to_json())
+    before = snapshot(tmp_path)
+    sentence = refused(small_config(), tmp_path)
+    assert sentence.endswith("seed (7 there, 0 here)")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_workdir_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = snapshot(tmp_path)
+    sentence = refused(small_config(), tmp_path)
+    assert sentence == f"workdir must be empty, absent or a run's own, got {tmp_path}"
+    assert snapshot(tmp_path) == before
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("years of work")
+    sentence = refused(small_config(), path)
+    assert sentence == f"workdir must be a directory, got the file {path}"
+    assert path.read_text() == "years of work"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_workdir_that_may_not_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "ermission" in refused(small_config(), tmp_path / "new")
+
+
+def test_what_a_kill_left_of_a_configuration_does_not_bar_the_run(tmp_path, monkeypatch):
+    """The very first file of a run is written under another name first."""
+    (tmp_path / "config.json.unfinished").write_text('{"parts"')
+    monkeypatch.setattr(run, "prepare", lambda *_: None)
+    monkeypatch.setattr(run, "train", lambda *_: (_ for _ in ()).throw(ValueError("started")))
+    assert refused(small_config(), tmp_path) == "started"
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("made", [(), ("target",), ("target/checkpoints",)])
+def test_eval_mode_without_a_checkpoint_is_refused(tmp_path, made):
+    for folder in made:
+        (tmp_path / folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    sentence = refused(small_config(), tmp_path, run.evaluate)
+    assert sentence == f"workdir must hold a run with checkpoints, got {tmp_path}"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_eval_mode_without_a_workdir_makes_none(tmp_path):
+    assert "workdir must hold a run" in refused(small_config(), tmp_path / "new", run.evaluate)
+    assert not (tmp_path / "new").exists()
