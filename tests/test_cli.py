@@ -1,0 +1,85 @@
+"""train.py as its user meets it: flags, modes, and one sentence for what is wrong."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def train_py(*flags, folder, devices=1):
+    """Run train.py in `folder`."""
+    options = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), *flags],
+        cwd=folder,
+        env=options,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+WRONG_FLAGS = [
+    (["--config.nope=1"], "the configuration has no field --config.nope"),
+    (
+        ["--config.seed=1", "--config.search.epoch=3"],
+        "the configuration has no field --config.search.epoch; "
+        "did you mean 'epochs' instead of 'epoch'?",
+    ),
+    (["--config.serch.epochs=3"], "did you mean 'search' instead of 'serch'?"),
+    (["--config.seed=first"], "flag --config.seed=first: invalid literal for int()"),
+    (["--config.search.epochs=many"], "flag --config.search.epochs=many: could not convert"),
+    (["--config=nowhere.py"], "config must be a file that can be read, got this: [Errno 2]"),
+    (["--config=nowhere.py", "--config.search.epochs=3"], "config must be a file that can be read"),
+    ([f"--config={REPOSITORY}/configs/digits.py:x"], "get_config() takes 0 positional arguments"),
+    (["--mode=sleep"], "flag --mode=sleep: value should be one of <run|eval|throughput>"),
+    (["--colour=red"], "Unknown command line flag 'colour'"),
+    (["configs/digits.py"], "unknown arguments ['configs/digits.py']"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS, ids=lambda x: str(x)[:40])
+def test_wrong_flags_end_with_one_sentence(flags, message, tmp_path):
+    done = train_py("--workdir=new", *flags, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_in_a_configuration_file_shows_its_line(tmp_path):
+    """Its author needs more than a sentence."""
+    lines = ["from repopt_jax.training.config import default_config", "def get_config():"]
+    lines += ["    config = default_config()", "    config.serch.epochs = 3", "    return config"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    done = train_py("--config=mine.py", "--config.seed=1", folder=tmp_path)
+    assert done.returncode != 0
+    assert "config.serch.epochs = 3" in done.stderr
+
+
+def test_a_batch_that_eight_devices_cannot_share_ends_with_one_sentence(tmp_path):
+    """As all that `run` refuses; nothing is written."""
+    done = train_py("--config.target.batch_size=100", folder=tmp_path, devices=8)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "train.py: batch_size must be divisible by 8 devices times accumulation 1, got 100\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_mode_without_a_run_ends_with_one_sentence(tmp_path):
+    """The default working directory is named after the configuration."""
+    done = train_py("--mode=eval", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: workdir must hold a run with checkpoints, got runs/digits\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_tells_the_flags(tmp_path):
+    done = train_py("--help", folder=tmp_path)
+    assert "--config" in done.stdout and "--workdir" in done.stdout and "--mode" in done.stdout
