@@ -1,0 +1,38 @@
+"""RepOpt-VGG on ImageNet with the official recipe: 120 epochs, batch 256, SGD.
+
+Paper: RepOptimizers, arXiv 2205.15242, table 1. Published top-1 (ours has not been run):
+RepOpt-VGG-B1 78.62, B2 79.68, L1 79.82, L2 80.47.
+Command: python train.py --config=configs/imagenet.py:RepOpt-VGG-B1 --workdir=runs/b1 \
+  --config.scales=RepOpt-VGG-B1-scales.pth
+Data: TFDS imagenet2012, prepared once by `tfds build imagenet2012 --file_format=array_record`.
+Without --config.scales the scales are searched on CIFAR-100 first. BatchNorm sees groups of 32
+images, as on the official 8 GPUs.
+"""
+
+from repopt_jax.training.config import default_config
+
+
+def get_config(name="RepOpt-VGG-B1"):
+    config = default_config()
+    config.model.name = name
+    config.dtype = "bfloat16"
+    config.bn_group = 32
+    config.log_every = 100
+
+    search = config.search
+    search.data.name = "cifar100"
+    search.data.augment = "flip_crop"
+    search.data.mean = (0.5071, 0.4865, 0.4409)
+    search.data.std = (0.2673, 0.2564, 0.2762)
+    search.batch_size = 128
+    search.epochs = 240.0
+    search.optimizer.clip_norm = 5.0
+    search.schedule.warmup_epochs = 10.0
+
+    target = config.target
+    target.data.name = "imagenet2012"
+    target.data.image_size = 224
+    target.data.augment = "raug15"
+    target.batch_size = 256
+    target.epochs = 120.0
+    return config
