@@ -1,19 +1,11 @@
-"""Checks on this machine that GR trains what it claims: ``python -m repopt_jax.check_equivalence``.
-
-Networks of branches with constant scales (CSLA) are trained with the plain optimizer, plain
-networks with the RepOptimizer, from the same start on the same batches in float64. The table
-shows how far the plain network's kernels are from the merged ones afterwards. Exits with status 1
-if any case passes its bound.
-"""
+"""The published method: networks of RepVGG blocks under SGD and AdamW."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +14,13 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import Block, Centre, Full, Identity
+from repopt_jax.check_equivalence.training import differences, random_scales, train
 from repopt_jax.models import create_model, search_layers, search_network
 from repopt_jax.paths import layer_at
 from repopt_jax.transforms import grad_mults, repopt_adamw, repopt_sgd, weight_decay_mask
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float
 
 STEPS = 50
 BATCH = 8
@@ -117,43 +110,10 @@ def cases() -> Iterator[Case]:
         yield Case(*names)
 
 
-def random_scales(model: Any, *, mixed: bool, seed: int = 0) -> dict[str, dict[str, Array]]:
-    """Scales of size 0.5 to 1.5, of both signs if `mixed`, for every branch of `model`."""
-    rng = np.random.default_rng(seed)
-
-    def draw(width):
-        sign = rng.choice([-1.0, 1.0], width) if mixed else 1.0
-        return jnp.asarray(rng.uniform(0.5, 1.5, width) * sign)
-
-    return {
-        path: {name: draw(layer_at(model, path).kernel.shape[-1]) for name in block}
-        for path, block in model.blocks().items()
-    }
-
-
-def train(
-    model: nnx.Module,
-    tx: optax.GradientTransformation,
-    images: Float[Array, "steps batch height width channels"],
-    labels: Int[Array, "steps batch"],
-) -> nnx.Module:
-    """`model` after one step of `tx` per batch."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params, rest, x, y):
-        net = nnx.merge(graphdef, params, rest, copy=True)
-        value = optax.softmax_cross_entropy_with_integer_labels(net(x), y).mean()
-        return value, nnx.state(net, nnx.Not(nnx.Param))
-
-    def step(carry, batch):
-        params, rest, opt_state = carry
-        grads, rest = jax.grad(loss, has_aux=True)(params, rest, *batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), rest, opt_state), None
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, (images, labels))[0])
-    params, rest, _ = run((params, rest, tx.init(params)))
-    return nnx.merge(graphdef, params, rest)
+def cross_entropy(net: nnx.Module, batch: tuple[Array, Array]) -> Array:
+    """Mean loss of a batch of images and labels."""
+    images, labels = batch
+    return optax.softmax_cross_entropy_with_integer_labels(net(images), labels).mean()
 
 
 def difference(case: Case, steps: int = STEPS) -> float:
@@ -162,7 +122,7 @@ def difference(case: Case, steps: int = STEPS) -> float:
     name, options = OPTIMIZERS[case.optimizer]
     plain = make()
     blocks = plain.blocks()
-    scales = random_scales(plain, mixed=case.mixed)
+    scales = random_scales(plain, blocks, mixed=case.mixed)
     csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(1))
     for path, layer in search_layers(csla).items():
         layer_at(plain, path).kernel[...] = layer.kernel
@@ -178,39 +138,6 @@ def difference(case: Case, steps: int = STEPS) -> float:
     images = jnp.asarray(rng.normal(size=(steps, BATCH, 8, 8, channels)))
     labels = jnp.asarray(rng.integers(0, CLASSES, (steps, BATCH)))
     tx = factory(grad_mults=grad_mults(params, blocks, scales, rule), **options)
-    plain = train(plain, tx, images, labels)
-    csla = train(csla, factory(grad_mults=no_mults, **options), images, labels)
-    return max(
-        float(jnp.abs(layer_at(plain, path).kernel[...] - layer.kernel).max())
-        / float(jnp.abs(layer.kernel).max())
-        for path, layer in search_layers(csla).items()
-    )
-
-
-def main() -> int:
-    """Print the table; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m repopt_jax.check_equivalence", description=__doc__.split("\n\n")[1]
-    )
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
-    steps = parser.parse_args().steps
-    if steps < 1:
-        parser.error(f"--steps must be at least 1, got {steps}")
-    row = "{:<22}{:<22}{:<10}{:>12}{:>10}  {}".format
-    print(row("network", "optimizer", "scales", "difference", "bound", ""))
-    failed = 0
-    with jax.enable_x64(True):
-        for case in cases():
-            found = difference(case, steps)
-            passed = found <= case.bound  # false for NaN
-            failed += not passed
-            signs = "mixed" if case.mixed else "positive"
-            verdict = "ok" if passed else "FAILED"
-            numbers = (f"{found:.1e}", f"{case.bound:.0e}", verdict)
-            print(row(case.network, case.optimizer, signs, *numbers), flush=True)
-    print(f"{failed} of {len(list(cases()))} cases failed after {steps} steps in float64")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    plain = train(plain, tx, cross_entropy, (images, labels))
+    csla = train(csla, factory(grad_mults=no_mults, **options), cross_entropy, (images, labels))
+    return max(differences(plain, csla).values())
