@@ -1,0 +1,222 @@
+"""Every branch type under every optimizer.
+
+One network holds a layer of every type, so that clipping and other global norms join them. It is
+trained as a network of branches with the plain optimizer, and as a plain network with the
+closed-form multipliers or with `reparameterize`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from flax import nnx
+
+from repopt_jax.branches import (
+    Block,
+    BlockDiagonal,
+    Centre,
+    Diagonal,
+    Dilated,
+    FoldedConv,
+    FrozenPointwise,
+    Full,
+    Identity,
+    LowRank,
+    PooledPointwise,
+    Window,
+)
+from repopt_jax.check_equivalence.training import differences, random_scales, train
+from repopt_jax.models import search_layers, search_network
+from repopt_jax.paths import layer_at
+from repopt_jax.reparameterization import reparameterize
+from repopt_jax.transforms import grad_mults, repopt_adamw, repopt_sgd, weight_decay_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+STEPS = 30
+BATCH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerType:
+    """A layer and its branches.
+
+    Attributes:
+      layer: class of the layer.
+      inputs: shape of a sample.
+      options: what the layer is made with, besides ``rngs`` and ``param_dtype``.
+      block: its branches; none for a layer that is trained as it is.
+    """
+
+    layer: type[nnx.Module]
+    inputs: tuple[int, ...]
+    options: dict[str, Any]
+    block: Block
+
+    @property
+    def is_placement(self) -> bool:
+        """Whether the multiplier is element-wise."""
+        return all(branch.placement for branch in self.block.values())
+
+
+def conv(window: tuple[int, ...], block: Block, *, out: int = 4, groups: int = 1) -> LayerType:
+    """A convolution of 4 channels with `Full` and the branches of `block`."""
+    options = {
+        "in_features": 4,
+        "out_features": out,
+        "kernel_size": window,
+        "feature_group_count": groups,
+    }
+    return LayerType(nnx.Conv, (*(5,) * len(window), 4), options, {"full": Full(), **block})
+
+
+def dense(block: Block, inputs: int = 6, outputs: int = 6) -> LayerType:
+    """A dense layer with `Full` and the branches of `block`."""
+    options = {"in_features": inputs, "out_features": outputs}
+    return LayerType(nnx.Linear, (inputs,), options, {"full": Full(), **block})
+
+
+def transposed(block: Block) -> LayerType:
+    """A transposed convolution of stride 2 with `Full` and the branches of `block`."""
+    options = {"in_features": 4, "out_features": 2, "kernel_size": (3, 3), "strides": (2, 2)}
+    return LayerType(nnx.ConvTranspose, (3, 3, 4), options, {"full": Full(), **block})
+
+
+LAYERS: dict[str, LayerType] = {
+    "several full kernels": conv((3, 3), {"second": Full(), "third": Full()}),
+    "1x1 and identity": conv((3, 3), {"conv1x1": Centre(1), "identity": Identity()}),
+    "3x3 in 7x7": conv((7, 7), {"conv3x3": Centre(3)}, out=2),
+    "1x3 and 3x1": conv((3, 3), {"row": Window((1, 3)), "column": Window((3, 1))}),
+    "dilated 3x3 in 5x5": conv((5, 5), {"dilated": Dilated(3, 2)}, out=2),
+    "grouped identity": conv((3, 3), {"identity": Identity(groups=2)}, groups=2),
+    "depthwise identity": conv((3, 3), {"identity": Identity(groups=4)}, groups=4),
+    "1 in 3, one axis": conv((3,), {"conv1": Centre(1), "identity": Identity()}),
+    "1 in 3, three axes": conv((3, 3, 3), {"conv1": Centre(1)}, out=2),
+    "1x1 in transposed 3x3": transposed({"conv1x1": Centre(1)}),
+    "grouped in ordinary": conv((3, 3), {"grouped": BlockDiagonal(2)}),
+    "1x1, then pooling": conv((3, 3), {"pooled": PooledPointwise()}),
+    "frozen 1x1, then 3x3": conv((3, 3), {"frozen": FrozenPointwise(6, groups=2)}, groups=2),
+    "dense, diagonal": dense({"diagonal": Diagonal()}),
+    "dense, block-diagonal": dense({"blocks": BlockDiagonal(3)}),
+    "dense, identity": dense({"identity": Identity()}),
+    "dense, folded conv": dense({"conv": FoldedConv((3, 3), (3, 3), groups=2)}, 18, 36),
+    "dense, low rank": dense({"low_rank": LowRank(2)}, outputs=5),
+    "dense, frozen first": dense({"frozen": FrozenPointwise(3)}, outputs=5),
+}
+WITHOUT_BRANCHES = LayerType(nnx.Linear, (6,), {"in_features": 6, "out_features": 5}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How the network of branches and the plain one are trained.
+
+    Attributes:
+      csla: makes the optimizer of the network of branches.
+      rule: of the multipliers. None: the plain network trains under `reparameterize`.
+      repopt: makes the plain network's optimizer from multipliers; None with `reparameterize`.
+      bound: the largest relative difference that passes.
+    """
+
+    csla: Callable[[], optax.GradientTransformation]
+    rule: str | None = None
+    repopt: Callable[[Any], optax.GradientTransformation] | None = None
+    bound: float = 1e-11
+
+
+def _clipped_and_scheduled() -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(0.1),
+        optax.add_decayed_weights(1e-2, weight_decay_mask),
+        optax.trace(0.9, nesterov=True),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.1, STEPS)),
+    )
+
+
+_DECAY = {"weight_decay": 1e-2, "mask": weight_decay_mask}
+METHODS: dict[str, Method] = {
+    "multiplier: SGD": Method(
+        lambda: optax.chain(
+            optax.add_decayed_weights(1e-2, weight_decay_mask), optax.sgd(0.05, 0.9, True)
+        ),
+        "linear",
+        lambda mults: repopt_sgd(0.05, mults, **_DECAY),
+        1e-12,
+    ),
+    "multiplier: AdamW": Method(
+        lambda: optax.adamw(1e-3, **_DECAY),
+        "direction",
+        lambda mults: repopt_adamw(1e-3, mults, **_DECAY),
+        1e-5,  # AdamW adds an epsilon that is not scale-free
+    ),
+    "Adam": Method(lambda: optax.adam(1e-3)),
+    "AdamW": Method(lambda: optax.adamw(1e-3, **_DECAY)),
+    "RMSProp": Method(lambda: optax.rmsprop(1e-3, momentum=0.9)),
+    "Adafactor": Method(lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2)),
+    "Lion": Method(lambda: optax.lion(1e-3, **_DECAY)),
+    "LAMB": Method(lambda: optax.lamb(1e-2, **_DECAY)),
+    "LARS": Method(lambda: optax.lars(1.0, 1e-2, weight_decay_mask)),
+    "Muon": Method(lambda: optax.contrib.muon(1e-2)),
+    "SGD, clipped norm": Method(
+        lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))
+    ),
+    "SGD, clip+mask+schedule": Method(_clipped_and_scheduled),
+}
+
+
+class Layers(nnx.Module):
+    """Layers side by side, and one without branches."""
+
+    def __init__(self, types: Mapping[str, LayerType]):
+        shared = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        for name, kind in {**types, "without branches": WITHOUT_BRANCHES}.items():
+            setattr(self, name, kind.layer(**kind.options, **shared))
+
+    def loss(self, batch: Mapping[str, Array]) -> Array:
+        """A smooth function of the outputs of all layers."""
+        total = jnp.zeros((), jnp.float64)
+        for name, x in batch.items():
+            y = getattr(self, name)(x)
+            wanted = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+            total += jnp.square(jnp.tanh(y) - wanted).mean()
+        return total
+
+
+def layer_differences(
+    method: Method, types: Mapping[str, LayerType] = LAYERS, steps: int = STEPS
+) -> dict[str, float]:
+    """Largest relative difference of every layer's kernel; needs float64.
+
+    Layers for which the method has no closed form are left out.
+    """
+    if method.rule == "direction":
+        types = {name: kind for name, kind in types.items() if kind.is_placement}
+    plain = Layers(types)
+    blocks = {name: kind.block for name, kind in types.items()}
+    scales = random_scales(plain, blocks, mixed=True)
+    csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(1))
+    weights = {}
+    for path, layer in search_layers(csla).items():
+        layer_at(plain, path).kernel[...] = layer.kernel
+        weights[path] = {name: w[...] for name, w in layer.branch_weights.items()}
+    if method.rule is None:
+        tx = reparameterize(method.csla(), blocks, scales, weights=weights)
+    else:
+        params = nnx.state(plain, nnx.Param)
+        tx = method.repopt(grad_mults(params, blocks, scales, method.rule))
+
+    rng = np.random.default_rng(2)
+    shapes = {**types, "without branches": WITHOUT_BRANCHES}
+    batches = {
+        name: jnp.asarray(rng.normal(size=(steps, BATCH, *kind.inputs)))
+        for name, kind in shapes.items()
+    }
+    plain = train(plain, tx, Layers.loss, batches)
+    csla = train(csla, method.csla(), Layers.loss, batches)
+    return differences(plain, csla)
