@@ -224,7 +224,9 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     """True for what the official recipe decays, to be passed as `mask`.
 
     Decayed: every parameter of rank 2 or more and, in search networks, the vectors of identity
-    branches (they are kernels in disguise). Not decayed: biases, BatchNorm and scales.
+    branches (they are kernels in disguise). The official code goes by the name: in RepVGG the
+    scale of the identity branch's BatchNorm is decayed, too. Not decayed: biases, the other
+    BatchNorms and scales.
 
     >>> import jax.numpy as jnp
     >>> weight_decay_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
@@ -232,7 +234,9 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     """
 
     def decayed(path, param):
-        return jnp.ndim(param) >= 2 or "/branch_weights/" in f"/{path_str(path)}"
+        name = f"/{path_str(path)}"
+        is_identity = "/branch_weights/" in name or name.endswith("/bn_identity/scale")
+        return jnp.ndim(param) >= 2 or is_identity
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 

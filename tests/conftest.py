@@ -39,3 +39,12 @@ def golden():
     if not folder.is_dir():
         pytest.skip("the official code's results (../shared/golden) are not on this machine")
     return folder
+
+
+@pytest.fixture
+def official_scales():
+    """Folder of the scale files that the authors released, which users may not have."""
+    folder = SHARED / "official_scales"
+    if not folder.is_dir():
+        pytest.skip("the released scale files (../shared/official_scales) are not on this machine")
+    return folder

@@ -149,10 +149,10 @@ class BatchNorm(nnx.Module):
         return self._normalize(grouped, mean, var).reshape(x.shape).astype(x.dtype)
 
     def _normalize(self, x: Array, mean: Array, var: Array) -> Array:
+        if mean.ndim != x.ndim:
+            mean, var = _match(mean, x), _match(var, x)
         factor = jax.lax.rsqrt(var + self.epsilon) * _match(self.scale[...], x)
         shift = _match(self.bias[...], x)
-        if mean.ndim != x.ndim:
-            mean, factor = _match(mean, x), _match(factor, x)
         return (x - mean) * factor + shift
 
     def _track(self, running: nnx.Variable, statistic: Array) -> None:

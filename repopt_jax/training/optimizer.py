@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
@@ -23,6 +25,22 @@ def update_rule(name: str) -> str:
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name must be one of {OPTIMIZERS}, got {name!r}")
     return "linear" if name == "sgd" else "direction"
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clip as torch does: ``g * min(1, max_norm / (norm + 1e-6))``; optax adds no constant.
+
+    >>> import jax.numpy as jnp
+    >>> clip_by_global_norm(5.0).update(jnp.array([30.0, 40.0]), optax.EmptyState())[0].tolist()
+    [3.0, 4.0]
+    """
+
+    def clip(updates, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 def make_optimizer(
@@ -67,5 +85,5 @@ def make_optimizer(
             schedule, grad_mults, b1=config.b1, b2=config.b2, eps=config.eps, **shared
         )
     if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+        return optax.chain(clip_by_global_norm(config.clip_norm), tx)
     return tx
