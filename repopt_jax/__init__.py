@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from repopt_jax.scales import Scales as Scales
     from repopt_jax.scales import load_scales as load_scales
     from repopt_jax.scales import save_scales as save_scales
+    from repopt_jax.torch_files.weights import load_torch_weights as load_torch_weights
+    from repopt_jax.torch_files.weights import load_weights as load_weights
     from repopt_jax.transforms import ScaleByGradMultState as ScaleByGradMultState
     from repopt_jax.transforms import grad_mults as grad_mults
     from repopt_jax.transforms import repopt_adamw as repopt_adamw
@@ -85,6 +87,8 @@ _MODULE_OF = {
     "reparameterize": "reparameterization",
     "Scales": "scales",
     "load_scales": "scales",
+    "load_torch_weights": "torch_files.weights",
+    "load_weights": "torch_files.weights",
     "save_scales": "scales",
     "ScaleByGradMultState": "transforms",
     "grad_mults": "transforms",

@@ -14,7 +14,13 @@ from repopt_jax.torch_files.standin import Standin as Standin
 
 def __getattr__(name: str):
     """Names of `weights`, which needs JAX."""
-    if name in ("export_weights", "import_weights", "load_torch_weights", "recognize"):
+    if name in (
+        "export_weights",
+        "import_weights",
+        "load_torch_weights",
+        "load_weights",
+        "recognize",
+    ):
         from repopt_jax.torch_files import weights
 
         return getattr(weights, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -95,6 +96,51 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
             count = np.array(num_batches_tracked, np.int64)
             exported[name.replace("running_var", "num_batches_tracked")] = count
     return exported
+
+
+def variables(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Every variable of `model` by its path, as a weights file holds them."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
+    return {path_str(path): np.asarray(value) for path, value in leaves}
+
+
+def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG:
+    """The network of a weights file written by ``convert_torch_scales.py --weights``.
+
+    Args:
+      path: a safetensors file.
+      **options: of `create_model`, such as strides and bn_group; they are not in the file.
+
+    Raises:
+      ValueError: it is no such file, or does not fit the network that it names.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} must be a weights file: {error}") from None
+    if "kind" not in metadata or not tensors:
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a weights file, got {metadata or 'no facts'}"
+        )
+    arguments = {k: metadata[k] for k in ("name", "kind")}
+    arguments |= {k: json.loads(metadata[k]) for k in ("num_blocks", "widths", "num_classes", "se")}
+    dtype = tensors["linear/kernel"].dtype
+    model = create_model(**arguments, **{"param_dtype": dtype} | options, rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    wanted = {path_str(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(state)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if wanted != found:
+        different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        raise ValueError(f"{os.fspath(path)!r} does not fit its network, in {different}")
+    new = jax.tree_util.tree_map_with_path(
+        lambda p, old: jax.numpy.asarray(tensors[path_str(p)], old.dtype), state
+    )
+    nnx.update(model, new)
+    return model
 
 
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
