@@ -174,7 +174,11 @@ def test_what_a_kill_left_of_a_configuration_does_not_bar_the_run(tmp_path, monk
     """The very first file of a run is written under another name first."""
     (tmp_path / "config.json.unfinished").write_text('{"parts"')
     monkeypatch.setattr(run, "prepare", lambda *_: None)
-    monkeypatch.setattr(run, "train", lambda *_: (_ for _ in ()).throw(ValueError("started")))
+
+    def start(*_):
+        raise RunStopped("started", 2)
+
+    monkeypatch.setattr(run, "train", start)
     assert refused(small_config(), tmp_path) == "started"
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 

@@ -206,6 +206,34 @@ def test_a_broken_state_is_not_saved_over_the_last_good_one(tmp_path):
     assert not (tmp_path / "plain" / "summary.json").exists()
 
 
+def test_an_error_of_the_computation_keeps_its_traceback(tmp_path, fake_step, monkeypatch):
+    """It is no sentence about the user's input, though it is a ValueError as well."""
+    broken = lambda *_: jnp.ones(2) + jnp.ones((2, 2))  # noqa: E731
+    monkeypatch.setattr(loop, "jitted_steps", lambda: (broken, None))
+    with pytest.raises(ValueError, match="rank_promotion"):
+        run.run(small_config(parts=("plain",)), tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train_batches", "eval_batches"])
+def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, monkeypatch, split):
+    class Broken:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise ValueError("picture cat.jpg cannot be decoded")
+
+        get_state = dict
+
+    monkeypatch.setattr(
+        type(prepare(small_config(), "plain", make_mesh())), split, lambda _: Broken()
+    )
+    monkeypatch.setattr(loop, "evaluate_state", lambda part, state: loop.evaluate(part, None, None))
+    with pytest.raises(RunStopped, match=r"^picture cat.jpg cannot be decoded$") as stopped:
+        run.run(small_config(parts=("plain",)), tmp_path)
+    assert stopped.value.exit_code == 2
+
+
 def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
     tmp_path, monkeypatch, fake_step
 ):

@@ -6,10 +6,12 @@ dispatched before the metrics of step n - 1 are read, so the device never waits 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,6 +36,19 @@ class RunStopped(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """Wrong input and files that fail end the run with their message, and no traceback.
+
+    Only around what reads input and files: an error of the computation is a bug, and its
+    traceback is wanted.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RunStopped(str(error), 2) from error
 
 
 class StopSignal:
@@ -67,12 +82,22 @@ def jitted_steps() -> tuple[Any, Any]:
 def evaluate(part: Part, params: PyTree, stats: PyTree) -> dict[str, float]:
     """Loss, top-1 and top-5 (percent) over every evaluation picture exactly once."""
     total = EvalMetrics.empty()
-    for batch in part.eval_batches():
+    for batch in _read(part.eval_batches()):
         placed = put_batch(part.mesh, batch)
         total = total.merge(
             jitted_steps()[1](part.eval_graphdef, part.options, params, stats, placed)
         )
     return {name: float(value) for name, value in total.compute().items()}
+
+
+def _read(batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    iterator = iter(batches)
+    while True:
+        with told_in_a_sentence():  # a picture may be broken
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def evaluate_state(part: Part, state: TrainState) -> dict[str, float]:
@@ -90,15 +115,17 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
       The final state and a summary: the last evaluation, the best top-1, steps and seconds.
 
     Raises:
-      RunStopped: at a non-finite loss, or after a signal, when the state has been saved.
+      RunStopped: at a non-finite loss, after a signal, when the state has been saved, or where
+        pictures or checkpoints cannot be read or written.
     """
     workdir = epath.Path(workdir)
-    checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
     batches = part.train_batches()
     state = part.init()
-    # Open meanwhile, so that what is told of damaged checkpoints goes to the log file as well.
-    with Progress(workdir, part.steps, batch_size=part.section.batch_size, terminal=False):
-        restored = checkpoints.restore(state, batches)
+    with told_in_a_sentence():
+        checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
+        # Open meanwhile, so that what is told of damaged checkpoints goes to the log file as well.
+        with Progress(workdir, part.steps, batch_size=part.section.batch_size, terminal=False):
+            restored = checkpoints.restore(state, batches)
     first = 0
     if restored is not None:
         first, state = restored
@@ -115,7 +142,8 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
             step, state = _run_steps(
                 part, state, first, batches, checkpoints, writer, progress, stop
             )
-            checkpoints.wait()
+            with told_in_a_sentence():
+                checkpoints.wait()
     finally:
         writer.close()
         checkpoints.close()
@@ -141,7 +169,9 @@ def _run_steps(
     recent: list[dict[str, jax.Array]] = []
     step = first
     for step in range(first + 1, part.steps + 1):
-        batch = put_batch(part.mesh, next(batches))
+        with told_in_a_sentence():  # a picture may be broken
+            batch = next(batches)
+        batch = put_batch(part.mesh, batch)
         state, metrics = step_fn(part.graphdef, part.tx, part.options, state, batch)
         if recent:
             _require_finite(part, step - 1, recent[-1], checkpoints)
@@ -169,7 +199,8 @@ def _run_steps(
         if due_save:
             _require_finite_state(part, step, state, checkpoints)
             top1 = {"top1": record["eval/top1"]} if due_eval else None
-            checkpoints.save(step, state, batches, metrics=top1, force=True)
+            with told_in_a_sentence():
+                checkpoints.save(step, state, batches, metrics=top1, force=True)
         if stopping:
             break
     return step, state
@@ -196,7 +227,8 @@ def _require_finite_state(
 
 
 def _stop_diverged(what: str, checkpoints: Checkpoints) -> None:
-    checkpoints.wait()
+    with told_in_a_sentence():
+        checkpoints.wait()
     steps = checkpoints.steps()
     kept = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
     raise RunStopped(

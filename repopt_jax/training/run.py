@@ -7,7 +7,6 @@ command resumes an interrupted run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,10 @@ from repopt_jax.scales import Scales, load_scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.figures import plot_curves, plot_scales
-from repopt_jax.training.loop import RunStopped, evaluate_state, train
+from repopt_jax.training.loop import RunStopped, evaluate_state, told_in_a_sentence, train
 from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import format_table, read_metrics, write_json
+from repopt_jax.training.step import TrainState
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -40,24 +40,15 @@ TITLES = {
 }
 
 
-@contextlib.contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
-    """Input that is refused ends the run with its message, and no traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise RunStopped(str(error), 2) from error
-
-
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Do all of `config.parts` in `workdir`, print a table and return the summary.
 
     Raises:
-      RunStopped: for anything wrong with `config`, `workdir` or the data, before any work; at a
-        non-finite loss; after SIGTERM.
+      RunStopped: for anything wrong with `config`, `workdir` or the data, before any work; and as
+        `train` does.
     """
     workdir = epath.Path(workdir)
-    with _told_in_a_sentence():
+    with told_in_a_sentence():
         names, scales, mesh = check(config, workdir)
         for name in names:
             prepare(config, name, mesh, scales)
@@ -68,9 +59,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     for name in names:
         done = workdir / name / "summary.json"
         if not done.exists():
-            with _told_in_a_sentence():
+            with told_in_a_sentence():
                 part = prepare(config, name, mesh, scales)
-                state, summary = train(part, workdir / name)
+            state, summary = train(part, workdir / name)
             if name == "search":
                 scales = _keep_scales(part, state, summary, workdir)
             write_json(done, summary)
@@ -95,36 +86,43 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
     """
     workdir = epath.Path(workdir)
     found, rows = {}, []
-    with _told_in_a_sentence():
+    with told_in_a_sentence():
         names, scales, mesh = check(config, workdir)
-        for name in names:
-            if not (workdir / name / "checkpoints").exists():
-                continue
+    for name in names:
+        if not (workdir / name / "checkpoints").exists():
+            continue
+        with told_in_a_sentence():
             part = prepare(config, name, mesh, scales)
-            checkpoints = Checkpoints(workdir / name, read_only=True)
-            state = part.init()
-            for which in ("latest", "best"):
-                if which == "best" and checkpoints.best_step() is None:
-                    continue  # no checkpoint was written where an evaluation was due
-                restored = checkpoints.restore(state, step=which)
-                if restored is None:  # stopped before its first checkpoint
-                    continue
-                step, state = restored
-                numbers = evaluate_state(part, state)
-                found[f"{name}/{which}"] = numbers
-                for prefix in ("eval", "eval_ema"):
-                    if f"{prefix}/top1" in numbers:
-                        label = which if prefix == "eval" else f"{which}, averaged"
-                        cells = [f"{numbers[f'{prefix}/{k}']:.2f}" for k in ("top1", "top5")]
-                        loss = f"{numbers[f'{prefix}/loss']:.4f}"
-                        rows.append((TITLES[name], label, step, *cells, loss))
-            checkpoints.close()
-        if not rows:
-            raise ValueError(f"workdir must hold a run with checkpoints, got {workdir}")
+        for which, step, state in _restored(part, workdir / name):
+            numbers = evaluate_state(part, state)
+            found[f"{name}/{which}"] = numbers
+            for prefix in ("eval", "eval_ema"):
+                if f"{prefix}/top1" in numbers:
+                    label = which if prefix == "eval" else f"{which}, averaged"
+                    cells = [f"{numbers[f'{prefix}/{k}']:.2f}" for k in ("top1", "top5")]
+                    loss = f"{numbers[f'{prefix}/loss']:.4f}"
+                    rows.append((TITLES[name], label, step, *cells, loss))
+    if not rows:
+        raise RunStopped(f"workdir must hold a run with checkpoints, got {workdir}", 2)
     if jax.process_index() == 0:
         header = ("part", "checkpoint", "step", "top-1 %", "top-5 %", "loss")
         print(format_table(rows, header))
     return found
+
+
+def _restored(part: Part, workdir: epath.Path) -> Iterator[tuple[str, int, TrainState]]:
+    """The latest and the best state, where there is a checkpoint of them."""
+    state = part.init()
+    with told_in_a_sentence():
+        checkpoints = Checkpoints(workdir, read_only=True)
+    for which in ("latest", "best"):
+        if which == "best" and checkpoints.best_step() is None:
+            continue  # no checkpoint was written where an evaluation was due
+        with told_in_a_sentence():
+            restored = checkpoints.restore(state, step=which)
+        if restored is not None:  # None: stopped before its first checkpoint
+            yield which, *restored
+    checkpoints.close()
 
 
 def check(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from repopt_jax.training.devices import put_batch
-from repopt_jax.training.loop import RunStopped, jitted_steps
+from repopt_jax.training.loop import jitted_steps, told_in_a_sentence
 from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import format_table
 
@@ -28,11 +28,9 @@ def throughput(config: ConfigDict) -> dict[str, float]:
     """
     from repopt_jax.training.run import TITLES, check
 
-    try:
+    with told_in_a_sentence():
         names, scales, mesh = check(config)
         parts = [prepare(config, name, mesh, scales) for name in names]
-    except (ValueError, OSError) as error:
-        raise RunStopped(str(error), 2) from error
     rows, found = [], {}
     for part in parts:
         compile_seconds, step_seconds = _time(part)
