@@ -75,16 +75,18 @@ def test_the_learning_rate_follows_the_schedule_by_update():
     np.testing.assert_allclose(seen, rates)
 
 
-def test_clipping_bounds_the_gradient_before_decay_and_momentum():
+def test_clipping_bounds_the_gradient_before_decay_and_learning_rate():
     """The global norm of the whole gradient; a smaller one is left alone."""
-    config = section(momentum=0.0, nesterov=False, weight_decay=0.0, clip_norm=2.0)
-    tx = make_optimizer(config, lambda _: 1.0, NOTHING, reparameterized=False)
-    gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.zeros(2)}
-    for factor, norm in ((1.0, 2.0), (0.1, 0.6)):
+    config = section(momentum=0.0, nesterov=False, weight_decay=0.1, clip_norm=2.0)
+    tx = make_optimizer(config, lambda _: 0.5, NOTHING, reparameterized=False)
+    gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 4.0)}
+    norm = np.sqrt(4 * 9 + 2 * 16)
+    for factor, clipped in ((1.0, 2 / norm), (0.1, 0.1)):
         scaled = jax.tree.map(lambda x, f=factor: x * f, gradient)
         updates, _ = tx.update(scaled, tx.init(PARAMS), PARAMS)
-        found = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(updates)))
-        np.testing.assert_allclose(found, norm, rtol=1e-6)
+        kernel = -0.5 * (clipped * gradient["kernel"] + 0.1 * PARAMS["kernel"])
+        np.testing.assert_allclose(updates["kernel"], kernel, rtol=1e-6)
+        np.testing.assert_allclose(updates["bias"], -0.5 * clipped * gradient["bias"], rtol=1e-6)
 
 
 def test_clipping_with_multipliers_is_refused():
