@@ -1,0 +1,93 @@
+"""A part is what its configuration says."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from repopt_jax.models import searched_scales
+from repopt_jax.scales import Scales
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.parts import prepare
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from small_run import small_config  # noqa: E402
+
+
+def part_of(name, scales=None, **changes):
+    return prepare(small_config(**changes), name, make_mesh(devices=jax.devices()[:1]), scales)
+
+
+def drawn_scales():
+    rng = np.random.default_rng(0)
+    initial = Scales.initial(nnx.eval_shape(part_of("plain").build))
+    blocks = initial.vectors.items()
+    draw = {p: {n: rng.normal(size=v.shape).astype("f") for n, v in b.items()} for p, b in blocks}
+    return Scales(draw)
+
+
+@pytest.mark.parametrize("name", ["search", "target", "plain", "csla", "repvgg"])
+def test_bfloat16_is_the_type_of_the_computation_alone(name):
+    part = part_of(name, dtype="bfloat16")
+    assert part.options.dtype == jnp.bfloat16
+    state = jax.eval_shape(part.init)
+    assert {x.dtype for x in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    logits = jax.eval_shape(
+        lambda p, s: nnx.merge(part.eval_graphdef, p, s)(jnp.ones((2, 8, 8, 3), jnp.bfloat16)),
+        *(state.params, state.stats),
+    )
+    assert logits.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1.0, 11), (2.5, 28), (0.01, 1)], ids=["whole", "fraction", "least"]
+)
+def test_lengths_are_in_epochs_of_full_batches(epochs, steps):
+    """1437 pictures are 11 batches of 128."""
+    part = part_of("plain", target__epochs=epochs, target__schedule__warmup_epochs=0.0)
+    assert (part.steps_per_epoch, part.steps, part.steps_in(epochs)) == (11, steps, steps)
+
+
+def test_averages_are_kept_where_they_are_wanted():
+    assert jax.eval_shape(part_of("search").init).ema is None
+    params, stats = jax.eval_shape(part_of("target").init).ema
+    state = jax.eval_shape(part_of("target").init)
+    assert jax.tree.structure((params, stats)) == jax.tree.structure((state.params, state.stats))
+
+
+@pytest.mark.parametrize("identity", ["searched", "one"])
+def test_csla_starts_from_the_scales_as_the_target_does(identity):
+    scales = drawn_scales()
+    found = searched_scales(part_of("csla", scales, identity=identity).build())
+    for path, block in scales.vectors.items():
+        for name, vector in block.items():
+            ones = name == "identity" and identity == "one"
+            np.testing.assert_array_equal(
+                found[path][name], np.ones_like(vector) if ones else vector
+            )
+
+
+def test_only_the_target_has_multipliers():
+    """One vector for every scaled branch of every block, in the optimizer's state."""
+    scales = drawn_scales()
+    state = jax.eval_shape(part_of("target", scales).init)
+    scaled = [n for block in scales.vectors.values() for n in block if n != "identity"]
+    assert len(jax.tree.leaves(state.opt_state[0])) == len(scaled) == 10
+    assert jax.tree.leaves(jax.eval_shape(part_of("plain").init).opt_state[0]) == []
+
+
+def test_the_target_and_the_plain_network_start_apart_and_draw_by_the_seed():
+    scales = drawn_scales()
+
+    def kernel(name, **changes):
+        return part_of(name, scales, **changes).build().stage4[0].conv.kernel[...]
+
+    same = kernel("target")
+    np.testing.assert_array_equal(same, kernel("target"))
+    assert not np.allclose(same, kernel("target", seed=1))
+    assert not np.allclose(same, kernel("plain"))
