@@ -1,0 +1,101 @@
+"""Folding: a plain network without BatchNorm that computes what a trained one computes.
+
+A convolution with kernel ``k`` and the BatchNorm after it become one convolution::
+
+    k' = k * scale / sqrt(var + epsilon)        b' = bias - mean * scale / sqrt(var + epsilon)
+
+RepVGG's branches are folded each by its own BatchNorm and added; an identity branch is a kernel
+with ones on the centre's diagonal (arXiv 2101.03697, section 3.3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import Centre, Identity
+from repopt_jax.models.layers import BatchNorm, conv
+from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+class FoldedBlock(nnx.Module):
+    """3x3 convolution with bias, ReLU and, if the block had it, squeeze-excite."""
+
+    def __init__(self, block: PlainBlock | RepVGGBlock):
+        kernel, bias = _folded(block)
+        first = block.conv3x3 if isinstance(block, RepVGGBlock) else _inner_conv(block.conv)
+        self.conv = conv(
+            kernel.shape[-2],
+            kernel.shape[-1],
+            3,
+            first.strides,
+            use_bias=True,
+            dtype=first.dtype,
+            param_dtype=kernel.dtype,
+            rngs=nnx.Rngs(0),
+        )
+        self.conv.kernel[...] = kernel
+        self.conv.bias[...] = bias
+        self.post_se = block.post_se
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the block."""
+        x = jax.nn.relu(self.conv(x))
+        return x if self.post_se is None else self.post_se(x)
+
+
+def fold(model: RepOptVGG) -> RepOptVGG:
+    """A copy of `model`, of any kind, with one convolution with bias in every block.
+
+    Raises:
+      ValueError: `model` has blocks that cannot be folded, such as folded ones.
+
+    >>> import repopt_jax
+    >>> from flax import nnx
+    >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
+    >>> model = repopt_jax.create_model("RepOpt-VGG", "repvgg", **size, rngs=nnx.Rngs(0))
+    >>> model.eval()
+    >>> x = jnp.ones((1, 32, 32, 3))
+    >>> bool(abs(fold(model)(x) - model(x)).max() < 1e-6)
+    True
+    """
+    if not isinstance(model.stage0, PlainBlock | RepVGGBlock):
+        raise ValueError(f"model must have blocks to fold, got {type(model.stage0).__name__}")
+    folded = nnx.clone(model)
+    folded.stage0 = FoldedBlock(folded.stage0)
+    for stage in range(1, 5):
+        blocks = getattr(folded, f"stage{stage}")
+        setattr(folded, f"stage{stage}", nnx.List([FoldedBlock(block) for block in blocks]))
+    return folded
+
+
+def _inner_conv(layer: nnx.Module) -> nnx.Conv:
+    """The convolution itself, of a plain or of a search network."""
+    if isinstance(layer, nnx.Conv):
+        return layer
+    variables = {name: getattr(layer, name) for name in layer.others}
+    return nnx.merge(layer.layer_def, {"kernel": nnx.Param(layer.kernel), **variables})
+
+
+def _folded(block: PlainBlock | RepVGGBlock) -> tuple[Array, Array]:
+    if isinstance(block, PlainBlock):
+        return _fold_branch(jnp.asarray(block.conv.kernel[...]), block.bn)
+    kernel = block.conv3x3.kernel[...]
+    centre = Centre(1).embed(block.conv1x1.kernel[...], kernel.shape)
+    terms = [_fold_branch(kernel, block.bn3x3), _fold_branch(centre, block.bn1x1)]
+    if block.bn_identity is not None:
+        unit = Identity().embed(jnp.ones(kernel.shape[-1], kernel.dtype), kernel.shape)
+        terms.append(_fold_branch(unit, block.bn_identity))
+    return sum(k for k, _ in terms), sum(b for _, b in terms)
+
+
+def _fold_branch(kernel: Array, bn: BatchNorm) -> tuple[Array, Array]:
+    factor = bn.scale[...] * jax.lax.rsqrt(bn.var[...] + bn.epsilon)
+    bias = bn.bias[...] - bn.mean[...] * factor
+    return kernel * jnp.broadcast_to(factor, kernel.shape), bias

@@ -1,0 +1,177 @@
+"""Scales and weights between torch files and ours, and the command that converts them."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import repopt_jax
+from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
+from repopt_jax.torch_files.conversion import _write
+from repopt_jax.torch_files.scales import find_state_dict, official_names, scales_in
+from repopt_jax.torch_files.standin import Standin
+from repopt_jax.torch_files.weights import load_weights, variables
+
+SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
+SCRIPT = pathlib.Path(__file__).parents[1] / "convert_torch_scales.py"
+
+
+def network(kind, *, se=False, seed=0):
+    return repopt_jax.create_model("RepOpt-VGG", kind, se=se, rngs=nnx.Rngs(seed), **SIZE)
+
+
+@pytest.mark.parametrize("se", [False, True])
+@pytest.mark.parametrize("kind", ["target", "hs", "csla", "repvgg"])
+def test_round_trip_is_bit_exact(kind, se):
+    model = network(kind, se=se)
+    exported = export_weights(model, num_batches_tracked=7)
+    other = import_weights(network(kind, se=se, seed=5), exported)
+    for name, value in variables(model).items():
+        np.testing.assert_array_equal(variables(other)[name], value)
+    again = export_weights(other, num_batches_tracked=7)
+    assert again.keys() == exported.keys()
+    for name, value in exported.items():
+        np.testing.assert_array_equal(again[name], value)
+
+
+def test_export_has_the_official_names_and_layout():
+    exported = export_weights(network("target", se=True))
+    assert exported["stage2.0.conv.weight"].shape == (6, 4, 3, 3)
+    assert exported["linear.weight"].shape == (3, 8)
+    assert exported["stage2.1.post_se.down.weight"].shape == (1, 6, 1, 1)
+    assert exported["stage0.bn.num_batches_tracked"].dtype == np.int64
+    assert {n.split(".")[-1] for n in exported if ".bn." in n} == {
+        "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+    }  # fmt: skip
+
+
+def test_import_reports_all_problems_and_changes_nothing():
+    model = network("target")
+    before = variables(model)
+    weights = export_weights(network("target", seed=1))
+    del weights["stage0.bn.bias"]
+    weights["extra"] = np.ones(1)
+    weights["linear.bias"] = np.ones(9)
+    with pytest.raises(ValueError) as error:
+        import_weights(model, weights)
+    assert str(error.value) == (
+        "weights do not fit the model: linear.bias must give linear/bias the shape (3,), got (9,); "
+        "missing stage0.bn.bias for stage0/bn/bias; surplus extra"
+    )
+    for name, value in before.items():
+        np.testing.assert_array_equal(variables(model)[name], value)
+
+
+@pytest.mark.parametrize("kind", ["target", "hs", "repvgg"])
+def test_recognize(kind):
+    found = recognize(export_weights(network(kind, se=True)))
+    assert found == {"name": "RepOpt-VGG", "kind": kind, "se": True, **SIZE}
+
+
+def test_scales_come_out_of_every_kind_of_checkpoint():
+    model = network("hs")
+    weights = export_weights(model)
+    expected = repopt_jax.searched_scales(model).flat()
+    module = Standin("torch.nn.Module", ())
+    module.state = {"_parameters": weights, "_buffers": {}, "_modules": {}}
+    config = Standin("yacs.config.CfgNode", ())
+    for content in (
+        weights,
+        {"model": weights, "optimizer": {}, "epoch": 3, "config": config},
+        {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
+        {"model": None, "ema": module, "updates": 5},
+    ):
+        found = scales_in(find_state_dict(content))
+        assert found.metadata["model"] == "RepOpt-VGG"
+        assert found.flat().keys() == expected.keys()
+        for key, vector in expected.items():
+            np.testing.assert_array_equal(found.flat()[key], vector)
+
+
+def test_scales_of_other_packages_modules_keep_their_names():
+    weights = {
+        "backbone.ERBlock_2.0.scale_conv.weight": np.ones(2, np.float16),
+        "backbone.ERBlock_2.0.scale_1x1.weight": np.ones(2, np.float16),
+        "backbone.stem.conv.weight": np.ones((2, 3, 3, 3), np.float16),
+    }
+    scales = scales_in(weights)
+    assert list(scales) == ["backbone/ERBlock_2/0/conv"]
+    assert scales["backbone/ERBlock_2/0/conv"]["conv1x1"].dtype == np.float32
+
+
+def test_half_a_network_is_refused():
+    names = official_names(repopt_jax.Scales.initial(network("target")))
+    del names["stage2.1.scale_1x1.weight"]
+    with pytest.raises(TorchFileError, match="missing stage2/1/conv/conv1x1"):
+        scales_in(names)
+
+
+def test_files_without_weights_are_refused():
+    with pytest.raises(TorchFileError, match="it has no weights under any of"):
+        find_state_dict({"epoch": 3})
+    with pytest.raises(TorchFileError, match="it has no scales"):
+        scales_in({"linear.weight": np.ones((2, 2))})
+
+
+def test_weights_file_round_trip(tmp_path):
+    model = network("csla")
+    metadata = {"name": "RepOpt-VGG", "kind": "csla", "num_blocks": "[1, 2, 1, 1]",
+                "widths": "[4, 4, 6, 8, 8]", "num_classes": "3", "se": "false"}  # fmt: skip
+    _write(tmp_path / "w.safetensors", variables(model), metadata)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    for name, value in variables(model).items():
+        np.testing.assert_array_equal(variables(loaded)[name], value)
+    assert loaded(jnp.ones((2, 32, 32, 3))).shape == (2, 3)
+
+
+def run(*arguments):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent)
+
+
+def test_command_converts_released_scales(official_scales, tmp_path):
+    source, target = official_scales / "RepOpt-VGG-B1-scales.pth", tmp_path / "b1.safetensors"
+    done = run(source, target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("RepOpt-VGG-B1, 28 blocks")
+    assert f"--config.scales={target}" in done.stdout
+    direct = repopt_jax.load_scales(source).flat()
+    for key, vector in repopt_jax.load_scales(target).flat().items():
+        np.testing.assert_array_equal(direct[key], vector)
+    again = run(source, target)
+    assert again.returncode == 1
+    assert again.stderr.endswith(f"target must not exist unless --force is given, got {target}\n")
+    back = tmp_path / "back.safetensors"
+    assert run("--to-torch", target, back).returncode == 0
+    assert run("--force", source, target).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{tmp}/nope.pth", "{tmp}/a.safetensors"), "source must be an existing file"),
+        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "it is no torch file"),
+        (("{tmp}/text.pth", "{tmp}/a.bin"), "target must end in .safetensors"),
+        (("{tmp}/text.pth", "{tmp}/text.pth", "--force"), "target must be another file"),
+        (("{tmp}/text.pth", "{tmp}/no/a.safetensors"), "target must lie in an existing folder"),
+    ],
+)
+def test_command_refuses_in_one_sentence(arguments, message, tmp_path):
+    (tmp_path / "text.pth").write_text("text")
+    done = run(*(a.format(tmp=tmp_path) for a in arguments))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.pth"]
+
+
+def test_command_needs_no_jax():
+    """It starts in a fraction of a second because it imports numpy only."""
+    code = "import sys, repopt_jax.torch_files.conversion; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=SCRIPT.parent)  # fmt: skip
+    assert done.stdout == "False\n"
