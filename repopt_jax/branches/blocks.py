@@ -21,24 +21,40 @@ if TYPE_CHECKING:
 Block: TypeAlias = Mapping[str, Branch]
 
 
+_OFFSETS: dict[type[Branch], bool] = {}
+
+
+def _adds_a_constant(branch: Branch, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether ``E_b(0)`` is not 0; computed once per class, because it costs a compilation."""
+    if type(branch) not in _OFFSETS:
+
+        def largest():
+            kernel = branch.embed(jnp.zeros(branch.weight_shape(kernel_shape)), kernel_shape)
+            return jnp.abs(kernel).max()
+
+        with jax.ensure_compile_time_eval():
+            _OFFSETS[type(branch)] = float(jax.jit(largest)()) != 0
+    return _OFFSETS[type(branch)]
+
+
 @functools.lru_cache(maxsize=1024)
 def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
     """What is wrong with a branch's `embed`; None if it is a linear map onto `kernel_shape`."""
     weight = jax.ShapeDtypeStruct(branch.weight_shape(kernel_shape), jnp.float32)
     embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
-    made = jax.eval_shape(embed, weight).shape
-    if made != kernel_shape:
-        return f"embed must return the kernel's shape {kernel_shape}, got {made}"
+    made = jax.eval_shape(embed, weight)
+    if made.shape != kernel_shape:
+        return f"embed must return the kernel's shape {kernel_shape}, got {made.shape}"
     try:
-        jax.eval_shape(jax.linear_transpose(embed, weight), jax.ShapeDtypeStruct(made, jnp.float32))
-        with jax.ensure_compile_time_eval():
-            offset = bool(jnp.any(embed(jnp.zeros(weight.shape)) != 0))
+        jax.eval_shape(jax.linear_transpose(embed, weight), made)
     except (NotImplementedError, TypeError, ValueError, AssertionError):
         return (
             "embed must be linear in its weight; a product of weights (two trainable layers in a "
             "row) or a division by their statistics (BatchNorm inside the branch) is not"
         )
-    return "embed must be linear in its weight, got a constant added to it" if offset else None
+    if _adds_a_constant(branch, kernel_shape):
+        return "embed must be linear in its weight, got a constant added to it"
+    return None
 
 
 def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:

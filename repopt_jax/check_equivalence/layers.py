@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -174,7 +175,9 @@ class Layers(nnx.Module):
     """Layers side by side, and one without branches."""
 
     def __init__(self, types: Mapping[str, LayerType]):
-        shared = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        # The kernels are set afterwards.
+        zeros = nnx.initializers.zeros_init()
+        shared = {"param_dtype": jnp.float64, "kernel_init": zeros, "rngs": nnx.Rngs(0)}
         for name, kind in {**types, "without branches": WITHOUT_BRANCHES}.items():
             setattr(self, name, kind.layer(**kind.options, **shared))
 
@@ -197,14 +200,21 @@ def layer_differences(
     """
     if method.rule == "direction":
         types = {name: kind for name, kind in types.items() if kind.is_placement}
-    plain = Layers(types)
     blocks = {name: kind.block for name, kind in types.items()}
-    scales = random_scales(plain, blocks, mixed=True)
-    csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(1))
-    weights = {}
-    for path, layer in search_layers(csla).items():
-        layer_at(plain, path).kernel[...] = layer.kernel
-        weights[path] = {name: w[...] for name, w in layer.branch_weights.items()}
+    scales = random_scales(nnx.eval_shape(lambda: Layers(types)), blocks, mixed=True)
+
+    @nnx.jit  # one compilation in place of hundreds
+    def start() -> tuple[Layers, Layers, dict[str, dict[str, Array]]]:
+        plain = Layers(types)
+        rngs = nnx.Rngs(params=jax.random.key(1, impl="rbg"))  # the quickest to compile
+        csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=rngs)
+        weights = {}
+        for path, layer in search_layers(csla).items():
+            layer_at(plain, path).kernel[...] = layer.kernel
+            weights[path] = {name: w[...] for name, w in layer.branch_weights.items()}
+        return plain, csla, weights
+
+    plain, csla, weights = start()
     if method.rule is None:
         tx = reparameterize(method.csla(), blocks, scales, weights=weights)
     else:
@@ -213,10 +223,7 @@ def layer_differences(
 
     rng = np.random.default_rng(2)
     shapes = {**types, "without branches": WITHOUT_BRANCHES}
-    batches = {
-        name: jnp.asarray(rng.normal(size=(steps, BATCH, *kind.inputs)))
-        for name, kind in shapes.items()
-    }
+    batches = {name: rng.normal(size=(steps, BATCH, *kind.inputs)) for name, kind in shapes.items()}
     plain = train(plain, tx, Layers.loss, batches)
     csla = train(csla, method.csla(), Layers.loss, batches)
     return differences(plain, csla)
