@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from repopt_jax import (
+    BlockDiagonal,
     Branch,
     Centre,
+    Diagonal,
+    Dilated,
+    FoldedConv,
+    FrozenPointwise,
     Full,
     Identity,
+    LowRank,
+    PooledPointwise,
+    Window,
     branch_mult,
     init_weights,
     initial_scales,
@@ -29,9 +37,29 @@ BRANCHES = {
     "identity, dense layer": (Identity(), (4, 4), 1),
     "identity, grouped": (Identity(groups=2), (3, 3, 2, 4), 2),
     "identity, depthwise": (Identity(groups=4), (5, 5, 1, 4), 4),
+    "window 1x3": (Window((1, 3)), (3, 3, 4, 6), 1),
+    "window 3x1, grouped": (Window((3, 1)), (5, 3, 2, 6), 2),
+    "dilated 3 in 7": (Dilated(3, 2), (7, 5, 2, 3), 1),
+    "dilated 2 in 4": (Dilated(2, 3), (4, 2, 3), 1),
+    "blocks": (BlockDiagonal(2), (4, 6), 1),
+    "blocks in an ordinary kernel": (BlockDiagonal(2), (3, 3, 4, 6), 1),
+    "diagonal": (Diagonal(), (4, 4), 1),
+    "pooled": (PooledPointwise(), (3, 5, 4, 6), 1),
+    "pooled, grouped": (PooledPointwise(), (3, 2, 4), 2),
+    "frozen 1x1": (FrozenPointwise(5, seed=3), (3, 3, 4, 6), 1),
+    "frozen 1x1, grouped": (FrozenPointwise(6, groups=2), (3, 3, 2, 4), 2),
+    "frozen 1x1, depthwise": (FrozenPointwise(4, groups=4), (3, 1, 4), 4),
+    "frozen first factor": (FrozenPointwise(3), (4, 6), 1),
+    "frozen second factor": (LowRank(3), (4, 6), 1),
+    "folded convolution": (FoldedConv((4, 3), (3, 5)), (24, 36), 1),
+    "folded convolution, grouped": (FoldedConv((3,), (3,), groups=2), (12, 18), 1),
 }
 every_branch = pytest.mark.parametrize(
     ("branch", "shape", "groups"), BRANCHES.values(), ids=BRANCHES.keys()
+)
+PLACEMENTS = {name: case for name, case in BRANCHES.items() if case[0].placement}
+every_placement = pytest.mark.parametrize(
+    ("branch", "shape", "groups"), PLACEMENTS.values(), ids=PLACEMENTS.keys()
 )
 
 
@@ -42,8 +70,6 @@ def normal(seed, shape):
 @dataclasses.dataclass(frozen=True)
 class Average(Branch):
     """A branch that is no placement: one weight per channel pair, averaged over the window."""
-
-    placement = False
 
     def weight_shape(self, kernel_shape):
         return kernel_shape[-2:]
@@ -61,7 +87,7 @@ def test_embedding_is_linear(branch, shape, groups, x64, strict):
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-15)
 
 
-@every_branch
+@every_placement
 def test_placement_puts_every_weight_in_a_place_of_its_own(branch, shape, groups, x64, strict):
     """What makes the multiplier element-wise: ``E E^T`` is a diagonal 0/1 operator."""
     weight = jnp.asarray(np.arange(1.0, 1 + np.prod(branch.weight_shape(shape))))
@@ -69,7 +95,7 @@ def test_placement_puts_every_weight_in_a_place_of_its_own(branch, shape, groups
     assert sorted(kernel[kernel != 0].tolist()) == weight.tolist()
 
 
-@every_branch
+@every_placement
 def test_closed_form_multiplier_equals_the_general_operator(branch, shape, groups, x64, strict):
     block = {"first": branch, "full": Full()}
     scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
@@ -101,33 +127,66 @@ def test_pull_back_is_the_gradient_of_merge(x64, strict):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-13)
 
 
+def convolve(x, kernel, groups=1, dilation=1):
+    window = kernel.shape[:-2]
+    if not window:
+        return x @ kernel
+    layout = ("NWC", "WIO", "NWC") if len(window) == 1 else ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1,) * len(window), "SAME", dimension_numbers=layout,
+        rhs_dilation=(dilation,) * len(window), feature_group_count=groups,
+    )  # fmt: skip
+
+
+def own_output(branch, x, weight, shape, groups):
+    """What a network that runs the branch as layers of its own would compute."""
+    match branch:
+        case Identity() | Diagonal():
+            return x * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+        case Dilated():
+            return convolve(x, weight, groups, branch.dilation)
+        case PooledPointwise():
+            y, window = convolve(x, weight, groups), (1, *shape[:-2], 1)
+            total = jax.lax.reduce_window(y, 0.0, jax.lax.add, window, (1,) * y.ndim, "SAME")
+            return total / float(np.prod(window))
+        case FrozenPointwise():
+            factor = branch.factor(shape[-2], x.dtype)  # (groups, in, features)
+            flat = factor.transpose(1, 0, 2).reshape(shape[-2], branch.features)
+            if len(shape) == 2:
+                return x @ flat @ weight
+            return convolve(
+                convolve(x, flat.reshape((1,) * len(shape[:-2]) + flat.shape), groups),
+                weight, groups,
+            )  # fmt: skip
+        case LowRank():
+            return x @ weight @ branch.factor(shape[-1], x.dtype)
+        case FoldedConv():
+            images = x.reshape(x.shape[0], *branch.image, -1)
+            return convolve(images, weight, branch.groups).reshape(x.shape[0], -1)
+        case BlockDiagonal() if len(shape) == 2:
+            pairs = zip(*(jnp.split(a, branch.groups, -1) for a in (x, weight)), strict=True)
+            return jnp.concatenate([part @ block for part, block in pairs], -1)
+        case BlockDiagonal():
+            return convolve(x, weight, branch.groups)
+        case _:
+            return convolve(x, weight, groups)
+
+
 @every_branch
 def test_merged_kernel_equals_branch_by_branch_layer(branch, shape, groups, x64, strict):
     """Convolving with the merged kernel is the sum of the branches' own outputs."""
     block = {"first": branch, "full": Full()}
-    window, inputs = shape[:-2], shape[-2] * groups
     scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
     weights = {name: normal(7, b.weight_shape(shape)) for name, b in block.items()}
-    x = normal(11, (2, *[9] * len(window), inputs))
-
-    def convolve(kernel):
-        if not window:
-            return x @ kernel
-        layout = ("NWC", "WIO", "NWC") if len(window) == 1 else ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1,) * len(window), "SAME", dimension_numbers=layout,
-            feature_group_count=groups,
-        )  # fmt: skip
-
-    def own_output():
-        if isinstance(branch, Identity):
-            return x * weights["first"].reshape((1,) * (x.ndim - 1) + (-1,))
-        scale = scales["first"].reshape((1,) * (x.ndim - 1) + (-1,))
-        return convolve(weights["first"]) * scale
-
-    full_scale = scales["full"].reshape((1,) * (x.ndim - 1) + (-1,))
-    expected = own_output() + convolve(weights["full"]) * full_scale
-    found = convolve(merge(block, weights, scales, shape))
+    x = normal(11, (2, *[9] * len(shape[:-2]), shape[-2] * groups))
+    full, first = (
+        scales[n].reshape((1,) * (x.ndim - 1) + (-1,)) for n in ("full", "first")
+    )  # fmt: skip
+    if not branch.scaled:
+        first = jnp.ones_like(first)
+    own = own_output(branch, x, weights["first"], shape, groups)
+    expected = own * first + convolve(x, weights["full"], groups) * full
+    found = convolve(x, merge(block, weights, scales, shape), groups)
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -178,6 +237,18 @@ def test_initial_scales_are_those_of_the_branches():
         (Identity(), (3, 3, 4, 8)),
         (Identity(), (2, 2, 4, 4)),
         (Identity(groups=2), (3, 3, 4, 4)),
+        (Window((1, 2)), (3, 3, 4, 4)),
+        (Window((1,)), (3, 3, 4, 4)),
+        (Dilated(3, 2), (3, 3, 4, 4)),
+        (Dilated(2, 2), (4, 4, 4, 4)),
+        (PooledPointwise(), (4, 4)),
+        (FrozenPointwise(4, groups=2), (3, 3, 2, 3)),
+        (BlockDiagonal(2), (4, 5)),
+        (Diagonal(), (4, 5)),
+        (Diagonal(), (1, 4, 4)),
+        (FoldedConv((2, 2), (3, 3)), (8, 6)),
+        (FoldedConv((2,), (3,), groups=3), (4, 12)),
+        (LowRank(5), (4, 8)),
     ],
 )
 def test_branch_that_does_not_fit_names_the_kernel(branch, shape):

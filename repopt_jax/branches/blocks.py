@@ -47,7 +47,7 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
         return f"embed must return the kernel's shape {kernel_shape}, got {made.shape}"
     try:
         jax.eval_shape(jax.linear_transpose(embed, weight), made)
-    except (NotImplementedError, TypeError, ValueError, AssertionError):
+    except (RuntimeError, TypeError, ValueError, AssertionError):
         return (
             "embed must be linear in its weight; a product of weights (two trainable layers in a "
             "row) or a division by their statistics (BatchNorm inside the branch) is not"
