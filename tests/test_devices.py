@@ -102,11 +102,12 @@ def test_fsdp_splits_kernels_momentum_averages_and_multipliers(trained, case):
     assert any("scales['conv3x3']" in name for name in split)
 
 
-def test_without_fsdp_only_sums_travel_between_devices(trained):
-    """Gradients, statistics and metrics are summed; no picture or activation changes its device."""
-    pattern = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    found = set(re.findall(pattern, trained["data"][3].as_text()))
-    assert found == {"all-reduce"}
+def test_without_fsdp_devices_talk_at_the_end_of_a_step_only(trained):
+    """One sum of gradients, statistics and metrics: no picture moves, BatchNorm asks nobody."""
+    pattern = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    found = re.findall(pattern, trained["data"][3].as_text())
+    assert set(found) == {"all-reduce"}
+    assert len(found) <= 3  # XLA may split it; BatchNorm over the whole batch would need 21
 
 
 def test_a_batch_is_split_over_all_devices_in_order():
