@@ -23,7 +23,7 @@ def network_rows(steps: int) -> Iterator[tuple[str, str, str, float, float]]:
 def layer_rows(steps: int) -> Iterator[tuple[str, str, str, float, float]]:
     """The same for every branch type under every optimizer."""
     for optimizer, method in layers.METHODS.items():
-        for layer, found in layers.layer_differences(method, steps=steps).items():
+        for layer, found in layers.layer_differences(method, layers.LAYERS, steps).items():
             yield layer, optimizer, "mixed", found, method.bound
 
 

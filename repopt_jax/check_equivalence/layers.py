@@ -192,7 +192,7 @@ class Layers(nnx.Module):
 
 
 def layer_differences(
-    method: Method, types: Mapping[str, LayerType] = LAYERS, steps: int = STEPS
+    method: Method, types: Mapping[str, LayerType], steps: int = STEPS
 ) -> dict[str, float]:
     """Largest relative difference of every layer's kernel; needs float64.
 
@@ -226,4 +226,5 @@ def layer_differences(
     batches = {name: rng.normal(size=(steps, BATCH, *kind.inputs)) for name, kind in shapes.items()}
     plain = train(plain, tx, Layers.loss, batches)
     csla = train(csla, method.csla(), Layers.loss, batches)
-    return differences(plain, csla)
+    found = differences(plain, csla)
+    return {name: found[name] for name in types}

@@ -61,6 +61,7 @@ class SearchLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_layer(layer, block)
+        check_block(block, layer.kernel.shape)
         self.layer_def, state = nnx.split(layer)
         kernel = state.pop("kernel")[...]
         self.others = tuple(state)
@@ -68,7 +69,6 @@ class SearchLayer(nnx.Module):
             setattr(self, name, state[name])
         self.block = tuple(block.items())
         self.kernel_shape = kernel.shape
-        check_block(block, kernel.shape)
         weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, scales)
         vectors = scales if scales is not None else initial_scales(block, kernel.shape)
         scale_type = nnx.Param if kind == "hs" else ConstantScale

@@ -1,0 +1,275 @@
+"""From any Flax NNX network to its search network, its scales and its target."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from repopt_jax import (
+    Centre,
+    Diagonal,
+    FoldedConv,
+    FrozenPointwise,
+    Full,
+    Identity,
+    LowRank,
+    Scales,
+    find_blocks,
+    init_target,
+    load_scales,
+    merge,
+    repopt_sgd,
+    repvgg_branches,
+    save_scales,
+    search_network,
+    searched_scales,
+    target_network,
+)
+from repopt_jax.models import search_layers
+from repopt_jax.paths import path_str
+
+FULL = {"full": Full()}
+
+
+class Net(nnx.Module):
+    """A user's network: nothing in it knows of branches."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)
+        self.body = nnx.List(
+            [
+                nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=rngs),
+                nnx.Conv(4, 4, (3, 3), feature_group_count=4, use_bias=False, rngs=rngs),
+            ]
+        )
+        self.head = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for layer in self.body:
+            x = jax.nn.relu(layer(x))
+        return self.head(x.mean((1, 2)))
+
+
+BLOCKS = {
+    "body/0": {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity(groups=2)},
+    "body/1": {"conv3x3": Full(), "identity": Identity(groups=4)},
+    "head": {"full": Full(), "diagonal": Diagonal()},
+}
+SHAPES = {"body/0": (3, 3, 2, 4), "body/1": (3, 3, 1, 4), "head": (4, 4)}
+
+
+def names(model, kind=nnx.Param):
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, kind))
+    return {path_str(path) for path, _ in leaves}
+
+
+def abstract(make):
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+
+
+def test_rule_finds_every_3x3_convolution():
+    blocks = find_blocks(abstract(Net), repvgg_branches)
+    identity = {path: block.get("identity") for path, block in blocks.items()}
+    assert identity == {
+        "body/0": Identity(groups=2),
+        "body/1": Identity(groups=4),
+        "stem": None,
+    }
+
+
+def test_patterns_name_layers_and_the_first_match_counts():
+    model = abstract(Net)
+    blocks = find_blocks(model, {"body/1": {"first": Full()}, "body/*": FULL})
+    assert blocks == {"body/0": FULL, "body/1": {"first": Full()}}
+    with pytest.raises(ValueError, match=r"every pattern of rule must match .* got \['tail'\]"):
+        find_blocks(model, {"tail": FULL, "head": FULL})
+    with pytest.raises(ValueError, match="rule must give branches to some layer"):
+        find_blocks(model, lambda path, layer: None)
+
+
+def test_search_network_trains_branches_and_scales_and_keeps_everything_else():
+    search = abstract(lambda rngs: search_network(Net(rngs), BLOCKS, rngs=rngs))
+    expected = {"stem/kernel", "stem/bias", "body/0/bias", "head/bias"}
+    for path, block in BLOCKS.items():
+        expected |= {f"{path}/branch_weights/{name}" for name in block}
+        expected |= {f"{path}/branch_scales/{n}" for n, b in block.items() if b.scaled}
+    assert names(search) == expected
+    csla = abstract(lambda rngs: search_network(Net(rngs), BLOCKS, kind="csla", rngs=rngs))
+    assert names(csla) == {name for name in expected if "branch_scales" not in name}
+
+
+def test_search_network_computes_what_the_plain_one_does_with_merged_kernels(x64):
+    """Grouped and depthwise convolutions, dense layers, with and without a bias."""
+    rng = np.random.default_rng(0)
+    scales = {p: {n: rng.normal(size=4) for n in block} for p, block in BLOCKS.items()}
+
+    @nnx.jit
+    def outputs(x):
+        plain = Net(nnx.Rngs(0))
+        search = search_network(plain, BLOCKS, scales=scales, rngs=nnx.Rngs(1))
+        found = search(x)
+        for path, layer in search_layers(search).items():
+            weights = {name: w[...] for name, w in layer.branch_weights.items()}
+            vectors = {name: jnp.asarray(v, jnp.float32) for name, v in scales[path].items()}
+            kernel = merge(BLOCKS[path], weights, vectors, SHAPES[path])
+            plain_layer = plain.head if path == "head" else plain.body[int(path[-1])]
+            plain_layer.kernel[...] = kernel
+        return found, plain(x)
+
+    found, expected = outputs(rng.normal(size=(2, 6, 6, 3)).astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class Shared(nnx.Module):
+    """One layer at two places."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(2, 2, rngs=rngs)
+        self.again = nnx.List([self.first])
+
+    def __call__(self, x):
+        return self.again[0](jnp.tanh(self.first(x)))
+
+
+def test_shared_layer_stays_shared():
+    model = Shared(nnx.Rngs(0))
+    blocks = find_blocks(model, lambda path, layer: FULL)
+    assert len(blocks) == 1
+    search = search_network(model, blocks, rngs=nnx.Rngs(0))
+    assert search.first is search.again[0]
+    assert len(search_layers(search)) == 1
+    assert isinstance(model.first, nnx.Linear)  # the plain network is not changed
+
+
+def stacked(rngs):
+    layer = nnx.Linear(2, 2, rngs=rngs)
+    layer.kernel = nnx.Param(jnp.ones((3, 2, 2)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "block", "message"),
+    [
+        (lambda r: nnx.LayerNorm(2, rngs=r), FULL, "must have a kernel, got a LayerNorm"),
+        (
+            lambda r: nnx.ConvTranspose(2, 2, (3, 3), transpose_kernel=True, rngs=r),
+            FULL,
+            "outputs on the kernel's last axis, got a ConvTranspose",
+        ),
+        (stacked, FULL, r"a single one with a kernel of rank 2, .* shape \(3, 2, 2\)"),
+        (
+            lambda r: nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=r),
+            {"identity": Identity(groups=4)},
+            "must have the layer's groups=2, got 4",
+        ),
+        (
+            lambda r: nnx.Conv(4, 8, (3, 3), rngs=r),
+            {"frozen": FrozenPointwise(4, groups=2)},
+            "must have the layer's groups=1, got 2",
+        ),
+        (lambda r: nnx.Linear(2, 3, rngs=r), {"centre": Centre(1)}, "branch 'centre': .* needs"),
+        (lambda r: nnx.Linear(2, 3, rngs=r), {"two": [Full(), Full()]}, "must be a Branch, got"),
+    ],
+)
+def test_layers_without_an_equivalence_are_refused_by_path(make, block, message):
+    model = nnx.eval_shape(lambda: nnx.Sequential(make(nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=f"block 'layers/0': .*{message}"):
+        search_network(model, {"layers/0": block}, rngs=nnx.Rngs(0))
+    scales = {"layers/0": {name: jnp.ones(2) for name in block}}
+    with pytest.raises(ValueError, match=f"block 'layers/0': .*{message}"):
+        init_target(model, scales, blocks={"layers/0": block}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "block"),
+    [
+        (lambda r: nnx.Conv(2, 2, (3,), rngs=r), {"conv1": Centre(1), "identity": Identity()}),
+        (lambda r: nnx.Conv(2, 4, 3, rngs=r), {"conv1": Centre(1)}),
+        (lambda r: nnx.ConvTranspose(2, 3, (4, 4), strides=2, rngs=r), {"small": Centre(2)}),
+        (lambda r: nnx.Linear(8, 8, rngs=r), {"folded": FoldedConv((2, 2), (3, 3))}),
+    ],
+)
+def test_layers_of_other_kinds_get_branches(make, block):
+    blocks = {"layers/0": block}
+    search = abstract(lambda r: search_network(nnx.Sequential(make(r)), blocks, rngs=r))
+    assert list(search.layers[0].branch_weights) == list(block)
+
+
+def test_unknown_kind_and_path_are_refused():
+    with pytest.raises(ValueError, match="must be 'hs' or 'csla', got 'target'"):
+        search_network(abstract(Net), BLOCKS, kind="target", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="path must name a layer of Net, got 'tail'"):
+        search_network(abstract(Net), {"tail": FULL}, rngs=nnx.Rngs(0))
+
+
+def test_scales_go_from_the_search_to_a_file_to_the_target(tmp_path):
+    """The whole loop on a user's network, with the multiplied step at its end."""
+    model = nnx.jit(lambda: Net(nnx.Rngs(0)))()
+    found = searched_scales(search_network(model, BLOCKS, rngs=nnx.Rngs(1)))
+    save_scales(tmp_path / "scales.safetensors", found)
+    scales = load_scales(tmp_path / "scales.safetensors")
+    scales.check(model, BLOCKS)
+    target = target_network(model, scales, blocks=BLOCKS, rngs=nnx.Rngs(2))
+    for path, block in BLOCKS.items():
+        kernel = (
+            target.model.head.kernel if path == "head" else target.model.body[int(path[-1])].kernel
+        )
+        expected = merge(block, target.weights[path], scales[path], SHAPES[path])
+        np.testing.assert_allclose(kernel[...], expected, rtol=1e-6, atol=1e-7)
+    params = nnx.state(target.model, nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, params)
+    sgd = repopt_sgd(1.0, target.grad_mults(), momentum=0.0)
+    exact = target.reparameterize(optax.sgd(1.0))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        jax.jit(sgd.update)(ones, sgd.init(params), params)[0],
+        jax.jit(exact.update)(ones, exact.init(params), params)[0],
+    )
+
+
+def test_target_is_a_copy_and_refuses_scales_that_do_not_fit():
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    before = np.asarray(model.layers[0].kernel)
+    blocks = {"layers/0": FULL}
+    scales = Scales.initial(model, blocks)
+    target = target_network(model, scales, blocks=blocks, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(model.layers[0].kernel, before)
+    assert abs(target.model.layers[0].kernel - before).max() > 1e-3
+    with pytest.raises(ValueError, match="surplus layers/0/full"):
+        target_network(model, scales, blocks={"layers/0": {"other": Full()}}, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("use", [Scales.initial, lambda m: Scales({}).check(m)])
+def test_blocks_must_be_given_for_models_that_state_none(use):
+    with pytest.raises(ValueError, match=r"blocks must be given .* got None for a Net"):
+        use(abstract(Net))
+
+
+def test_scales_found_with_another_frozen_factor_are_refused():
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    blocks = {"layers/0": {"low_rank": LowRank(1, seed=3)}}
+    scales = searched_scales(search_network(model, blocks, rngs=nnx.Rngs(0)))
+    scales.check(model, blocks)
+    other = {"layers/0": {"low_rank": LowRank(1, seed=4)}}
+    with pytest.raises(ValueError, match="seed of layers/0/low_rank must be 4, got 3"):
+        scales.check(model, other)
+
+
+def test_identity_starts_as_searched_or_at_one():
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    blocks = {"layers/0": {"identity": Identity()}}
+    scales = {"layers/0": {"identity": jnp.array([0.5, 2.0])}}
+
+    def diagonal(**options):
+        net = init_target(model, scales, blocks=blocks, rngs=nnx.Rngs(0), **options)
+        return jnp.diag(net.layers[0].kernel[...]).tolist()
+
+    assert diagonal() == [0.5, 2.0]
+    assert diagonal(identity="one") == [1.0, 1.0]
+    with pytest.raises(ValueError, match="identity must be 'searched' or 'one', got 'zero'"):
+        diagonal(identity="zero")
+    with pytest.raises(ValueError, match=r"missing: \['layers/0'\]"):
+        init_target(model, {}, blocks=blocks, rngs=nnx.Rngs(0))
