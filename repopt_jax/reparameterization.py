@@ -103,9 +103,9 @@ def reparameterize(
     RMSProp, and branches that are not 0/1 placements under Adam.
 
     Memory: the state holds the branch weights and whatever `optimizer` keeps per branch instead of
-    per kernel; with 3x3 and 1x1 branches each is 10/9 of the kernels. Measured for RepOpt-VGG-B1
-    (51.8 M parameters, 198 MiB in float32): the state takes 430 MiB instead of 198 with momentum
-    and 649 instead of 396 with Adam, and an update 63 MiB of temporary memory.
+    per kernel, for 3x3 and 1x1 branches 10/9 of the kernels each. Measured for RepOpt-VGG-B1
+    (51.8 M parameters, 198 MiB in float32): with momentum 430 MiB instead of 198, with Adam 649
+    instead of 396, and 63 MiB of temporary memory during an update.
 
     The kernel follows the weights in the state: it must be the last of a chain, and what others
     do to the kernel between two updates is undone by the next one.
