@@ -17,6 +17,7 @@ scales: kernels with scales of mixed sign drift from the truth there, and do not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -112,7 +113,7 @@ class ScaleByGradMultState(NamedTuple):
 
 
 def scale_by_grad_mult(
-    grad_mults: PyTree, *, rule: Literal["linear", "direction"] = "linear"
+    grad_mults: PyTree, *, rule: Literal["linear", "direction", "mean"] = "linear"
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply every parameter's update by its constant multiplier.
 
@@ -128,7 +129,8 @@ def scale_by_grad_mult(
         what counts: a nested dict fits an `nnx.State` with the same names, and multipliers of
         parameters that `optax.masked` or `optax.partition` hides are not used.
       rule: which rule the `BranchMult` leaves must follow: "linear" as the first of a chain
-        (SGD), "direction" after a preconditioner (Adam). Arrays are taken as they are.
+        (SGD), "direction" after a preconditioner (Adam), "mean" before one that adds an epsilon.
+        Arrays are taken as they are.
 
     Returns:
       An optax.GradientTransformationExtraArgs.
@@ -303,24 +305,28 @@ def repopt_adamw(
     weight_decay: float = 1e-2,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on re-parameterized updates: exact but for `eps`, which has a scale.
+    """AdamW on re-parameterized updates: exact but for `eps` where several branches meet.
 
-    With Adam's direction ``a`` of the gradient (`b1`, `b2`, `eps`), multiplier ``M``
-    (`grad_mults`), decay ``λ`` (`weight_decay`) and learning rate ``η`` (`learning_rate`)::
+    With multiplier ``M = sum_b |s_b|`` (`grad_mults`), ``N`` the number of branches that reach an
+    entry, Adam's direction ``a`` (`b1`, `b2`, `eps`), decay ``λ`` (`weight_decay`) and learning
+    rate ``η`` (`learning_rate`)::
 
+        a = adam(M / N * g)
         w <- w - η * (M * a + λ * w)
 
     Adam divides every branch's gradient ``s_b E_b^T(G)`` by its own size, which removes ``|s_b|``
     but keeps its sign. So each branch moves by ``sign(s_b)`` times one common direction, and the
-    kernel by ``s_b sign(s_b) = |s_b|`` times it.
+    kernel by ``s_b sign(s_b) = |s_b|`` times it. Only `eps` sees the size: ``M / N`` gives it the
+    effect it has in the branches, exactly where one branch reaches an entry and to first order in
+    `eps` where several do.
 
     Args:
       learning_rate: a float or a schedule.
-      grad_mults: see `scale_by_grad_mult`; `BranchMult` leaves follow the rule "direction".
+      grad_mults: see `scale_by_grad_mult`; `BranchMult` leaves follow the rule "direction". For
+        arrays, whose branches are unknown, ``M / N`` is 1.
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
-      eps: added to the root of the second moment. The smaller it is against the gradients, the
-        more exact is the equivalence.
+      eps: added to the root of the second moment.
       weight_decay: ``λ``, decoupled.
       mask: what to decay, as in `repopt_sgd`. None: every parameter.
 
@@ -336,9 +342,16 @@ def repopt_adamw(
     """
     if _is_known(weight_decay) and weight_decay < 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    direction = scale_by_grad_mult(grad_mults, rule="direction")
+    means = jax.tree.map(
+        lambda m: dataclasses.replace(m, rule="mean") if isinstance(m, BranchMult) else None,
+        grad_mults,
+        is_leaf=_is_mult_leaf,
+    )
     return optax.chain(
+        scale_by_grad_mult(means, rule="mean"),
         optax.scale_by_adam(b1, b2, eps),
-        scale_by_grad_mult(grad_mults, rule="direction"),
+        direction,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

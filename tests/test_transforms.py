@@ -148,6 +148,19 @@ def test_types_of_updates_are_those_of_parameters(make, dtype):
     assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
 
 
+def test_epsilon_acts_as_in_the_branches():
+    """Scaling a branch's scale by 1e-6 must not shrink its weight's step by more than Adam does."""
+    scale, gradient, eps = jnp.array([1e-6]), jnp.ones((1, 1, 1, 1)), 1e-6
+    block = {"full": Full()}
+    mults = {"kernel": repopt_jax.branch_mult(block, {"full": scale}, "direction")}
+    tx = repopt_adamw(1.0, mults, eps=eps, weight_decay=0.0)
+    branch = optax.adam(1.0, eps=eps)
+    expected = 1e-6 * one_update(branch, 1e-6 * gradient)
+    updates = one_update(tx, {"kernel": gradient})
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-6)
+    assert abs(float(expected[0, 0, 0, 0])) == pytest.approx(0.5e-6, rel=1e-3)
+
+
 def test_extra_arguments_are_accepted():
     params = make_params()
     tx = repopt_sgd(1e-3, mults_of(params))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from repopt_jax.branches.branch import Branch, wide_type
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
-RULES = ("linear", "direction")
+Rule = Literal["linear", "direction", "mean"]
+RULES = get_args(Rule)
 
 
 @functools.partial(
@@ -30,6 +31,8 @@ class BranchMult:
 
         rule "linear":     G * sum_b s_b^2  * E_b(1)    (SGD, momentum, coupled decay)
         rule "direction":  G * sum_b |s_b|  * E_b(1)    (after Adam's or Lion's preconditioner)
+        rule "mean":       the last divided by ``sum_b E_b(1)``, the number of branches that reach
+                           an entry             (before Adam: its epsilon then acts as in a branch)
 
     and for other linear branches under the rule "linear" the exact operator
     ``sum_b s_b * E_b(E_b^T(s_b * G))``. Arrays take the shape of the kernel only here, inside the
@@ -39,10 +42,10 @@ class BranchMult:
       scales: branch name -> ``s_b``, shape ``(out,)``; the pytree's leaves. Unscaled branches
         have none.
       block: ``(name, branch)`` pairs.
-      rule: "linear" or "direction".
+      rule: "linear", "direction" or "mean".
 
     Raises:
-      ValueError: unknown rule, or "direction" with a branch that is not a 0/1 placement.
+      ValueError: unknown rule, or not "linear" for a branch that is not a 0/1 placement.
 
     >>> from repopt_jax import Centre
     >>> mult = BranchMult({"conv1x1": jnp.array([3.0])}, (("conv1x1", Centre(1)),), "linear")
@@ -52,15 +55,15 @@ class BranchMult:
 
     scales: dict[str, Float[Array, " out"]]
     block: tuple[tuple[str, Branch], ...]
-    rule: Literal["linear", "direction"]
+    rule: Rule
 
     def __post_init__(self):
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
-        if self.rule == "direction" and not self.is_elementwise:
+        if self.rule != "linear" and not self.is_elementwise:
             names = [name for name, branch in self.block if not branch.placement]
             raise ValueError(
-                "rule='direction' has a closed form only for branches that are 0/1 placements, "
+                f"rule={self.rule!r} has a closed form only for branches that are 0/1 placements, "
                 f"got {names}; `reparameterize` is exact for any branch"
             )
 
@@ -71,15 +74,19 @@ class BranchMult:
 
     def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         """The element-wise multiplier as an array of `kernel_shape`."""
-        terms = []
+        terms, counts = [], []
         for name, branch in self.block:
             mask = branch.embed(jnp.ones(branch.weight_shape(kernel_shape), dtype), kernel_shape)
+            counts.append(mask)
             if branch.scaled:
                 scale = self.scales[name].astype(dtype)
                 factor = jnp.square(scale) if self.rule == "linear" else jnp.abs(scale)
                 mask = mask * jnp.broadcast_to(factor, kernel_shape)
             terms.append(mask)
-        return functools.reduce(jnp.add, terms)
+        total = functools.reduce(jnp.add, terms)
+        if self.rule == "mean":
+            return total / jnp.maximum(functools.reduce(jnp.add, counts), 1)
+        return total
 
     def __call__(self, gradient: Float[Array, "*kernel_shape"]) -> Float[Array, "*kernel_shape"]:
         """Multiply `gradient`, in at least float32, and return its own dtype."""
@@ -97,7 +104,7 @@ class BranchMult:
 def branch_mult(
     block: Block,
     scales: Mapping[str, Float[Array, " out"]],
-    rule: Literal["linear", "direction"] = "linear",
+    rule: Rule = "linear",
 ) -> BranchMult:
     """The multiplier of a block's kernel under an update `rule`; see `BranchMult`.
 
@@ -108,6 +115,8 @@ def branch_mult(
     [4.0, 14.0, 4.0]
     >>> branch_mult(block, scales, "direction").dense((3, 3, 1, 1))[1, :, 0, 0].tolist()
     [2.0, 6.0, 2.0]
+    >>> branch_mult(block, scales, "mean").dense((3, 3, 1, 1))[1, :, 0, 0].tolist()
+    [2.0, 2.0, 2.0]
     """
     vectors = {name: jnp.asarray(scales[name]) for name, b in block.items() if b.scaled}
     return BranchMult(vectors, tuple(block.items()), rule)
