@@ -18,7 +18,8 @@ SETTINGS = {
     "model.num_blocks": (1, 1, 1, 1),
     "model.widths": (4, 4, 4, 8, 8),
     "model.strides": (1, 2, 2, 1, 1),
-    "bn_group": 8,
+    "search.bn_group": 8,
+    "target.bn_group": 8,
     "search.batch_size": 128,  # 11 steps an epoch
     "target.batch_size": 128,
     "search.eval_batch_size": 100,  # 360 pictures: the last batch is a partial one

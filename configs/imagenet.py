@@ -16,7 +16,6 @@ def get_config(name="RepOpt-VGG-B1"):
     config = default_config()
     config.model.name = name
     config.dtype = "bfloat16"
-    config.bn_group = 32
     config.log_every = 100
 
     search = config.search
@@ -34,5 +33,6 @@ def get_config(name="RepOpt-VGG-B1"):
     target.data.image_size = 224
     target.data.augment = "raug15"
     target.batch_size = 256
+    target.bn_group = 32
     target.epochs = 120.0
     return config

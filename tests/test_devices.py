@@ -39,7 +39,7 @@ def scales_for(config, mesh):
 def train(count, fsdp):
     """A target's part on `count` devices, its state after some steps, and the compiled step."""
     config = small_config(
-        bn_group=4,
+        target__bn_group=4,
         dtype="float64",
         fsdp=fsdp,
         target__batch_size=64,

@@ -47,7 +47,7 @@ CONFIGS = [
     ({"model.widths": (4, 4, 4, 8, "8")}, "model.widths must be whole numbers above 0"),
     ({"model.num_blocks": (1, 1, 0, 1)}, "model.num_blocks must be whole numbers above 0"),
     ({"model.strides": (1, 2, 2, 1, -1)}, "model.strides must be whole numbers above 0"),
-    ({"bn_group": 5}, "bn_group must divide the 16 samples .* got 5"),
+    ({"search.bn_group": 5}, "bn_group must divide the 16 samples .* got 5"),
     ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
     ({"dtype": "float64"}, "dtype 'float64' needs JAX_ENABLE_X64"),
     ({"fsdp": 3}, "fsdp must divide the number of devices 8, got 3"),

@@ -16,6 +16,7 @@ from repopt_jax.training.step import (
     cross_entropy,
     eval_step,
     init_state,
+    loss_function,
     normalize,
     train_step,
 )
@@ -192,3 +193,67 @@ def test_evaluation_sums_are_masked_and_merge_to_the_whole(classes):
     found = {name: float(value) for name, value in total.compute().items()}
     expected = {"loss": loss, "top1": 100 * (ranks < 1).mean(), "top5": 100 * (ranks < 5).mean()}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_mixed_pictures_share_the_loss_between_both_labels():
+    """Against the formula, with the share found from the pictures that the model sees."""
+    options = StepOptions(MEAN, STD, mixup=1.0, cutmix=0.0, group=4, seed=5)
+    batch = batch_of(8)
+    seen = {}
+
+    class Spy(Small):
+        def __call__(self, images):
+            jax.debug.callback(lambda x: seen.update(images=np.asarray(x)), images)
+            return super().__call__(images)
+
+    model = Spy(group=4)
+    state, step = training(model, optax.sgd(0.0), options)
+    _, metrics = step(state, batch)
+    jax.effects_barrier()
+    own = np.asarray(normalize(jnp.asarray(batch["image"]), options))
+    other = own.reshape(2, 4, *own.shape[1:])[:, ::-1].reshape(own.shape)
+    difference = own - other
+    share = ((seen["images"] - other) * difference).sum((1, 2, 3)) / (difference**2).sum((1, 2, 3))
+    assert (share > 0).all() and (share < 1).all()
+    model.train()
+    log_p = log_softmax(np.asarray(Small.__call__(model, jnp.asarray(seen["images"]))))
+    labels = batch["label"]
+    others = labels.reshape(2, 4)[:, ::-1].reshape(8)
+    rows = np.arange(8)
+    expected = -(share * log_p[rows, labels] + (1 - share) * log_p[rows, others]).mean()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_augmentation_differs_by_step_and_repeats_by_seed():
+    model, batch = Small(group=4), batch_of(8)
+    losses = {}
+    for seed in (0, 1):
+        options = StepOptions(MEAN, STD, random_erasing=1.0, group=4, seed=seed)
+        for again in (0, 1):
+            state, step = training(model, optax.sgd(0.0), options)
+            for number in range(2):
+                state, metrics = step(state, batch)
+                losses[seed, number, again] = float(metrics["loss"])
+    for seed, number in ((0, 0), (0, 1), (1, 0)):
+        assert losses[seed, number, 0] == losses[seed, number, 1]
+    assert len(set(losses.values())) == 4
+
+
+def test_rematerialization_keeps_the_results_of_products_only():
+    """Of BatchNorm, ReLU and normalization nothing is kept; no gradient changes."""
+    model, batch = Small(group=4), batch_of(8)
+    graphdef, state = init_state(model, optax.sgd(0.1), ema=False)
+
+    def gradient(remat):
+        loss = loss_function(graphdef, StepOptions(MEAN, STD, remat=remat))
+        rest = (state.stats, batch["image"], batch["label"], jax.random.key(0))
+        _, pull, _ = jax.vjp(lambda params: loss(params, *rest), state.params, has_aux=True)
+        large = [x for x in jax.tree.leaves(pull) if x.size >= 8 * 5 * 5 * 6]
+        return host(pull(jnp.ones(()))), [x.shape for x in large]
+
+    plain, kept = gradient(False)
+    again, kept_by_remat = gradient(True)
+    for a, b in zip(plain, again, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert len(kept) >= 3
+    assert kept_by_remat == [(8, 5, 5, 6)]

@@ -35,18 +35,19 @@ def default_config() -> ConfigDict:
                 "strides": (2, 2, 2, 2, 2),
                 "se": False,
             },
-            # Images per BatchNorm group, which never spans devices. None: a device's share.
-            "bn_group": config_dict.placeholder(int),
             "dtype": "float32",  # of the computation: float32, bfloat16, float64
             "fsdp": 1,  # devices over which parameters and optimizer state are split
+            "remat": False,  # keep only convolutions' results for the backward pass
             "search": _default_part(),
             "target": _default_part(),
             "log_every": 50,  # steps
             "eval_every": 1.0,  # epochs
             "checkpoint": {
                 "every": 1.0,  # epochs
+                "minutes": 0.0,  # also save after so much time; 0: by epochs only
                 "keep": 2,  # newest ones; the best is kept besides
             },
+            "profile_steps": 0,  # steps to record for the profiler, from the 11th on
         }
     )
 
@@ -61,12 +62,21 @@ def _default_part() -> ConfigDict:
                 "eval_split": config_dict.placeholder(str),  # None: test or validation
                 "classes": config_dict.placeholder(tuple),  # labels to keep. None: all
                 "image_size": config_dict.placeholder(int),  # None: as it is
+                "eval_resize": config_dict.placeholder(int),  # shorter side. None: image_size
                 "augment": "none",
+                "fast": False,  # random-resized-crop without antialiasing
+                "skip_bad": False,  # leave out pictures that cannot be decoded, and count them
                 "threads": config_dict.placeholder(int),  # None: one per core
                 "mean": IMAGENET_MEAN,  # of pixels in 0..1
                 "std": IMAGENET_STD,
             },
+            # Augmentation on the device, inside the step.
+            "mix": {"mixup": 0.0, "cutmix": 0.0},  # alpha of the Beta distribution; 0: off
+            "random_erasing": 0.0,  # share of the pictures
             "batch_size": 256,  # over all devices
+            # Images per BatchNorm group, which never spans devices. None: a device's share, which
+            # the working directory remembers when the number of devices changes.
+            "bn_group": config_dict.placeholder(int),
             "eval_batch_size": 256,
             "epochs": 120.0,
             "accumulation": 1,  # parts of a batch, one after the other

@@ -86,6 +86,8 @@ class Part:
             seed=self.config.seed,
             augment=section.data.augment,
             image_size=section.data.image_size,
+            fast=section.data.fast,
+            skip_bad=section.data.skip_bad,
             threads=section.data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -98,6 +100,8 @@ class Part:
             self.dataset,
             batch_size=-(-self.section.eval_batch_size // devices) * devices,
             image_size=self.section.data.image_size,
+            resize=self.section.data.eval_resize,
+            skip_bad=self.section.data.skip_bad,
             threads=self.section.data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -133,10 +137,15 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
         raise ValueError(f"ema_decay must be in [0, 1), got {section.ema_decay}")
     if not 0 <= section.label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {section.label_smoothing}")
+    for key, value in (("mixup", section.mix.mixup), ("cutmix", section.mix.cutmix)):
+        if value < 0:
+            raise ValueError(f"mix.{key} must not be negative, got {value}")
+    if not 0 <= section.random_erasing <= 1:
+        raise ValueError(f"random_erasing must be in [0, 1], got {section.random_erasing}")
     if section.eval_batch_size < 1:
         raise ValueError(f"eval_batch_size must be at least 1, got {section.eval_batch_size}")
     _check_tuples(config, section)
-    group = samples_per_group(section.batch_size, section.accumulation, config.bn_group, mesh)
+    group = samples_per_group(section.batch_size, section.accumulation, section.bn_group, mesh)
     with _told_where(f"{section_name}.data"):
         dataset = data_lib.load_dataset(**_dataset_arguments(section.data))
     steps_per_epoch = data_lib.steps_per_epoch(dataset, section.batch_size)
@@ -204,6 +213,12 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
             label_smoothing=section.label_smoothing,
             accumulation=section.accumulation,
             ema_decay=section.ema_decay,
+            group=group,
+            mixup=section.mix.mixup,
+            cutmix=section.mix.cutmix,
+            random_erasing=section.random_erasing,
+            seed=config.seed,
+            remat=config.remat,
         ),
         steps_per_epoch=steps_per_epoch,
         steps=max(1, round(section.epochs * steps_per_epoch)),

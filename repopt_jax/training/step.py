@@ -7,6 +7,8 @@ Nothing here knows the host loop. Models travel as ``(graphdef, params, stats)``
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 from flax import nnx
+
+from repopt_jax.training.mixing import mix, partners, random_erasing
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree, UInt8
@@ -49,6 +53,13 @@ class StepOptions:
       accumulation: number of equal parts of a batch whose gradients are averaged; BatchNorm
         sees them one after the other.
       ema_decay: of the moving averages; used only where the state has them.
+      group: pictures that mixup and cutmix mix with each other.
+      mixup: alpha of its Beta distribution; 0 for none.
+      cutmix: likewise.
+      random_erasing: share of the pictures that lose a rectangle.
+      seed: of these three, together with the number of the step.
+      remat: keep only the results of convolutions and matrix products for the backward pass, and
+        compute all else anew: less memory, some more time.
     """
 
     mean: tuple[float, ...]
@@ -57,6 +68,12 @@ class StepOptions:
     label_smoothing: float = 0.0
     accumulation: int = 1
     ema_decay: float = 0.0
+    group: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    random_erasing: float = 0.0
+    seed: int = 0
+    remat: bool = False
 
 
 def init_state(
@@ -107,13 +124,39 @@ def cross_entropy(
     return optax.softmax_cross_entropy(wide, optax.smooth_labels(targets, smoothing))
 
 
-def _loss(params, stats, graphdef, images, labels, smoothing):
+def _loss(params, stats, images, labels, key, *, graphdef, options):
     # Without the copy, BatchNorm's update under value_and_grad touches outer variables.
     model = nnx.merge(graphdef, params, stats, copy=True)
+    images = normalize(images, options)
+    key_mix, key_erase = jax.random.split(key)
+    is_mixed = options.mixup > 0 or options.cutmix > 0
+    if is_mixed:
+        alphas = {"mixup": options.mixup, "cutmix": options.cutmix}
+        images, share = mix(key_mix, images, options.group, **alphas)
+    if options.random_erasing > 0:
+        images = random_erasing(key_erase, images, options.random_erasing)
     logits = model(images)
-    loss = cross_entropy(logits, labels, smoothing).mean()
+    losses = cross_entropy(logits, labels, options.label_smoothing)
+    if is_mixed:
+        others = partners(labels, options.group)
+        loss_of_others = cross_entropy(logits, others, options.label_smoothing)
+        losses = share * losses + (1 - share) * loss_of_others
+    loss = losses.mean()
     correct = (logits.argmax(-1) == labels).mean(dtype=loss.dtype)
     return loss, (correct, nnx.state(model, nnx.Not(nnx.Param)))
+
+
+def loss_function(graphdef: nnx.GraphDef, options: StepOptions) -> Callable[..., tuple]:
+    """What a step differentiates: of params, stats, images, labels and a random key.
+
+    It returns the loss, and (share of hits, new stats).
+    """
+    loss = functools.partial(_loss, graphdef=graphdef, options=options)
+    return jax.checkpoint(loss, policy=_is_product) if options.remat else loss
+
+
+def _is_product(primitive, *_, **__) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general")
 
 
 def train_step(
@@ -128,30 +171,27 @@ def train_step(
     Returns:
       The new state, and float32 scalars ``loss`` and ``top1`` (percent) of this batch.
     """
-    gradient = jax.value_and_grad(_loss, has_aux=True)
+    gradient = jax.value_and_grad(loss_function(graphdef, options), has_aux=True)
+    key = jax.random.fold_in(jax.random.key(options.seed), state.step)
 
-    def part(stats, images_and_labels):
-        images, labels = images_and_labels
+    def part(stats, batch):
+        images, labels, number = batch
         (loss, (correct, stats)), grads = gradient(
-            state.params,
-            stats,
-            graphdef,
-            normalize(images, options),
-            labels,
-            options.label_smoothing,
+            state.params, stats, images, labels, jax.random.fold_in(key, number)
         )
         return stats, (loss, correct, grads)
 
     images, labels = batch["image"], batch["label"]
     if options.accumulation == 1:
-        stats, (loss, correct, grads) = part(state.stats, (images, labels))
+        stats, (loss, correct, grads) = part(state.stats, (images, labels, 0))
     else:
         # Every part takes some samples of every device, so that no picture changes its device.
         parts = [
             x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
             for x in (images, labels)
         ]
-        stats, stacked = jax.lax.scan(part, state.stats, tuple(parts))
+        numbers = jnp.arange(options.accumulation)
+        stats, stacked = jax.lax.scan(part, state.stats, (*parts, numbers))
         loss, correct, grads = jax.tree.map(lambda x: x.mean(0), stacked)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
