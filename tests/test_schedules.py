@@ -41,14 +41,14 @@ def test_equals_the_official_schedule_at_every_update(golden, x64, name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_float32_keeps_six_digits_up_to_the_last_update(x64, name):
+def test_float32_keeps_five_digits_up_to_the_last_update(x64, name):
     count = jnp.arange(600_000, dtype=jnp.int32)
     long = dict(steps_per_epoch=5000, epochs=120, step_epochs=30)
     exact = make_schedule(name, **(RUN | long))(count)
     with jax.enable_x64(False):
         single = jax.jit(make_schedule(name, **(RUN | long)))(count)
     assert single.dtype == jnp.float32
-    np.testing.assert_allclose(np.asarray(single), np.asarray(exact), rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(single), np.asarray(exact), rtol=1e-5)
 
 
 def test_first_two_updates_run_with_the_warmup_rate_which_then_rises_evenly():
