@@ -1,0 +1,159 @@
+"""A small writer of ONNX graphs: one method per layer type that the networks have.
+
+Activations are NCHW, ONNX's own layout. Every method takes the name of the tensor that it reads
+and the path of the layer, under which its node, its output and its weights go, and returns the
+name of its output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flax import nnx
+
+if TYPE_CHECKING:
+    import onnx
+
+# Opset 17 with IR 8 is read by every onnxruntime since 1.12 and by TensorRT since 8.6; newer
+# opsets have nothing that these networks need.
+OPSET = 17
+IR_VERSION = 8
+
+
+class GraphWriter:
+    """Collects nodes and weights; `finish` makes the graph.
+
+    >>> writer = GraphWriter()
+    >>> writer.conv("x", nnx.Conv(3, 4, (3, 3), padding=1, rngs=nnx.Rngs(0)), "stage0/conv")
+    'stage0/conv'
+    >>> writer.relu("stage0/conv", "stage0/relu")
+    'stage0/relu'
+    >>> [node.op_type for node in writer.nodes], sorted(writer.weights)
+    (['Conv', 'Relu'], ['stage0/conv/bias', 'stage0/conv/kernel'])
+    """
+
+    def __init__(self):
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, np.ndarray] = {}
+
+    def node(self, op: str, inputs: list[str], path: str, **attributes: Any) -> str:
+        """Any node with one output."""
+        import onnx
+
+        self.nodes.append(onnx.helper.make_node(op, inputs, [path], name=path, **attributes))
+        return path
+
+    def weight(self, path: str, value: Any) -> str:
+        """A constant; floating-point ones become float32."""
+        value = np.asarray(value)
+        wide = value.dtype.kind not in "iub"
+        self.weights[path] = np.ascontiguousarray(value.astype(np.float32) if wide else value)
+        return path
+
+    def conv(self, x: str, layer: nnx.Conv, path: str) -> str:
+        """A two-dimensional convolution, grouped and depthwise ones included.
+
+        Raises:
+          ValueError: its padding is not given by numbers.
+        """
+        inputs = [x, self.weight(f"{path}/kernel", _oihw(layer))]
+        if layer.bias is not None:
+            inputs.append(self.weight(f"{path}/bias", layer.bias[...]))
+        return self.node(
+            "Conv",
+            inputs,
+            path,
+            kernel_shape=list(layer.kernel_size),
+            strides=_pair(layer.strides),
+            dilations=_pair(layer.kernel_dilation),
+            pads=_pads(layer, path),
+            group=layer.feature_group_count,
+        )
+
+    def linear(self, x: str, layer: nnx.Linear, path: str) -> str:
+        """A dense layer on ``(batch, features)``; its kernel is stored as ``(out, in)``."""
+        inputs = [x, self.weight(f"{path}/kernel", np.asarray(layer.kernel[...]).T)]
+        if layer.bias is not None:
+            inputs.append(self.weight(f"{path}/bias", layer.bias[...]))
+        return self.node("Gemm", inputs, path, transB=1)
+
+    def relu(self, x: str, path: str) -> str:
+        """``max(x, 0)``."""
+        return self.node("Relu", [x], path)
+
+    def sigmoid(self, x: str, path: str) -> str:
+        """``1 / (1 + exp(-x))``."""
+        return self.node("Sigmoid", [x], path)
+
+    def mul(self, x: str, y: str, path: str) -> str:
+        """The product, with broadcasting."""
+        return self.node("Mul", [x, y], path)
+
+    def add(self, x: str, y: str, path: str) -> str:
+        """The sum."""
+        return self.node("Add", [x, y], path)
+
+    def concat(self, tensors: list[str], path: str) -> str:
+        """Join tensors along their channels."""
+        return self.node("Concat", tensors, path, axis=1)
+
+    def pool(self, x: str, path: str) -> str:
+        """The average over height and width, which become 1."""
+        return self.node("GlobalAveragePool", [x], path)
+
+    def flatten(self, x: str, path: str) -> str:
+        """All axes but the first joined."""
+        return self.node("Flatten", [x], path)
+
+    def finish(
+        self, graph_input: onnx.ValueInfoProto, logits: str, classes: int, metadata: dict[str, str]
+    ) -> onnx.ModelProto:
+        """The checked model, with the shapes of all tensors.
+
+        Args:
+          graph_input: name, type and shape of the input.
+          logits: the tensor that becomes the output "logits".
+          classes: its second dimension.
+          metadata: text by name.
+        """
+        import onnx
+        from onnx import helper, numpy_helper
+
+        for node in self.nodes:
+            node.output[:] = ["logits" if name == logits else name for name in node.output]
+        output = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", classes])
+        weights = [numpy_helper.from_array(value, name) for name, value in self.weights.items()]
+        graph = helper.make_graph(self.nodes, "repopt_jax", [graph_input], [output], weights)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="repopt_jax",
+            producer_version=metadata["repopt_jax_version"],
+        )
+        helper.set_model_props(model, metadata)
+        model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        onnx.checker.check_model(model)
+        return model
+
+
+def _oihw(layer: nnx.Conv) -> np.ndarray:
+    return np.asarray(layer.kernel[...]).transpose(3, 2, 0, 1)
+
+
+def _pair(value: Any) -> list[int]:
+    if value is None:
+        return [1, 1]
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _pads(layer: nnx.Conv, path: str) -> list[int]:
+    """ONNX lists the starts of all axes before their ends."""
+    padding = layer.padding
+    if isinstance(padding, int):
+        padding = (padding, padding)
+    if isinstance(padding, str):
+        raise ValueError(f"padding of {path} must be given by numbers, got {padding!r}")
+    (top, bottom), (left, right) = [(p, p) if isinstance(p, int) else p for p in padding]
+    return [top, left, bottom, right]

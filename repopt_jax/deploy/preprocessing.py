@@ -1,0 +1,81 @@
+"""What a network expects of its pictures; it travels with every exported file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """``(pixel / 255 - mean) / std`` for pictures of one size.
+
+    Attributes:
+      height: pixels.
+      width: pixels.
+      mean: per channel, in units of a pixel of range 0 to 1.
+      std: likewise.
+      inside: whether the exported graph does it, and so takes uint8 NHWC pictures.
+
+    >>> Preprocessing(1, 1, mean=(0.5,) * 3, std=(0.25,) * 3)(np.full((1, 1, 1, 3), 255, np.uint8))
+    array([[[[2., 2., 2.]]]], dtype=float32)
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    inside: bool = True
+
+    def __post_init__(self):
+        if min(self.height, self.width) < 1:
+            raise ValueError(
+                f"height and width must be at least 1, got {self.height} and {self.width}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                "mean and std must be 3 numbers each, those of std above 0, "
+                f"got {self.mean} and {self.std}"
+            )
+
+    @property
+    def shift(self) -> np.ndarray:
+        """What is subtracted from a pixel of range 0 to 255, float32 ``(3,)``."""
+        return (255 * np.asarray(self.mean)).astype(np.float32)
+
+    @property
+    def factor(self) -> np.ndarray:
+        """What the difference is multiplied by, float32 ``(3,)``."""
+        return (1 / (255 * np.asarray(self.std))).astype(np.float32)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Normalize uint8 NHWC pictures."""
+        return (images.astype(np.float32) - self.shift) * self.factor
+
+    def metadata(self) -> dict[str, str]:
+        """As text by name, for the metadata of a file."""
+        return {k: json.dumps(v) for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing:
+        """What `metadata` was made of.
+
+        Raises:
+          ValueError: an entry is missing or is none.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        try:
+            found = {name: json.loads(metadata[name]) for name in names}
+            found |= {name: tuple(found[name]) for name in ("mean", "std")}
+            return cls(**found)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"file must be one that repopt_jax exported, with the metadata {names}, "
+                f"got {sorted(metadata)}"
+            ) from None

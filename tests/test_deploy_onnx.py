@@ -1,0 +1,193 @@
+"""ONNX and StableHLO files compute what the network computes, from a clean graph."""
+
+import collections
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import repopt_jax
+from repopt_jax.data import load_dataset
+from repopt_jax.deploy import fold
+from repopt_jax.deploy.graph import GraphWriter
+from repopt_jax.deploy.onnx_export import WRITERS, export_onnx, onnx_model
+from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
+from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
+from repopt_jax.models.layers import BatchNorm
+from repopt_jax.paths import path_str
+
+PICTURES = load_dataset("digits").eval.images[:32]
+SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
+DIGITS = {"mean": (0.3, 0.25, 0.2), "std": (0.35, 0.3, 0.4)}
+LAYERS = 5
+
+
+def network(kind="target", *, se=False):
+    """A network with statistics of the pictures, and biases and scales that are not initial."""
+    model = repopt_jax.create_model(
+        "RepOpt-VGG", kind, num_classes=10, se=se, rngs=nnx.Rngs(1), **SIZE
+    )
+    rng = np.random.default_rng(2)
+
+    def drawn(path, value):
+        if path_str(path).endswith(("/scale", "/conv3x3", "/conv1x1")) and value.ndim == 1:
+            return jnp.asarray(rng.uniform(0.5, 1.5, value.shape), value.dtype)
+        return (
+            jnp.asarray(rng.normal(0, 0.2, value.shape), value.dtype) if value.ndim == 1 else value
+        )
+
+    nnx.update(model, jax.tree_util.tree_map_with_path(drawn, nnx.state(model, nnx.Param)))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.momentum = 1.0
+    model(jnp.asarray(Preprocessing(8, 8, **DIGITS)(PICTURES)))
+    model.eval()
+    return model
+
+
+def logits(model, preprocessing):
+    return np.asarray(model(jnp.asarray(preprocessing(PICTURES))))
+
+
+def assert_agree(found, expected):
+    assert np.ptp(expected, axis=0).min() > 0.05 * np.abs(expected).max()  # pictures differ
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("se", [False, True], ids=["plain", "se"])
+@pytest.mark.parametrize("kind", ["target", "hs", "csla", "repvgg"])
+def test_onnxruntime_agrees_with_jax_on_pictures(kind, se):
+    """Every kind of network, preprocessing inside the graph or outside, at two batch sizes."""
+    model = network(kind, se=se)
+    for inside in (True, False):
+        preprocessing = Preprocessing(8, 8, inside=inside, **DIGITS)
+        run = OnnxNetwork(onnx_model(model, preprocessing, name="tiny"))
+        expected = logits(model, preprocessing)
+        assert_agree(run(PICTURES), expected)
+        np.testing.assert_allclose(run(PICTURES[:1]), expected[:1], atol=1e-4)
+
+
+def test_the_graph_is_clean():
+    """One convolution per block, and one transpose, of the uint8 pictures."""
+
+    def count(**options):
+        graph = onnx_model(network(se=False), Preprocessing(8, 8, **options), name="tiny").graph
+        return collections.Counter(node.op_type for node in graph.node)
+
+    clean = {"Conv": LAYERS, "Relu": LAYERS, "GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1}
+    assert count(inside=False) == clean
+    assert count(inside=True) == clean | {"Transpose": 1, "Cast": 1, "Sub": 1, "Mul": 1}
+
+
+def test_a_folded_network_gives_the_same_graph():
+    model, preprocessing = network("repvgg"), Preprocessing(8, 8)
+    given = onnx_model(fold(model), preprocessing, name="tiny")
+    assert given == onnx_model(model, preprocessing, name="tiny")
+
+
+def test_the_file_tells_what_it_holds(tmp_path):
+    preprocessing = Preprocessing(8, 8, **DIGITS)
+    export_onnx(tmp_path / "a.onnx", network(), preprocessing, name="tiny")
+    model, metadata = read_onnx(tmp_path / "a.onnx")
+    assert model.producer_version == metadata["repopt_jax_version"] == repopt_jax.__version__
+    assert (metadata["model"], metadata["num_classes"]) == ("tiny", "10")
+    assert Preprocessing.from_metadata(metadata) == preprocessing
+    batch, *picture = model.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param == "batch" and [d.dim_value for d in picture] == [8, 8, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_an_export_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "a.onnx").write_text("old")
+    with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear$"):
+        export_onnx(
+            tmp_path / "a.onnx", nnx.Linear(3, 2, rngs=nnx.Rngs(0)), Preprocessing(8, 8), name="x"
+        )
+    assert (tmp_path / "a.onnx").read_text() == "old"
+
+
+def test_a_network_of_other_layers_takes_one_function(monkeypatch):
+    """Depthwise and strided convolutions, a sum, a concatenation, and padding on one side."""
+
+    class Mine(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Conv(3, 4, (3, 3), 2, padding=((0, 1), (1, 0)), rngs=rngs)
+            self.depthwise = nnx.Conv(4, 4, (3, 3), padding=1, feature_group_count=4, rngs=rngs)
+            self.linear = nnx.Linear(8, 3, use_bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            x = jax.nn.relu(self.first(x))
+            x = jnp.concatenate([x, x + self.depthwise(x)], -1)
+            return self.linear(x.mean((1, 2)))
+
+    def write(graph, x, model):
+        x = graph.relu(graph.conv(x, model.first, "first"), "relu")
+        x = graph.concat([x, graph.add(x, graph.conv(x, model.depthwise, "dw"), "sum")], "both")
+        return graph.linear(graph.flatten(graph.pool(x, "pool"), "flat"), model.linear, "linear"), 3
+
+    monkeypatch.setitem(WRITERS, Mine, write)
+    model, preprocessing = Mine(nnx.Rngs(0)), Preprocessing(8, 8)
+    found = OnnxNetwork(onnx_model(model, preprocessing, name="mine"))(PICTURES)
+    np.testing.assert_allclose(found, logits(model, preprocessing), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_without_numbers_is_refused():
+    layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="padding of first must be given by numbers, got 'SAME'"):
+        GraphWriter().conv("x", layer, "first")
+
+
+@pytest.mark.parametrize("images", [PICTURES[:, :4], PICTURES[..., :1]], ids=["size", "grey"])
+def test_pictures_of_another_shape_are_refused(images):
+    run = OnnxNetwork(onnx_model(network(), Preprocessing(8, 8), name="tiny"))
+    with pytest.raises(ValueError, match=r"images must have the shape \(8, 8, 3\) each, got"):
+        run(images)
+
+
+@pytest.mark.parametrize("content", [b"not ONNX at all", b""], ids=["text", "empty"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^graph .*a\.onnx"):
+        read_onnx(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("kind", ["target", "repvgg"])
+def test_stablehlo_agrees_with_the_network_at_any_batch_size(tmp_path, kind):
+    """Folded or not."""
+    model, preprocessing = network(kind, se=True), Preprocessing(8, 8, **DIGITS)
+    for i, exported in enumerate((model, fold(model))):
+        export_stablehlo(tmp_path / f"{i}.zip", exported, preprocessing, name="tiny")
+        loaded = load_stablehlo(tmp_path / f"{i}.zip")
+        assert_agree(loaded.call(jnp.asarray(PICTURES)), logits(model, preprocessing))
+        assert loaded.call(jnp.asarray(PICTURES[:3])).shape == (3, 10)
+        assert loaded.preprocessing == preprocessing
+        assert loaded.metadata["num_classes"] == "10"
+
+
+def test_stablehlo_files_of_another_version_are_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", '{"format_version": "99"}')
+        archive.writestr("network.bin", b"")
+    with pytest.raises(ValueError, match=r"path must have the format version 1, .* has 99$"):
+        load_stablehlo(path)
+    path.write_text("no archive")
+    with pytest.raises(ValueError, match="path must be a file written by export_stablehlo"):
+        load_stablehlo(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 0}, "height and width must be at least 1, got 0 and 8"),
+        ({"std": (1.0, 0.0, 1.0)}, "mean and std must be 3 numbers each, those of std above 0"),
+        ({"mean": (0.5,)}, "mean and std must be 3 numbers each"),
+    ],
+)
+def test_wrong_preprocessing_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**{"height": 8, "width": 8} | change)
