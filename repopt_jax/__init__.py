@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from repopt_jax.branches import initial_scales as initial_scales
     from repopt_jax.branches import merge as merge
     from repopt_jax.branches import pull_back as pull_back
+    from repopt_jax.models import RepOptGhost as RepOptGhost
     from repopt_jax.models import RepOptVGG as RepOptVGG
     from repopt_jax.models import Target as Target
     from repopt_jax.models import create_model as create_model
@@ -74,6 +75,7 @@ _MODULE_OF = {
     "initial_scales": "branches",
     "merge": "branches",
     "pull_back": "branches",
+    "RepOptGhost": "models",
     "RepOptVGG": "models",
     "Target": "models",
     "create_model": "models",

@@ -9,7 +9,7 @@ Images are NHWC, kernels HWIO.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import uniform_fan_in, wide_type
+from repopt_jax.models.small_maps import conv_general_dilated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
@@ -28,6 +29,7 @@ def conv(
     size: int,
     stride: int = 1,
     *,
+    groups: int = 1,
     use_bias: bool = False,
     dtype: DTypeLike | None,
     param_dtype: DTypeLike,
@@ -43,8 +45,10 @@ def conv(
         (size, size),
         stride,
         padding=((size // 2, size // 2),) * 2,
+        feature_group_count=groups,
         use_bias=use_bias,
         kernel_init=uniform_fan_in,
+        conv_general_dilated=conv_general_dilated,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -185,11 +189,12 @@ def materialize(x: Float[Array, "batch height width channels"]) -> Array:
 class SqueezeExcite(nnx.Module):
     """Multiply every channel by a gate computed from all channels' averages.
 
-    ``y = x * sigmoid(up(relu(down(average of x over height and width))))``
+    ``y = x * gate(up(relu(down(average of x over height and width))))``
 
     Args:
       features: channels of the input and output.
       hidden: channels between `down` and `up`.
+      gate: from any number to 0..1.
     """
 
     def __init__(
@@ -197,6 +202,7 @@ class SqueezeExcite(nnx.Module):
         features: int,
         hidden: int,
         *,
+        gate: Callable[[Array], Array] = jax.nn.sigmoid,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -204,11 +210,12 @@ class SqueezeExcite(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = conv(features, hidden, 1, use_bias=True, **types)
         self.up = conv(hidden, features, 1, use_bias=True, **types)
+        self.gate = gate
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Gate `x`."""
         pooled = x.mean((1, 2), keepdims=True)
-        return x * jax.nn.sigmoid(self.up(jax.nn.relu(self.down(pooled))))
+        return x * self.gate(self.up(jax.nn.relu(self.down(pooled))))
 
 
 def check_lengths(**sequences: tuple[Sequence, int]) -> None:

@@ -1,0 +1,260 @@
+"""RepOpt-GhostNet: RepGhostNet that states the branches of its depthwise kernels as blocks.
+
+Papers: RepGhost, arXiv 2211.06088; RepOptimizers, arXiv 2205.15242.
+A ghost module is a pointwise convolution, then a depthwise one plus the identity. Two modules make
+a bottleneck, sixteen bottlenecks in nine stages the network. Images are NHWC.
+
+Deviation from the authors' code: it names layers by their place in a list, this by what they do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import Block, Full, Identity
+from repopt_jax.ghost_sizes import HEAD, LAST, STAGES, STEM, Bottleneck, ghost_channels
+from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+
+class _Makers:
+    """Makes layers that share their types, their generator and their BatchNorm group."""
+
+    def __init__(
+        self,
+        bn_group: int | None,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm_options = {"group": bn_group, "param_dtype": param_dtype}
+
+    def pointwise(self, in_features: int, out_features: int, *, use_bias: bool = False) -> nnx.Conv:
+        return conv(in_features, out_features, 1, use_bias=use_bias, **self.types)
+
+    def depthwise(self, features: int, size: int, stride: int = 1) -> nnx.Conv:
+        return conv(features, features, size, stride, groups=features, **self.types)
+
+    def norm(self, features: int) -> BatchNorm:
+        return BatchNorm(features, **self.norm_options)
+
+    def squeeze_excite(self, features: int) -> SqueezeExcite:
+        hidden = ghost_channels(features / 4)
+        return SqueezeExcite(features, hidden, gate=jax.nn.hard_sigmoid, **self.types)
+
+
+class PlainGhost(nnx.Module):
+    """Pointwise convolution, BatchNorm, depthwise convolution, BatchNorm; ReLU after either."""
+
+    def __init__(self, in_features: int, out_features: int, *, relu: bool, make: _Makers):
+        self.primary_conv = make.pointwise(in_features, out_features)
+        self.primary_bn = make.norm(out_features)
+        self.cheap_conv = make.depthwise(out_features, 3)
+        self.final_bn = make.norm(out_features)
+        self.relu = relu
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the module."""
+        x = _relu_if(self.relu, self.primary_bn(self.primary_conv(x)))
+        return _relu_if(self.relu, self.final_bn(self.cheap_conv(x)))
+
+
+class RepGhost(nnx.Module):
+    """RepGhost's training module, the structural baseline: both branches have a BN each."""
+
+    def __init__(self, in_features: int, out_features: int, *, relu: bool, make: _Makers):
+        self.primary_conv = make.pointwise(in_features, out_features)
+        self.primary_bn = make.norm(out_features)
+        self.cheap_conv = make.depthwise(out_features, 3)
+        self.cheap_bn = make.norm(out_features)
+        self.fusion_bn = make.norm(out_features)
+        self.relu = relu
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the module."""
+        x = _relu_if(self.relu, self.primary_bn(self.primary_conv(x)))
+        return _relu_if(self.relu, self.cheap_bn(self.cheap_conv(x)) + self.fusion_bn(x))
+
+
+def _relu_if(relu: bool, x: Array) -> Array:
+    return jax.nn.relu(x) if relu else x
+
+
+class Shortcut(nnx.Module):
+    """What stands for the identity where a bottleneck changes the shape."""
+
+    def __init__(self, in_features: int, out_features: int, spec: Bottleneck, *, make: _Makers):
+        self.conv_dw = make.depthwise(in_features, spec.kernel, spec.stride)
+        self.bn_dw = make.norm(in_features)
+        self.conv_pw = make.pointwise(in_features, out_features)
+        self.bn_pw = make.norm(out_features)
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the layers."""
+        return self.bn_pw(self.conv_pw(self.bn_dw(self.conv_dw(x))))
+
+
+class GhostBottleneck(nnx.Module):
+    """Ghost module, strided depthwise convolution, squeeze-excite, ghost module; plus the input.
+
+    The two in the middle are there only where the table of sizes wants them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        spec: Bottleneck,
+        width: float,
+        *,
+        module_type: type[PlainGhost] | type[RepGhost],
+        make: _Makers,
+    ):
+        hidden, out = ghost_channels(spec.hidden * width), ghost_channels(spec.out * width)
+        self.ghost1 = module_type(in_features, hidden, relu=True, make=make)
+        strided = spec.stride > 1
+        self.conv_dw = make.depthwise(hidden, spec.kernel, spec.stride) if strided else None
+        self.bn_dw = make.norm(hidden) if strided else None
+        self.se = make.squeeze_excite(hidden) if spec.se else None
+        self.ghost2 = module_type(hidden, out, relu=False, make=make)
+        same_shape = not strided and in_features == out
+        self.shortcut = None if same_shape else Shortcut(in_features, out, spec, make=make)
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the bottleneck."""
+        y = self.ghost1(x)
+        if self.conv_dw is not None:
+            y = self.bn_dw(self.conv_dw(y))
+        if self.se is not None:
+            y = self.se(y)
+        return self.ghost2(y) + (x if self.shortcut is None else self.shortcut(x))
+
+
+class PointwiseBlock(nnx.Module):
+    """1x1 convolution, BatchNorm and ReLU."""
+
+    def __init__(self, in_features: int, out_features: int, *, make: _Makers):
+        self.conv = make.pointwise(in_features, out_features)
+        self.bn1 = make.norm(out_features)
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the layers."""
+        return jax.nn.relu(self.bn1(self.conv(x)))
+
+
+class Stages(nnx.List):
+    """The stages; called, they state the branches, as `blocks` of every network does.
+
+    The authors' code and the scale files call the stages `blocks`, as all our networks call the
+    method that states the branches: here one attribute is both.
+    """
+
+    def __call__(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; empty if the modules are not plain ones."""
+        if not isinstance(self[0][0].ghost1, PlainGhost):
+            return {}
+        found, out, n = {}, None, 0
+        for s, stage in enumerate(STAGES):
+            for b, spec in enumerate(stage):
+                # A run is the bottlenecks of one number of channels, stages notwithstanding.
+                n = n if spec.out == out else 0
+                out = spec.out
+                for name in ("ghost1", "ghost2"):
+                    n += 1
+                    groups = getattr(self[s][b], name).cheap_conv.feature_group_count
+                    found[f"blocks/{s}/{b}/{name}/cheap_conv"] = {
+                        "conv": Full(scale=math.sqrt(2 / (n + 1))),
+                        "identity": Identity(groups=groups),
+                    }
+        return found
+
+
+class RepOptGhost(nnx.Module):
+    """The network; `PlainGhost` makes it RepOpt-GhostNet, `RepGhost` RepGhostNet in training form.
+
+    ``blocks()`` is path of a layer -> its branches. A search starts the scale of the ``n``-th
+    module in a run of bottlenecks with as many output channels at ``sqrt(2 / (n + 1))``.
+
+    Args:
+      width: factor of all channels but the head's.
+      num_classes: outputs of the dense layer.
+      dropout: share of the head's channels that training drops; ``__call__`` then needs a `key`.
+      bn_group: samples per BatchNorm group. None: the whole batch.
+      dtype: of the computation. None: that of inputs and parameters.
+      param_dtype: of the parameters.
+      module_type: class of every ghost module.
+      rngs: draws the parameters.
+
+    Raises:
+      ValueError: `width` is not above 0, or `dropout` not in [0, 1).
+
+    >>> net = RepOptGhost(0.1, num_classes=10, rngs=nnx.Rngs(0))
+    >>> net(jnp.ones((2, 32, 32, 3))).shape
+    (2, 10)
+    >>> len(net.blocks()), list(net.blocks()["blocks/0/0/ghost1/cheap_conv"])
+    (32, ['conv', 'identity'])
+    """
+
+    def __init__(
+        self,
+        width: float,
+        *,
+        num_classes: int,
+        dropout: float = 0.0,
+        bn_group: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        module_type: type[PlainGhost] | type[RepGhost] = PlainGhost,
+        rngs: nnx.Rngs,
+    ):
+        if not width > 0:
+            raise ValueError(f"width must be above 0, got {width}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        make = _Makers(bn_group, dtype, param_dtype, rngs)
+        features = ghost_channels(STEM * width)
+        self.conv_stem = conv(3, features, 3, 2, **make.types)
+        self.bn1 = make.norm(features)
+        stages = []
+        for specs in STAGES:
+            stage = []
+            for spec in specs:
+                block = GhostBottleneck(features, spec, width, module_type=module_type, make=make)
+                features = ghost_channels(spec.out * width)
+                stage.append(block)
+            stages.append(nnx.List(stage))
+        last = ghost_channels(LAST * width)
+        self.blocks = Stages([*stages, nnx.List([PointwiseBlock(features, last, make=make)])])
+        self.conv_head = make.pointwise(last, HEAD, use_bias=True)
+        self.classifier = linear(HEAD, num_classes, **make.types)
+        self.dropout = dropout
+        self.deterministic = False  # `train` and `eval` set it
+
+    def __call__(
+        self, images: Float[Array, "batch height width 3"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch classes"]:
+        """Logits of normalized `images`; `key` draws what a training pass drops.
+
+        Raises:
+          ValueError: no `key` in training with dropout.
+        """
+        x = jax.nn.relu(self.bn1(self.conv_stem(images)))
+        for stage in self.blocks:
+            for block in stage:
+                x = block(x)
+        x = jax.nn.relu(self.conv_head(x.mean((1, 2), keepdims=True)))[:, 0, 0]
+        if self.dropout and not self.deterministic:
+            if key is None:
+                raise ValueError(
+                    f"key must be given in training with dropout={self.dropout}, got None"
+                )
+            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
+        return self.classifier(x)
