@@ -1,0 +1,258 @@
+"""What quantization meets in every layer: the spread of its weights, and what 8 bits make of them.
+
+One scale has to serve all weights that share it, so a few large ones (at the centre of a kernel
+that was merged from branches with BatchNorm, say) leave few of the 255 steps to the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from repopt_jax.deploy.finished import finished_file
+from repopt_jax.deploy.runtime import OnnxNetwork
+
+if TYPE_CHECKING:
+    import onnx
+
+HEADER = (
+    "layer",
+    "kernel",
+    "std",
+    "centre std",
+    "surround std",
+    "min",
+    "max",
+    "error",
+    "SNR dB",
+    "per-channel SNR dB",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One Conv or Gemm.
+
+    Attributes:
+      name: of the node.
+      shape: of the kernel, outputs first.
+      std: of all weights.
+      centre_std: of the weights at the window's centre. None: the window has no surround.
+      surround_std: of the other weights. None: likewise.
+      low: smallest weight.
+      high: largest weight.
+      error: root mean square of what one int8 scale for the layer changes the weights by.
+      snr: mean square of the weights over that of their error, in decibel.
+      channel_snr: the same with a scale per output channel.
+      output_snr: the same of the layer's output in an INT8 graph, after ReLU. None: not measured.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    centre_std: float | None
+    surround_std: float | None
+    low: float
+    high: float
+    error: float
+    snr: float
+    channel_snr: float
+    output_snr: float | None = None
+
+
+def layer_reports(
+    graph: onnx.ModelProto,
+    int8: onnx.ModelProto | None = None,
+    images: np.ndarray | None = None,
+) -> list[LayerReport]:
+    """A report of every Conv and Gemm of a float graph.
+
+    Args:
+      graph: the float graph.
+      int8: what `quantize` made of it. None: no output is compared.
+      images: uint8 NHWC pictures to compare outputs on; used with `int8` only.
+
+    Raises:
+      ValueError: `graph` has no float weights, or only one of `int8` and `images` is given.
+
+    >>> import repopt_jax
+    >>> from flax import nnx
+    >>> from repopt_jax.deploy.onnx_export import onnx_model
+    >>> from repopt_jax.deploy.preprocessing import Preprocessing
+    >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
+    >>> model = repopt_jax.create_model("RepOpt-VGG", **size, rngs=nnx.Rngs(0))
+    >>> reports = layer_reports(onnx_model(model, Preprocessing(32, 32), name="tiny"))
+    >>> [(report.name, report.shape) for report in reports][-2:]
+    [('stage4/0/conv', (8, 8, 3, 3)), ('linear', (3, 8))]
+    """
+    from onnx import numpy_helper
+
+    if (int8 is None) != (images is None):
+        raise ValueError(
+            "int8 and images must be given together, got only "
+            f"{'images' if int8 is None else 'int8'}"
+        )
+    weights = {t.name: t for t in graph.graph.initializer}
+    nodes = [n for n in graph.graph.node if n.op_type in ("Conv", "Gemm") and n.input[1] in weights]
+    if not nodes:
+        raise ValueError("graph must be a float one with Conv or Gemm nodes, got none")
+    snrs = _output_snrs(graph, int8, images) if int8 is not None else {}
+    return [
+        _report(node.name, numpy_helper.to_array(weights[node.input[1]]), snrs.get(node.name))
+        for node in nodes
+    ]
+
+
+def _report(name: str, kernel: np.ndarray, output_snr: float | None) -> LayerReport:
+    wide = kernel.astype(np.float64)
+    centre_std = surround_std = None
+    if kernel.ndim == 4 and min(kernel.shape[2:]) > 1:
+        inside = np.zeros(kernel.shape[2:], bool)
+        inside[kernel.shape[2] // 2, kernel.shape[3] // 2] = True
+        centre_std = float(wide[:, :, inside].std())
+        surround_std = float(wide[:, :, ~inside].std())
+    error = int8_error(wide, per_channel=False)
+    return LayerReport(
+        name=name,
+        shape=kernel.shape,
+        std=float(wide.std()),
+        centre_std=centre_std,
+        surround_std=surround_std,
+        low=float(wide.min()),
+        high=float(wide.max()),
+        error=math.sqrt(np.square(error).mean()),
+        snr=decibel(wide, error),
+        channel_snr=decibel(wide, int8_error(wide, per_channel=True)),
+        output_snr=output_snr,
+    )
+
+
+def int8_error(kernel: np.ndarray, *, per_channel: bool) -> np.ndarray:
+    """What symmetric int8 rounding with scale ``max|w| / 127`` adds to the weights.
+
+    Args:
+      kernel: outputs first.
+      per_channel: a scale for every output. False: one for all.
+
+    >>> int8_error(np.array([[127.0, 0.4], [1.27, 0.4]]), per_channel=False).round(2).tolist()
+    [[0.0, -0.4], [-0.27, -0.4]]
+    """
+    axes = tuple(range(1, kernel.ndim)) if per_channel else None
+    largest = np.abs(kernel).max(axis=axes, keepdims=True)
+    scale = np.where(largest > 0, largest, 1) / 127
+    return np.round(kernel / scale) * scale - kernel
+
+
+def decibel(signal: np.ndarray, error: np.ndarray) -> float:
+    """``10 log10(mean signal^2 / mean error^2)``; infinite without error.
+
+    >>> decibel(np.array([10.0]), np.array([1.0]))
+    20.0
+    """
+    noise = float(np.square(error, dtype=np.float64).mean())
+    power = float(np.square(signal, dtype=np.float64).mean())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power > 0 else -math.inf
+
+
+def _output_snrs(
+    graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray
+) -> dict[str, float]:
+    """Of every layer whose output, after ReLU if it has one, both graphs have under one name."""
+    there = {name for node in int8.graph.node for name in node.output}
+    after = {node.input[0]: node.output[0] for node in graph.graph.node if node.op_type == "Relu"}
+    tensors = {}
+    for node in graph.graph.node:
+        tensor = after.get(node.output[0], node.output[0])
+        rounded = f"{tensor}_DequantizeLinear_Output"
+        if node.op_type in ("Conv", "Gemm") and tensor in there:
+            tensors[node.name] = (tensor, rounded if rounded in there else tensor)
+    float_names, int8_names = zip(*tensors.values(), strict=True)
+    exact = _outputs(graph, float_names, images)
+    rounded = _outputs(int8, int8_names, images)
+    pairs = zip(tensors, exact, rounded, strict=True)
+    return {name: decibel(a, b - a) for name, a, b in pairs}
+
+
+def _outputs(model: onnx.ModelProto, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+    import onnx
+
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    present = {output.name for output in extended.graph.output}
+    for name in names:
+        if name not in present:
+            extended.graph.output.append(
+                onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            )
+    network = OnnxNetwork(extended, outputs=names)
+    return network.run(network.prepare(images))
+
+
+def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Rows and header for `repopt_jax.training.report.format_table`."""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    measured = any(report.output_snr is not None for report in reports)
+    rows = []
+    for r in reports:
+        row = [r.name, "x".join(map(str, r.shape))]
+        row += [number(x, ".4f") for x in (r.std, r.centre_std, r.surround_std)]
+        row += [number(r.low, ".3f"), number(r.high, ".3f"), number(r.error, ".5f")]
+        row += [number(r.snr, ".1f"), number(r.channel_snr, ".1f")]
+        row += [number(r.output_snr, ".1f")] if measured else []
+        rows.append(tuple(row))
+    return rows, (*HEADER, "output SNR dB") if measured else HEADER
+
+
+def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) -> None:
+    """Draw the spread of the weights, their range and the signal-to-noise ratios by layer.
+
+    Args:
+      path: file to write, with the ending of a format that matplotlib knows (``.png``, ``.pdf``).
+      reports: from `layer_reports`.
+      title: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [report.name.removesuffix("/conv") for report in reports]
+    places = np.arange(len(names))
+    figure = Figure(figsize=(max(7, 0.32 * len(names) + 2), 8), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    spread, extent, noise = figure.subplots(3, 1, sharex=True)
+    figure.suptitle(title)
+    colours = ("#0072B2", "#D55E00", "#009E73")  # of the Okabe-Ito palette
+
+    def draw(ax, label: str, colour: str, marker: str, values: list[float | None]) -> None:
+        y = [math.nan if v is None or math.isinf(v) else v for v in values]
+        ax.plot(places, y, marker, color=colour, label=label, markersize=4)
+
+    draw(spread, "all", colours[0], "o-", [r.std for r in reports])
+    draw(spread, "centre", colours[1], "s-", [r.centre_std for r in reports])
+    draw(spread, "surround", colours[2], "^-", [r.surround_std for r in reports])
+    spread.set_ylabel("Standard deviation")
+    low, high = [r.low for r in reports], [r.high for r in reports]
+    extent.vlines(places, low, high, color=colours[0], linewidth=3)
+    extent.set_ylabel("Weights, least to largest")
+    draw(noise, "weights, a scale per layer", colours[0], "o-", [r.snr for r in reports])
+    draw(noise, "a scale per channel", colours[1], "s-", [r.channel_snr for r in reports])
+    if any(r.output_snr is not None for r in reports):
+        draw(noise, "output of the INT8 graph", colours[2], "^-", [r.output_snr for r in reports])
+    noise.set_ylabel("Signal to noise, dB")
+    noise.set_xticks(places, names, rotation=90, fontsize=7)
+    for ax in (spread, noise):
+        ax.legend(frameon=False, fontsize=8)
+    for ax in (spread, extent, noise):
+        ax.grid(True, color="0.9", linewidth=0.8)
+        ax.spines[["top", "right"]].set_visible(False)
+    with finished_file(path) as unfinished:
+        figure.savefig(unfinished)

@@ -1,0 +1,168 @@
+"""A trained network with what its deployment must know: from a run, or from a weights file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+from flax import nnx
+
+from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A network in evaluation mode.
+
+    Attributes:
+      model: the network, of any kind.
+      name: of the model, such as RepOpt-VGG-B1.
+      preprocessing: what it expects of its pictures.
+    """
+
+    model: nnx.Module
+    name: str
+    preprocessing: Preprocessing
+
+
+def run_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The configuration that a run has left in its working directory.
+
+    Raises:
+      ValueError: there is none, or it is none of this version's.
+    """
+    from repopt_jax.training.config import default_config
+
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"workdir must hold a run with its config.json, got {workdir}")
+    config = default_config()
+    try:
+        config.update(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be the configuration of a run: {reason}") from None
+    return config
+
+
+def data_section(config: ConfigDict, part: str) -> ConfigDict:
+    """The section of `config` that says which pictures a part was trained on."""
+    return config["search" if part == "search" else "target"].data
+
+
+def load_run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    part: str = "target",
+    checkpoint: Literal["latest", "best"] = "best",
+    averaged: bool = False,
+    preprocess: bool = True,
+) -> Trained:
+    """The network of a run's checkpoint.
+
+    Args:
+      config: the run's configuration.
+      workdir: the run's directory.
+      part: whose network.
+      checkpoint: "latest", or "best" by top-1 accuracy.
+      averaged: take the moving averages of the weights.
+      preprocess: whether an exported file is to normalize uint8 pictures itself.
+
+    Raises:
+      ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
+      OSError: the checkpoints are damaged.
+    """
+    from repopt_jax.deploy.pictures import Pictures
+    from repopt_jax.training.checkpoints import Checkpoints
+    from repopt_jax.training.parts import prepare
+    from repopt_jax.training.run import check
+
+    folder = pathlib.Path(workdir) / part
+    if not (folder / "checkpoints").is_dir():
+        raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
+    _, scales, mesh = check(config, pathlib.Path(workdir))
+    prepared = prepare(config, part, mesh, scales)
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        # Shapes suffice, and spare drawing a network; without shardings they mean one device.
+        restored = checkpoints.restore(jax.eval_shape(prepared.init), step=checkpoint)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise ValueError(f"part must have a checkpoint in {workdir}, got {part!r} without one")
+    _, state = restored
+    if averaged and state.ema is None:
+        raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
+    params, stats = state.ema if averaged else (state.params, state.stats)
+    data = prepared.section.data
+    height, width = Pictures(prepared.dataset, data.image_size).size
+    preprocessing = Preprocessing(
+        height, width, tuple(data.mean), tuple(data.std), inside=preprocess
+    )
+    model = nnx.merge(prepared.eval_graphdef, params, stats)
+    return Trained(model, config.model.name, preprocessing)
+
+
+def load_weights_file(
+    path: str | os.PathLike,
+    *,
+    name: str | None = None,
+    kind: str | None = None,
+    strides: Sequence[int] | None = None,
+    image_size: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    preprocess: bool = True,
+) -> Trained:
+    """The network of a PyTorch file, or of a safetensors file of converted weights.
+
+    Args:
+      path: the file.
+      name: of the model that it must hold. None: whichever.
+      kind: of the network that it must hold; "csla" also takes what a search has left. None:
+        whichever.
+      strides: of the stages, which are in no file. None: the published ones, 2 each.
+      image_size: height and width of the pictures.
+      mean: per channel, in units of a pixel of range 0 to 1.
+      std: likewise.
+      preprocess: whether an exported file is to normalize uint8 pictures itself.
+
+    Raises:
+      ValueError: the file is no such one, or holds another model or kind.
+    """
+    from repopt_jax.torch_files.scales import read_state_dict
+    from repopt_jax.torch_files.weights import load_torch_weights, load_weights, recognize
+
+    preprocessing = Preprocessing(
+        image_size, image_size, tuple(mean), tuple(std), inside=preprocess
+    )
+    options: dict[str, Any] = {} if strides is None else {"strides": tuple(strides)}
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights must be an existing file, got {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        model = load_weights(path, **options)
+        with safe_open(path, "numpy") as file:
+            facts = {key: file.metadata()[key] for key in ("name", "kind")}
+    else:
+        if kind in ("hs", "csla"):
+            options["kind"] = kind
+        model = load_torch_weights(path, **options)
+        facts = {"kind": kind if kind == "csla" else None}
+        facts = recognize(read_state_dict(path)) | {k: v for k, v in facts.items() if v}
+    for argument, wanted, key in (("model", name, "name"), ("kind", kind, "kind")):
+        if wanted is not None and wanted != facts[key]:
+            raise ValueError(f"{argument} must be {facts[key]!r} as in {path}, got {wanted!r}")
+    model.eval()
+    return Trained(model, facts["name"], preprocessing)
