@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 
+from repopt_jax.ghost_sizes import FAMILY as GHOST
 from repopt_jax.scales import load_scales, save_scales
 from repopt_jax.torch_files.scales import load_torch_scales, official_names, read_state_dict
 
@@ -37,7 +38,8 @@ def scales_from_torch(source: pathlib.Path, target: pathlib.Path) -> str:
     scales = load_torch_scales(source)
     save_scales(target, scales)
     name = scales.metadata["model"]
-    config = f"configs/imagenet.py:{name}" if name.startswith("RepOpt-VGG-") else "CONFIG"
+    configs = {"RepOpt-VGG-": f"configs/imagenet.py:{name}", f"{GHOST}-": f"configs/ghostnet.py:{name}"}
+    config = next((c for family, c in configs.items() if name.startswith(family)), "CONFIG")
     return (
         f"{name}, {len(scales)} blocks\n\n{scales.describe('stage')}\n\nwrote {target}; next:\n"
         f"python train.py --config={config} --config.scales={target} --workdir=DIR"
@@ -62,7 +64,7 @@ def weights_from_torch(source: pathlib.Path, target: pathlib.Path) -> str:
     weights = read_state_dict(source)
     found = recognize(weights)
     # The file's own type is kept, as the conversion has to be exact.
-    dtype = weights["linear.weight"].dtype
+    dtype = next(v.dtype for v in weights.values() if v.dtype.kind == "f")
     with jax.enable_x64(dtype == np.float64):
         model = load_torch_weights(source, param_dtype=dtype)
         tensors = variables(model)

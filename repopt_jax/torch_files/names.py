@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 CONV = (2, 3, 1, 0)  # OIHW -> HWIO
 DENSE = (1, 0)  # out, in -> in, out
@@ -63,6 +64,43 @@ VGG = (
     Row("linear.bias", "linear/bias"),
 )
 
+GHOST_BLOCK = r"blocks/\d/\d(?:/ghost[12])?"
+GHOST = (
+    # target
+    Row("{block}.cheap_operation.0.weight", "{block}/cheap_conv/kernel", CONV),
+    *_batch_norm("{block}.final_bn", "{block}/final_bn"),
+    # hs and csla
+    Row("{block}.cheap_operation.0.weight", "{block}/cheap_conv/branch_weights/conv", CONV),
+    Row("{block}.cheap_operation.1.weight", "{block}/cheap_conv/branch_scales/conv"),
+    Row("{block}.fusion_scale.weight", "{block}/cheap_conv/branch_weights/identity"),
+    # rep
+    *_batch_norm("{block}.cheap_operation.1", "{block}/cheap_bn"),
+    *_batch_norm("{block}.fusion_bn", "{block}/fusion_bn"),
+    # all kinds
+    Row("{block}.primary_conv.0.weight", "{block}/primary_conv/kernel", CONV),
+    *_batch_norm("{block}.primary_conv.1", "{block}/primary_bn"),
+    Row("{block}.conv_dw.weight", "{block}/conv_dw/kernel", CONV),
+    *_batch_norm("{block}.bn_dw", "{block}/bn_dw"),
+    Row("{block}.se.conv_reduce.weight", "{block}/se/down/kernel", CONV),
+    Row("{block}.se.conv_reduce.bias", "{block}/se/down/bias"),
+    Row("{block}.se.conv_expand.weight", "{block}/se/up/kernel", CONV),
+    Row("{block}.se.conv_expand.bias", "{block}/se/up/bias"),
+    Row("{block}.shortcut.0.weight", "{block}/shortcut/conv_dw/kernel", CONV),
+    *_batch_norm("{block}.shortcut.1", "{block}/shortcut/bn_dw"),
+    Row("{block}.shortcut.2.weight", "{block}/shortcut/conv_pw/kernel", CONV),
+    *_batch_norm("{block}.shortcut.3", "{block}/shortcut/bn_pw"),
+    Row("{block}.conv.weight", "{block}/conv/kernel", CONV),
+    *_batch_norm("{block}.bn1", "{block}/bn1"),
+    Row("conv_stem.weight", "conv_stem/kernel", CONV),
+    *_batch_norm("bn1", "bn1"),
+    Row("conv_head.weight", "conv_head/kernel", CONV),
+    Row("conv_head.bias", "conv_head/bias"),
+    Row("classifier.weight", "classifier/kernel", DENSE),
+    Row("classifier.bias", "classifier/bias"),
+)
+
+TABLES = ((VGG, VGG_BLOCK), (GHOST, GHOST_BLOCK))
+
 # What a search leaves in a state dict: torch name -> block, branch. Blocks of one name belong
 # together; the layer inside a block that they scale is called `conv` here. Modules of other
 # packages that use the names of the official code (YOLOv6) are covered by them.
@@ -84,14 +122,14 @@ def torch_names(path: str) -> list[tuple[str, tuple[int, ...] | None]]:
     [('stage1.0.conv.weight', (2, 3, 1, 0))]
     """
     found = []
-    for row in VGG:
+    for row, block in _rows():
         if row.path is None:
             continue
-        pattern = re.escape(row.path).replace(r"\{block\}", f"(?P<block>{VGG_BLOCK})")
+        pattern = re.escape(row.path).replace(r"\{block\}", f"(?P<block>{block})")
         match = re.fullmatch(pattern, path)
         if match:
-            block = match.groupdict().get("block", "").replace("/", ".")
-            found.append((row.torch.format(block=block), row.axes))
+            name = match.groupdict().get("block", "").replace("/", ".")
+            found.append((row.torch.format(block=name), row.axes))
     return found
 
 
@@ -101,6 +139,14 @@ def is_torch_only(name: str) -> bool:
     >>> is_torch_only("stage0.bn.num_batches_tracked")
     True
     """
-    block = VGG_BLOCK.replace("/", r"\.")
-    patterns = (row.torch.replace(".", r"\.") for row in VGG if row.path is None)
-    return any(re.fullmatch(p.replace("{block}", f"(?:{block})"), name) for p in patterns)
+    for row, block in _rows():
+        inside = block.replace("/", r"\.")
+        pattern = row.torch.replace(".", r"\.").replace("{block}", f"(?:{inside})")
+        if row.path is None and re.fullmatch(pattern, name):
+            return True
+    return False
+
+
+def _rows() -> Iterator[tuple[Row, str]]:
+    """Every row of every table, and the pattern of its blocks."""
+    return ((row, block) for table, block in TABLES for row in table)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from repopt_jax.ghost_sizes import FAMILY as GHOST
+from repopt_jax.ghost_sizes import GHOST_SIZES, GHOST_WIDTHS, ghost_modules, ghost_width
 from repopt_jax.scales import Scales
 from repopt_jax.sizes import scale_widths, size_name
 from repopt_jax.torch_files.limits import TorchFileError
@@ -20,6 +22,7 @@ from repopt_jax.torch_files.standin import Standin
 # Where checkpoints keep their weights, the likeliest first.
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "ema", "model_ema")
 BRANCH_ORDER = ("conv3x3", "conv1x1", "conv", "identity")
+GHOST_MODULES = ghost_modules(1.0)
 
 
 def find_state_dict(content: Any) -> dict[str, np.ndarray]:
@@ -70,8 +73,8 @@ def load_torch_scales(path: str | os.PathLike) -> Scales:
     """Scales from a torch file: released scales, search checkpoints, YOLOv6 modules.
 
     Every vector named as the official code names scales is taken; all other weights are left
-    out. Where the blocks are those of a RepOpt-VGG, its size is recognized and all vectors are
-    checked against it.
+    out. Where the blocks are those of a RepOpt-VGG or a RepOpt-GhostNet, its size is recognized
+    and all vectors are checked against it.
 
     Raises:
       TorchFileError: the file cannot be read, holds no scales, or not those of one network.
@@ -119,8 +122,8 @@ def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:
     model = "unknown"
     if all(re.fullmatch(r"stage0/conv|stage[1-4]/\d+/conv", path) for path in ordered):
         model = _recognize_vgg(ordered)
-    elif ghosts:
-        model = "RepOpt-GhostNet"
+    elif all(path in GHOST_MODULES for path in ordered):
+        model = _recognize_ghost(ordered)
     return Scales(ordered, {"source": "converted from torch", "model": model})
 
 
@@ -137,13 +140,31 @@ def _recognize_vgg(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     found = {f"{p}/{name}": len(v) for p, block in blocks.items() for name, v in block.items()}
     # With strides of 1 the first block of a stage may have an identity, too.
     surplus = {k for k in found.keys() - wanted.keys() if not k.endswith("/0/conv/identity")}
+    _refuse_differences("RepOpt-VGG", wanted, found, surplus)
+    return size_name(counts[1:], widths) or "RepOpt-VGG"
+
+
+def _recognize_ghost(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """The name of a RepOpt-GhostNet; refuses blocks that are not all of one such network."""
+    widths = {path: len(next(iter(block.values()))) for path, block in blocks.items()}
+    # Without a width that fits, the nearest published one says what is wrong.
+    ratio = max(n / GHOST_MODULES[path] for path, n in widths.items())
+    width = ghost_width(widths) or min(GHOST_WIDTHS, key=lambda w: abs(w - ratio))
+    wanted = {f"{p}/{b}": n for p, n in ghost_modules(width).items() for b in ("conv", "identity")}
+    found = {f"{p}/{name}": len(v) for p, block in blocks.items() for name, v in block.items()}
+    _refuse_differences(GHOST, wanted, found, found.keys() - wanted.keys())
+    return next((name for name, size in GHOST_SIZES.items() if size == width), GHOST)
+
+
+def _refuse_differences(
+    family: str, wanted: Mapping[str, int], found: Mapping[str, int], surplus: Iterable[str]
+) -> None:
     missing = wanted.keys() - found.keys()
     wrong = [f"{k} has {found[k]} channels, not {w}" for k, w in wanted.items()
              if k in found and found[k] != w]  # fmt: skip
     problems = [f"missing {k}" for k in missing] + [f"surplus {k}" for k in surplus] + wrong
     if problems:
-        raise TorchFileError("its blocks are not one RepOpt-VGG: " + "; ".join(sorted(problems)))
-    return size_name(counts[1:], widths) or "RepOpt-VGG"
+        raise TorchFileError(f"its blocks are not one {family}: " + "; ".join(sorted(problems)))
 
 
 def official_names(scales: Scales) -> dict[str, np.ndarray]:

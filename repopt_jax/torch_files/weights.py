@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from repopt_jax.models import RepOptVGG, create_model
+from repopt_jax.ghost_sizes import FAMILY as GHOST
+from repopt_jax.ghost_sizes import GHOST_SIZES, ghost_width
+from repopt_jax.models import RepOptGhost, RepOptVGG, create_model
 from repopt_jax.paths import path_str
 from repopt_jax.sizes import size_name
 from repopt_jax.torch_files.limits import TorchFileError
@@ -104,7 +106,7 @@ def variables(model: nnx.Module) -> dict[str, np.ndarray]:
     return {path_str(path): np.asarray(value) for path, value in leaves}
 
 
-def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG:
+def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost:
     """The network of a weights file written by ``convert_torch_scales.py --weights``.
 
     Args:
@@ -126,10 +128,13 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG:
         raise ValueError(
             f"{os.fspath(path)!r} must be a weights file, got {metadata or 'no facts'}"
         )
-    arguments = {k: metadata[k] for k in ("name", "kind")}
-    arguments |= {k: json.loads(metadata[k]) for k in ("num_blocks", "widths", "num_classes", "se")}
-    dtype = tensors["linear/kernel"].dtype
-    model = create_model(**arguments, **{"param_dtype": dtype} | options, rngs=nnx.Rngs(0))
+    arguments = {
+        k: v if k in ("name", "kind") else json.loads(v)
+        for k, v in metadata.items()
+        if k != "format_version"
+    }
+    dtype = next(iter(tensors.values())).dtype
+    model = _unfilled(**arguments, **{"param_dtype": dtype} | options)
     state = nnx.state(model)
     wanted = {path_str(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(state)}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -144,13 +149,38 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG:
 
 
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arguments of `create_model` for the RepOpt-VGG whose state dict this is.
+    """Arguments of `create_model` for the network whose state dict this is.
 
     Search checkpoints are taken for kind "hs"; "csla" has the same names.
 
     Raises:
-      TorchFileError: it is none.
+      TorchFileError: it is none of ours.
     """
+    return _recognize_ghost(weights) if "conv_stem.weight" in weights else _recognize_vgg(weights)
+
+
+def _recognize_ghost(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    shapes = {name: value.shape for name, value in weights.items()}
+    marks = {"fusion_scale.weight": "hs", "fusion_bn.weight": "rep", "final_bn.weight": "target"}
+    kinds = [kind for mark, kind in marks.items() if f"blocks.0.0.ghost1.{mark}" in shapes]
+    modules = {
+        f"{match[1].replace('.', '/')}/cheap_conv": shape[0]
+        for name, shape in shapes.items()
+        if (match := re.fullmatch(r"(.*)\.cheap_operation\.0\.weight", name)) and shape
+    }
+    (last, *_) = shapes.get("blocks.9.0.conv.weight") or (0,)
+    width = ghost_width(modules, last)
+    if width is None or not kinds or not shapes.get("classifier.weight"):
+        raise TorchFileError(
+            "it is no RepOpt-GhostNet: the channels of its modules are those of no width, or its "
+            "last layers are not all there"
+        )
+    names = [name for name, size in GHOST_SIZES.items() if size == width]
+    size = {"name": names[0]} if names else {"name": GHOST, "width": width}
+    return {**size, "kind": kinds[0], "num_classes": shapes["classifier.weight"][0]}
+
+
+def _recognize_vgg(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     first = {
         name: v
         for name, v in weights.items()
@@ -182,17 +212,17 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def load_torch_weights(
     path: str | os.PathLike, *, kind: Literal["hs", "csla"] | None = None, **options: Any
-) -> RepOptVGG:
+) -> RepOptVGG | RepOptGhost:
     """The network of a torch file, with its weights and BatchNorm statistics.
 
     Args:
-      path: a file written by torch, of any kind of RepOpt-VGG.
+      path: a file written by torch, of any kind of RepOpt-VGG or RepOpt-GhostNet.
       kind: "csla" to hold the scales of a search checkpoint constant. None: as recognized.
       **options: of `create_model`, such as strides, bn_group and param_dtype; they are not in the
         file.
 
     Raises:
-      TorchFileError: the file cannot be read, or is no RepOpt-VGG.
+      TorchFileError: the file cannot be read, or holds neither network.
       ValueError: the weights do not fit the recognized network.
     """
     weights = read_state_dict(path)
@@ -202,5 +232,9 @@ def load_torch_weights(
         raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
     if kind is not None:
         arguments["kind"] = kind
-    model = create_model(**arguments, **options, rngs=nnx.Rngs(0))
-    return import_weights(model, weights)
+    return import_weights(_unfilled(**arguments, **options), weights)
+
+
+def _unfilled(**arguments: Any) -> RepOptVGG | RepOptGhost:
+    """A network of which only the shapes are there: drawing what is then replaced takes seconds."""
+    return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
