@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-PARTS = ("search", "target", "plain", "csla", "repvgg")
+PARTS = ("search", "target", "plain", "csla", "repvgg", "rep")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,16 +24,21 @@ def default_config() -> ConfigDict:
             #   plain   the same network with the plain optimizer and torch's initial values
             #   csla    branches with constant scales and the plain optimizer: what target equals
             #   repvgg  BN in every branch and the plain optimizer: the structural baseline
+            #   rep     the same for RepOpt-GhostNet
             "parts": ("search", "target"),
             "seed": 0,
             "scales": "",  # a .safetensors or .pth file; "search" is then left out
             "identity": "searched",  # where the target's identity branches start: searched, one
             "model": {
                 "name": "RepOpt-VGG",
+                # RepOpt-VGG
                 "num_blocks": config_dict.placeholder(tuple),  # None: as the name says
                 "widths": config_dict.placeholder(tuple),  # channels of stages 0 to 4
-                "strides": (2, 2, 2, 2, 2),
-                "se": False,
+                "strides": config_dict.placeholder(tuple),  # of stages 0 to 4. None: all 2
+                "se": config_dict.placeholder(bool),  # squeeze-excite. None: without
+                # RepOpt-GhostNet
+                "width": config_dict.placeholder(float),  # None: as the name says
+                "dropout": config_dict.placeholder(float),  # None: 0
             },
             "dtype": "float32",  # of the computation: float32, bfloat16, float64
             "fsdp": 1,  # devices over which parameters and optimizer state are split

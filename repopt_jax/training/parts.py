@@ -30,7 +30,7 @@ from repopt_jax.transforms import grad_mults
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-KINDS = {"search": "hs", "target": "target", "plain": "target", "csla": "csla", "repvgg": "repvgg"}
+KINDS = {"search": "hs", "plain": "target"}  # all other parts are called as their kind
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
@@ -179,7 +179,7 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
         if name == "csla":
             starts = scales if config.identity == "searched" else _identity_at_one(plain, scales)
             return create("csla", scales=starts, rngs=rngs)
-        model = create(KINDS[name], rngs=rngs)
+        model = create(KINDS.get(name, name), rngs=rngs)
         if name == "target":
             init_target(model, scales, identity=config.identity, rngs=rngs)
         return model

@@ -128,14 +128,14 @@ def _loss(params, stats, images, labels, key, *, graphdef, options):
     # Without the copy, BatchNorm's update under value_and_grad touches outer variables.
     model = nnx.merge(graphdef, params, stats, copy=True)
     images = normalize(images, options)
-    key_mix, key_erase = jax.random.split(key)
+    key_mix, key_erase, key_drop = jax.random.split(key, 3)
     is_mixed = options.mixup > 0 or options.cutmix > 0
     if is_mixed:
         alphas = {"mixup": options.mixup, "cutmix": options.cutmix}
         images, share = mix(key_mix, images, options.group, **alphas)
     if options.random_erasing > 0:
         images = random_erasing(key_erase, images, options.random_erasing)
-    logits = model(images)
+    logits = model(images, key=key_drop) if getattr(model, "dropout", 0) else model(images)
     losses = cross_entropy(logits, labels, options.label_smoothing)
     if is_mixed:
         others = partners(labels, options.group)
