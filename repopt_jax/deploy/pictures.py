@@ -53,7 +53,7 @@ class Pictures:
             )
         return self.dataset.image_shape[:2]
 
-    def evaluation(self, batch_size: int) -> list[dict[str, np.ndarray]] | Any:
+    def evaluation(self, batch_size: int) -> Any:
         """All evaluation pictures as batches of ``image``, ``label`` and ``mask``."""
         sizes = {"image_size": self.image_size, "resize": self.resize}
         return eval_batches(self.dataset, batch_size=batch_size, **sizes)

@@ -128,8 +128,7 @@ def load_weights_file(
     Args:
       path: the file.
       name: of the model that it must hold. None: whichever.
-      kind: of the network that it must hold; "csla" also takes what a search has left. None:
-        whichever.
+      kind: of the network that it must hold. None: whichever.
       strides: of the stages, which are in no file. None: the published ones, 2 each.
       image_size: height and width of the pictures.
       mean: per channel, in units of a pixel of range 0 to 1.
@@ -154,15 +153,15 @@ def load_weights_file(
 
         model = load_weights(path, **options)
         with safe_open(path, "numpy") as file:
-            facts = {key: file.metadata()[key] for key in ("name", "kind")}
+            facts = file.metadata()
     else:
-        if kind in ("hs", "csla"):
-            options["kind"] = kind
+        facts = recognize(read_state_dict(path))
         model = load_torch_weights(path, **options)
-        facts = {"kind": kind if kind == "csla" else None}
-        facts = recognize(read_state_dict(path)) | {k: v for k, v in facts.items() if v}
-    for argument, wanted, key in (("model", name, "name"), ("kind", kind, "kind")):
-        if wanted is not None and wanted != facts[key]:
-            raise ValueError(f"{argument} must be {facts[key]!r} as in {path}, got {wanted!r}")
+    if name not in (None, facts["name"]):
+        raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")
+    # A search's network and one with constant scales have the same weights.
+    kinds = ("hs", "csla") if facts["kind"] == "hs" else (facts["kind"],)
+    if kind not in (None, *kinds):
+        raise ValueError(f"kind must be {' or '.join(kinds)} as in {path}, got {kind!r}")
     model.eval()
     return Trained(model, facts["name"], preprocessing)

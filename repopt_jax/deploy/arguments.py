@@ -1,0 +1,216 @@
+"""The flags of the command line, and what they name: networks, pictures, configurations."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from repopt_jax.deploy.pictures import Pictures, configured_pictures
+from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.deploy.quantization import CALIBRATION_PICTURES, CALIBRATIONS, PERCENTILE
+from repopt_jax.deploy.trained import (
+    Trained,
+    data_section,
+    load_run,
+    load_weights_file,
+    run_config,
+)
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+PROGRAM = "python -m repopt_jax.deploy"
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence instead of the usage for what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser() -> Parser:
+    """All commands and their flags."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="From a training run or a weights file to ONNX, INT8 and StableHLO files.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    export = commands.add_parser("export", help="write a trained network to a file")
+    export.add_argument("output", help="file to write, .onnx or .stablehlo")
+    _add_run(export)
+    export.add_argument("--checkpoint", choices=("best", "latest"), default="best")
+    export.add_argument("--averaged", action="store_true", help="moving averages of the weights")
+    export.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file, not a run")
+    export.add_argument("--model", metavar="NAME", help="that the weights must be of")
+    export.add_argument("--kind", help="that the weights must be of")
+    export.add_argument("--strides", type=int, nargs=5, help="of the weights' stages, default 2")
+    export.add_argument("--image-size", type=int, default=224, help="for the weights")
+    export.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN)
+    export.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
+    export.add_argument(
+        "--no-preprocess",
+        action="store_true",
+        help="take normalized float pictures (NCHW in ONNX files) instead of uint8 NHWC ones",
+    )
+    _add_force(export)
+
+    quantize = commands.add_parser("quantize", help="make an INT8 graph of a float one")
+    quantize.add_argument("graph", help="the float .onnx file")
+    quantize.add_argument("output", help="the .onnx file to write")
+    _add_pictures(quantize)
+    quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
+    quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
+    quantize.add_argument("--percentile", type=float, default=PERCENTILE)
+    quantize.add_argument("--pictures", type=int, default=CALIBRATION_PICTURES, metavar="N")
+    quantize.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
+    quantize.add_argument("--reduce-range", action="store_true", help="for x86 without VNNI")
+    quantize.add_argument("--float-layers", nargs="+", default=(), metavar="NODE")
+    _add_force(quantize)
+
+    evaluate = commands.add_parser("eval", help="accuracy of graphs on an evaluation set")
+    evaluate.add_argument("graphs", nargs="+", help=".onnx files; drops are against the first")
+    _add_pictures(evaluate)
+    evaluate.add_argument("--batch-size", type=int, default=64)
+
+    benchmark = commands.add_parser("benchmark", help="pictures a second of graphs, in turns")
+    benchmark.add_argument("graphs", nargs="+", help=".onnx files; ratios are to the first")
+    benchmark.add_argument("--batch-size", type=int, default=1)
+    benchmark.add_argument("--rounds", type=int, default=20)
+    benchmark.add_argument("--threads", type=int, help="default: one per core")
+
+    report = commands.add_parser("report", help="weights and quantization noise by layer")
+    report.add_argument("graph", help="the float .onnx file")
+    report.add_argument("output", help="picture to write, .png or .pdf")
+    report.add_argument("--int8", metavar="FILE", help="INT8 graph whose outputs to compare")
+    _add_pictures(report)
+    report.add_argument("--pictures", type=int, default=32, metavar="N", help="to compare on")
+    report.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
+    _add_force(report)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a run", "what train.py was given; --config.FIELD=VALUE changes a field, such as a data_dir"
+    )
+    group.add_argument("--workdir", metavar="DIR")
+    group.add_argument("--config", metavar="FILE", help="default: what the run has left in DIR")
+    group.add_argument("--part", default="target", help="default: target")
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    group = parser.add_argument_group("pictures", "in place of a run's")
+    group.add_argument("--data", metavar="NAME", help="digits, folder, or a TFDS set")
+    for flag in ("--data-dir", "--train-split", "--eval-split"):
+        group.add_argument(flag)
+    group.add_argument("--resize", type=int, help="shorter side before the crop")
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+
+
+def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> ConfigDict:
+    """What --config, --workdir and --config.FIELD=VALUE say.
+
+    Raises:
+      ValueError: there is no configuration, or an override does not fit.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    argv = [PROGRAM, *overrides]
+    options = {"flag_values": values, "sys_argv": argv}
+    left = run_config(arguments.workdir) if arguments.config is None else None
+    try:
+        if left is not None:
+            config_flags.DEFINE_config_dict("config", left, **options)
+        else:
+            argv.append(f"--config={arguments.config}")
+            config_flags.DEFINE_config_file("config", None, **options)
+        values(argv)
+        return values.config
+    except (flags.Error, OSError) as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
+    except (AttributeError, KeyError) as error:
+        raise ValueError(
+            f"the configuration cannot be read with {list(overrides)}: {error}"
+        ) from None
+
+
+def trained(arguments: argparse.Namespace, overrides: Sequence[str]) -> Trained:
+    """The network that --workdir or --weights names.
+
+    Raises:
+      ValueError: neither or both are given, or there is no such network.
+    """
+    if (arguments.workdir is None) == (arguments.weights is None):
+        raise ValueError("one of --workdir and --weights must be given")
+    preprocess = not arguments.no_preprocess
+    if arguments.weights is not None:
+        _refuse_overrides(overrides)
+        return load_weights_file(
+            arguments.weights,
+            name=arguments.model,
+            kind=arguments.kind,
+            strides=arguments.strides,
+            image_size=arguments.image_size,
+            mean=arguments.mean,
+            std=arguments.std,
+            preprocess=preprocess,
+        )
+    return load_run(
+        configuration(arguments, overrides),
+        arguments.workdir,
+        part=arguments.part,
+        checkpoint=arguments.checkpoint,
+        averaged=arguments.averaged,
+        preprocess=preprocess,
+    )
+
+
+def pictures(
+    arguments: argparse.Namespace, overrides: Sequence[str], size: tuple[int, int]
+) -> Pictures:
+    """The data set that --workdir, --config or --data names, its pictures brought to `size`.
+
+    Raises:
+      ValueError: none or several are given, or it does not have such pictures.
+    """
+    from repopt_jax.data import load_dataset
+
+    by_run = arguments.workdir is not None or arguments.config is not None
+    if by_run == (arguments.data is not None):
+        raise ValueError("pictures must be named by either --data or --workdir")
+    if by_run:
+        section = data_section(configuration(arguments, overrides), arguments.part)
+        found = configured_pictures(section)
+    else:
+        _refuse_overrides(overrides)
+        keys = ("data_dir", "train_split", "eval_split")
+        dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
+        square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
+        found = Pictures(dataset, square, arguments.resize)
+    if found.size != size:
+        raise ValueError(f"pictures must have the graph's size {size}, got {found.size}")
+    return found
+
+
+def _refuse_overrides(overrides: Sequence[str]) -> None:
+    if overrides:
+        raise ValueError(f"--config.FIELD needs --workdir or --config, got {list(overrides)}")
+
+
+def progress(label: str, batches: Iterable[Any], total: int | None = None) -> Any:
+    """`batches`, with a bar on standard error where that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(batches, label, total, leave=False, file=sys.stderr, disable=None)

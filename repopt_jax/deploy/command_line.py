@@ -1,0 +1,188 @@
+"""What the commands do: each takes the parsed flags, writes its file and prints what it found."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from repopt_jax.deploy import arguments as flags
+from repopt_jax.deploy.finished import check_output
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status, 2 for anything wrong with the flags or files."""
+    parser = flags.make_parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    unknown = [text for text in overrides if not text.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown arguments {unknown}")
+    try:
+        COMMANDS[arguments.command](arguments, overrides)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{flags.PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{flags.PROGRAM}: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Write a trained network to an ONNX or StableHLO file."""
+    from repopt_jax.deploy.onnx_export import export_onnx
+    from repopt_jax.deploy.stablehlo_export import export_stablehlo
+
+    writers = {".onnx": export_onnx, ".stablehlo": export_stablehlo}
+    write = writers.get(pathlib.Path(arguments.output).suffix)
+    if write is None:
+        raise ValueError(f"output must end in one of {list(writers)}, got {arguments.output}")
+    check_output(arguments.output, force=arguments.force)
+    trained = flags.trained(arguments, overrides)
+    write(arguments.output, trained.model, trained.preprocessing, name=trained.name)
+    _told(arguments.output, trained.name)
+
+
+def quantize(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Write the INT8 graph of a float one."""
+    from repopt_jax.deploy.onnx_export import save_onnx
+    from repopt_jax.deploy.quantization import quantize
+    from repopt_jax.deploy.runtime import read_onnx
+
+    _require(arguments.output, ".onnx")
+    check_output(arguments.output, force=arguments.force)
+    graph, metadata = read_onnx(arguments.graph)
+    batches = _calibration(arguments, overrides, metadata)
+    int8 = quantize(
+        graph,
+        flags.progress("calibration", batches),
+        per_channel=arguments.per_channel,
+        calibration=arguments.calibration,
+        percentile=arguments.percentile,
+        reduce_range=arguments.reduce_range,
+        float_layers=arguments.float_layers,
+    )
+    save_onnx(arguments.output, int8)
+    described = {entry.key: entry.value for entry in int8.metadata_props}["quantization"]
+    _told(arguments.output, f"{metadata['model']}, INT8 {described}")
+
+
+def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Print a table of accuracy and file size."""
+    from repopt_jax.deploy.evaluation import evaluate
+    from repopt_jax.deploy.pictures import unmasked
+    from repopt_jax.training.report import format_table
+
+    networks = _networks(arguments.graphs)
+    first = next(iter(networks.values()))
+    size = (first.preprocessing.height, first.preprocessing.width)
+    pictures = flags.pictures(arguments, overrides, size)
+    found, rows = {}, []
+    for path, network in networks.items():
+        batches = pictures.evaluation(arguments.batch_size)
+        count = -(-len(pictures.dataset.eval) // arguments.batch_size)
+        found[path] = evaluate(network, unmasked(flags.progress(path, batches, count)))
+        drops = [found[arguments.graphs[0]][k] - found[path][k] for k in ("top1", "top5")]
+        cells = [f"{found[path]['top1']:.2f}", f"{found[path]['top5']:.2f}"]
+        cells += [f"{drop:.2f}" for drop in drops]
+        setting = network.metadata.get("quantization", "float")
+        rows.append((path, *cells, found[path]["pictures"], _megabytes(path), setting))
+    header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "pictures", "MB", "")
+    print(format_table(rows, header))
+
+
+def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Print a table of speeds, measured in turns."""
+    from repopt_jax.deploy.evaluation import pictures_per_second, speedup
+    from repopt_jax.training.report import format_table
+
+    if overrides:
+        raise ValueError(f"benchmark takes no configuration, got {list(overrides)}")
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {arguments.batch_size}")
+    networks = _networks(arguments.graphs, arguments.threads)
+    first = next(iter(networks.values())).preprocessing
+    shape = (arguments.batch_size, first.height, first.width, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    speeds = pictures_per_second(networks, images, rounds=arguments.rounds)
+    rows = [
+        (
+            path,
+            f"{statistics.median(speeds[path]):.1f}",
+            f"{min(speeds[path]):.1f}",
+            f"{max(speeds[path]):.1f}",
+            f"{speedup(speeds, path, arguments.graphs[0]):.2f}",
+            _megabytes(path),
+        )
+        for path in networks
+    ]
+    print(format_table(rows, ("graph", "pictures/s", "least", "most", "speed-up", "MB")))
+    threads = arguments.threads or os.cpu_count()
+    print(f"medians of {arguments.rounds} rounds, batch {arguments.batch_size}, {threads} threads")
+
+
+def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Print a table by layer and draw it."""
+    from repopt_jax.deploy.layer_report import layer_reports, plot, table
+    from repopt_jax.deploy.runtime import read_onnx
+    from repopt_jax.training.report import format_table
+
+    _require(arguments.output, ".png", ".pdf")
+    check_output(arguments.output, force=arguments.force)
+    graph, metadata = read_onnx(arguments.graph)
+    int8 = images = None
+    if arguments.int8 is not None:
+        int8, _ = read_onnx(arguments.int8)
+        images = np.concatenate(_calibration(arguments, overrides, metadata))
+    elif overrides:
+        raise ValueError(f"pictures are used with --int8 only, got {list(overrides)}")
+    reports = layer_reports(graph, int8, images)
+    print(format_table(*table(reports)))
+    plot(arguments.output, reports, metadata["model"])
+    _told(arguments.output, f"{len(reports)} layers of {metadata['model']}")
+
+
+COMMANDS = {
+    "export": export,
+    "quantize": quantize,
+    "eval": evaluate,
+    "benchmark": benchmark,
+    "report": report,
+}
+
+
+def _calibration(arguments, overrides, metadata) -> list[np.ndarray]:
+    from repopt_jax.deploy.preprocessing import Preprocessing
+
+    expected = Preprocessing.from_metadata(metadata)
+    pictures = flags.pictures(arguments, overrides, (expected.height, expected.width))
+    return pictures.calibration(arguments.pictures, arguments.seed)
+
+
+def _networks(paths: Sequence[str], threads: int | None = None) -> dict:
+    """The graphs by path, which take pictures of one size."""
+    from repopt_jax.deploy.runtime import OnnxNetwork
+
+    networks = {path: OnnxNetwork(path, threads=threads) for path in paths}
+    sizes = {(n.preprocessing.height, n.preprocessing.width) for n in networks.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"graphs must take pictures of one size, got {sorted(sizes)}")
+    return networks
+
+
+def _require(path: str, *endings: str) -> None:
+    if pathlib.Path(path).suffix not in endings:
+        raise ValueError(f"output must end in {' or '.join(endings)}, got {path}")
+
+
+def _megabytes(path: str) -> str:
+    return f"{os.path.getsize(path) / 1e6:.2f}"
+
+
+def _told(path: str, what: str) -> None:
+    print(f"wrote {path}: {what}, {_megabytes(path)} MB")

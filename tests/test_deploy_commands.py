@@ -1,0 +1,211 @@
+"""From a short run on digits to INT8 files through the command line, as docs/deploy.md has it."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import repopt_jax
+from repopt_jax.data import load_dataset
+from repopt_jax.deploy.command_line import main
+from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.deploy.stablehlo_export import load_stablehlo
+from repopt_jax.scales import Scales, save_scales
+from repopt_jax.torch_files import export_weights
+from repopt_jax.training import run
+from repopt_jax.training.report import read_metrics
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from small_run import small_config  # noqa: E402
+from torch_file_builder import archive_of, tensor  # noqa: E402
+
+DOCUMENT = (REPOSITORY / "docs" / "deploy.md").read_text()
+VGG = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds a run of 11 steps with averages in runs/digits, and torch weights in vgg.pth."""
+    folder = tmp_path_factory.mktemp("deploy")
+    config = small_config(target__epochs=1.0)
+    size = {key: value for key, value in config.model.items() if value is not None}
+    plain = repopt_jax.create_model(num_classes=10, rngs=nnx.Rngs(0), **size)
+    save_scales(folder / "scales.safetensors", Scales.initial(plain))
+    config.scales = str(folder / "scales.safetensors")
+    run.run(config, folder / "runs" / "digits")
+    weights = export_weights(
+        repopt_jax.create_model("RepOpt-VGG", "repvgg", **VGG, rngs=nnx.Rngs(0))
+    )
+    (folder / "vgg.pth").write_bytes(archive_of({k: tensor(v) for k, v in weights.items()}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documented(folder):
+    """What every command of the document printed, in its folder."""
+    commands = [
+        shlex.split(line)[3:]
+        for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in commands:
+            assert main(command) == 0, command
+            printed.append(command)
+    return printed
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """Runs a command in the folder; its status, output and errors."""
+    monkeypatch.chdir(folder)
+
+    def run_command(line):
+        try:
+            status = main(shlex.split(line))
+        except SystemExit as stopped:
+            status = stopped.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run_command
+
+
+def table(text):
+    """Rows of a printed table by their first cell."""
+    return {line.split()[0]: line.split()[1:] for line in text.splitlines()[2:]}
+
+
+def test_the_documented_commands_write_their_files(documented, folder):
+    """All five commands are among them, and none leaves an unfinished file."""
+    assert {command[0] for command in documented} == {
+        "export", "quantize", "eval", "benchmark", "report"
+    }  # fmt: skip
+    written = {p.name for p in folder.iterdir()} - {"runs", "vgg.pth", "scales.safetensors"}
+    assert written == {
+        "digits.onnx", "digits-int8.onnx", "layers.png", "digits.stablehlo", "vgg.onnx",
+        "channels.onnx", "cut.onnx", "mixed.onnx",
+    }  # fmt: skip
+
+
+def test_the_float_graph_has_the_accuracy_that_training_told(documented, folder, command):
+    """top-1 and top-5 of the best checkpoint, over all 360 pictures; the INT8 drop is beside."""
+    status, out, _ = command("eval digits.onnx digits-int8.onnx --workdir=runs/digits")
+    assert status == 0
+    records = read_metrics(folder / "runs" / "digits" / "target" / "metrics.jsonl")
+    best = max((r for r in records if "eval/top1" in r), key=lambda r: r["eval/top1"])
+    rows = table(out)
+    told = [f"{best['eval/top1']:.2f}", f"{best['eval/top5']:.2f}"]
+    assert rows["digits.onnx"][:5] == [*told, "0.00", "0.00", "360"]
+    top1, _, drop, _, pictures = rows["digits-int8.onnx"][:5]
+    assert pictures == "360" and float(drop) == pytest.approx(float(told[0]) - float(top1))
+    assert abs(float(drop)) < 10
+
+
+def test_averaged_weights_are_others(documented, folder, command):
+    """And are those whose accuracy training told; every file agrees with JAX's own."""
+    images = load_dataset("digits").eval.images
+    status, out, _ = command(
+        "export mean.onnx --workdir=runs/digits --checkpoint=latest --averaged"
+    )
+    assert status == 0 and out.startswith("wrote mean.onnx: RepOpt-VGG, ")
+    latest = load_stablehlo("digits.stablehlo").call(jnp.asarray(images))
+    averaged = OnnxNetwork("mean.onnx")(images)
+    assert np.abs(averaged - latest).max() > 0.01
+    labels = load_dataset("digits").eval.labels
+    records = read_metrics(folder / "runs" / "digits" / "target" / "metrics.jsonl")
+    told = [r["eval_ema/top1"] for r in records if "eval_ema/top1" in r][-1]
+    assert 100 * (averaged.argmax(1) == labels).mean() == pytest.approx(told, abs=1e-3)
+
+
+def test_weights_of_a_torch_file_are_exported(documented, folder):
+    """With the preprocessing of ImageNet."""
+    model = repopt_jax.create_model("RepOpt-VGG", "repvgg", **VGG, rngs=nnx.Rngs(0))
+    model.eval()
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    expected = model(jnp.asarray(Preprocessing(32, 32)(images)))
+    np.testing.assert_allclose(
+        OnnxNetwork(folder / "vgg.onnx")(images), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_module_runs_as_a_program(documented, folder):
+    line = [sys.executable, "-m", "repopt_jax.deploy", "benchmark"]
+    line += [str(folder / "digits.onnx"), "--rounds=1"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("medians of 1 rounds, batch 1, ")
+
+
+WRONG = [
+    ("export digits.onnx --workdir=runs/digits", "output must not exist unless --force is given"),
+    ("export a.txt --workdir=runs/digits", "output must end in one of ['.onnx', '.stablehlo']"),
+    ("export no/a.onnx --workdir=runs/digits", "output must lie in an existing folder"),
+    ("export a.onnx", "one of --workdir and --weights must be given"),
+    ("export a.onnx --workdir=nowhere", "workdir must hold a run with its config.json"),
+    ("export a.onnx --workdir=runs/digits --part=plain", "part must have checkpoints in runs/di"),
+    ("export a.onnx --weights=no.pth", "weights must be an existing file, got no.pth"),
+    ("export a.onnx --weights=vgg.pth --kind=target", "kind must be repvgg as in vgg.pth, got "),
+    ("export a.onnx --weights=vgg.pth --model=B1", "model must be 'RepOpt-VGG' as in vgg.pth"),
+    ("export a.onnx --weights=digits.onnx", "digits.onnx"),
+    ("export a.onnx --weights=vgg.pth --std 0 1 1", "mean and std must be 3 numbers each"),
+    ("quantize vgg.pth a.onnx --data=digits", "graph must be an ONNX file, got 'vgg.pth'"),
+    ("quantize no.onnx a.onnx --data=digits", "No such file or directory"),
+    ("quantize digits.onnx a.onnx", "pictures must be named by either --data or --workdir"),
+    ("quantize vgg.onnx a.onnx --workdir=runs/digits", "the graph's size (32, 32), got (8, 8)"),
+    ("quantize digits.onnx a.onnx --data=digits --pictures=9999", "must be in 1..1437, got 9999"),
+    ("quantize digits.onnx a.onnx --data=digits --calibration=median", "invalid choice: 'median'"),
+    ("eval digits.onnx --workdir=runs/digits --config.target.dat=3", "--config.target.dat=3"),
+    ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD needs --workdir"),
+    ("eval digits.onnx --data=digits --colour=red", "unknown arguments ['--colour=red']"),
+    ("eval digits.onnx vgg.onnx --data=digits", "graphs must take pictures of one size, got"),
+    ("eval digits.onnx --config=nowhere.py", "nowhere.py"),
+    ("benchmark digits.onnx --batch-size=0", "batch-size must be at least 1, got 0"),
+    ("report digits.onnx a.txt", "output must end in .png or .pdf, got a.txt"),
+    ("fly digits.onnx", "invalid choice: 'fly'"),
+]
+
+
+# By ml_collections, which reads configuration files with it.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(("line", "message"), WRONG, ids=lambda text: text[:50])
+def test_what_is_wrong_ends_with_one_sentence(documented, folder, command, line, message):
+    """Status 2, and no file is written or changed."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, out, err = command(line)
+    assert (status, out) == (2, "")
+    assert err.startswith("python -m repopt_jax.deploy: ") and err.count("\n") == 1
+    assert message in err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_field_of_the_configuration_can_be_changed(documented, command):
+    """Such as where the data lies; here, which classes are kept."""
+    line = "eval digits.onnx --workdir=runs/digits '--config.target.data.classes=(0,1,2)'"
+    status, out, _ = command(line)
+    assert status == 0 and int(table(out)["digits.onnx"][4]) < 360
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_configuration_file_names_the_pictures(documented, command):
+    """As train.py was given it, instead of what the run has left."""
+    status, out, _ = command(f"eval digits.onnx --config={REPOSITORY}/configs/digits.py")
+    assert status == 0 and table(out)["digits.onnx"][4] == "360"
+
+
+def test_force_replaces_an_existing_file(documented, folder, command):
+    before = (folder / "vgg.onnx").read_bytes()
+    status, _, _ = command("export vgg.onnx --weights=vgg.pth --image-size=64 --force")
+    assert status == 0
+    assert (folder / "vgg.onnx").read_bytes() != before
+    (folder / "vgg.onnx").write_bytes(before)
