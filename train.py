@@ -30,6 +30,11 @@ def parse(argv):
             "run: train what is not finished; eval: evaluate the checkpoints in workdir; "
             "throughput: time the training step, without workdir.",
         )
+        flags.DEFINE_string(
+            "coordinator_address", None, "HOST:PORT of the first of many processes."
+        )
+        flags.DEFINE_integer("num_processes", None, "Number of processes.")
+        flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
         unknown = flags.FLAGS(argv)[1:]
         _ = flags.FLAGS.config.parts  # that the file is not there shows only at its first use
     except flags.Error as error:
@@ -61,9 +66,14 @@ def main(_):
     logging.set_verbosity(logging.WARNING)  # absl would tell which backends jax looks for
     from repopt_jax.training import run
     from repopt_jax.training.loop import RunStopped
+    from repopt_jax.training.processes import join_processes
     from repopt_jax.training.throughput import throughput
 
     given = flags.FLAGS
+    try:
+        join_processes(given.coordinator_address, given.num_processes, given.process_id)
+    except (ValueError, RuntimeError) as error:
+        stop(f"the processes cannot be joined: {error}", 2)
     name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
     workdir = given.workdir or f"runs/{name}"
     try:

@@ -4,7 +4,7 @@
 
 Trains a search and a target on digits once undisturbed, and once with SIGKILL at random moments
 and the same command again after each. Compares every array of the final states (parameters,
-BatchNorm, optimizer, averages), the scales file, and all metrics but the seconds. Exits with
+BatchNorm, optimizer, averages), the scales file, and all metrics but times. Exits with
 status 1 at a difference.
 """
 
@@ -60,16 +60,19 @@ def differences(one, other) -> list[str]:
     one, other = pathlib.Path(one), pathlib.Path(other)
     found = []
     for part in SETTINGS["parts"]:
-        states = _final_states(part, one, other)
+        states = final_states(small_config(), part, one, other)
         paths = jax.tree_util.tree_leaves_with_path(states[0])
         for (path, a), b in zip(paths, jax.tree.leaves(states[1]), strict=True):
             if np.asarray(a).tobytes() != np.asarray(b).tobytes():
                 found.append(f"{part}: the final state{jax.tree_util.keystr(path)}")
-        records = [_untimed(workdir / part / "metrics.jsonl") for workdir in (one, other)]
+        records = [
+            [_without_times(r) for r in read_metrics(workdir / part / "metrics.jsonl")]
+            for workdir in (one, other)
+        ]
         if records[0] != records[1]:
             found.append(f"{part}: metrics.jsonl")
         summaries = [json.loads((w / part / "summary.json").read_text()) for w in (one, other)]
-        if any(s.pop("seconds") is None for s in summaries) or summaries[0] != summaries[1]:
+        if _without_times(summaries[0]) != _without_times(summaries[1]):
             found.append(f"{part}: summary.json")
     if _scales(one) != _scales(other):  # the file's own bytes hold its metadata in any order
         found.append("scales.safetensors")
@@ -81,14 +84,16 @@ def _scales(workdir: pathlib.Path):
     return {path: vector.tobytes() for path, vector in scales.flat().items()}, scales.metadata
 
 
-def _untimed(path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(path)]
+def _without_times(record: dict) -> dict:
+    times = ("seconds", "train/images_per_second")
+    return {k: v for k, v in record.items() if k not in times}
 
 
-def _final_states(name: str, *workdirs: pathlib.Path) -> list:
+def final_states(config, name: str, *workdirs: pathlib.Path) -> list:
+    """The last state of the part `name` in each working directory."""
     mesh = make_mesh(devices=jax.devices()[:1])
     scales = load_scales(workdirs[0] / "scales.safetensors")
-    part = prepare(small_config(), name, mesh, scales)
+    part = prepare(config, name, mesh, scales)
     shapes = jax.eval_shape(part.init)
     found = []
     for workdir in workdirs:

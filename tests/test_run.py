@@ -279,7 +279,48 @@ def test_a_signal_during_an_evaluation_counts_at_the_next_step(tmp_path, monkeyp
         run.run(config, tmp_path)
     assert stopped.value.exit_code == 143
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert checkpoints.steps() == [2]
+    assert checkpoints.steps()[-1] == 2
     checkpoints.close()
     monkeypatch.undo()
     assert [key for key in run.evaluate(config, tmp_path) if "latest" in key] == ["plain/latest"]
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch, fake_step):
+    """Though it came where no checkpoint was due."""
+    config = small_config(parts=("plain",), eval_every=0.25, checkpoint__every=9.0)
+    top1 = iter([20.0, 50.0, 80.0, 70.0, *[60.0] * 20])
+    monkeypatch.setattr(
+        loop,
+        "evaluate_state",
+        lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0},
+    )
+    summary = run.run(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
+    assert summary["parts"]["plain"]["best_top1"] == 80
+    assert checkpoints.best_step() == 9
+    checkpoints.close()
+
+
+def test_checkpoints_by_time(tmp_path, fake_step):
+    config = small_config(parts=("plain",), eval_every=99.0, checkpoint__every=99.0)
+    config.checkpoint.update({"minutes": 1e-9, "keep": 99})
+    run.run(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
+    assert checkpoints.steps() == list(range(1, 34))
+    checkpoints.close()
+
+
+def test_a_run_keeps_its_bn_group_on_another_number_of_devices(tmp_path, monkeypatch, fake_step):
+    """A device's share is 16 of 128 on 8 devices and would be 128 on one."""
+    config = small_config(parts=("plain",), target__bn_group=None, target__epochs=0.2)
+    config.target.schedule.warmup_epochs = 0.0
+    run.run(config, tmp_path)
+    (tmp_path / "plain" / "summary.json").unlink()
+    one = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(run, "make_mesh", lambda fsdp: one)
+    seen = []
+    monkeypatch.setattr(run, "train", lambda part, _: seen.append(part) or pytest.exit)
+    with contextlib.suppress(TypeError):
+        run.run(config, tmp_path)
+    assert seen[0].section.bn_group == 16
+    assert seen[0].options.group == 16

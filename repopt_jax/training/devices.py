@@ -55,6 +55,11 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     return jax.tree.map(place, state)
 
 
+def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
+    """`tree` whole on every device, so that every process can read it."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Global arrays from this process's part of a batch, split over all devices."""
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

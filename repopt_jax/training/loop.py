@@ -22,9 +22,11 @@ from etils import epath
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import put_batch
 from repopt_jax.training.parts import Part
+from repopt_jax.training.processes import agreed, wait_for_all
 from repopt_jax.training.progress import Progress
 from repopt_jax.training.report import MetricsWriter, read_metrics
 from repopt_jax.training.step import EvalMetrics, TrainState, eval_step, train_step
+from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -130,6 +132,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     if restored is not None:
         first, state = restored
     writer = MetricsWriter(workdir, resumed_at=first if restored is not None else None)
+    wait_for_all(f"where the metrics of {part.name} are ready")
     progress = Progress(
         workdir,
         part.steps,
@@ -147,12 +150,15 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     finally:
         writer.close()
         checkpoints.close()
-    if stop.received is not None:  # even at the last step: a part after this one may not begin
+    (received,) = agreed([stop.received or 0])
+    if received:  # even at the last step: a part after this one may not begin
+        name = signal.Signals(int(received)).name
         raise RunStopped(
-            f"{stop.received.name} received: {part.name} is saved at step {step} of "
-            f"{part.steps}; the same command goes on from there",
-            128 + stop.received,
+            f"{name} received: {part.name} is saved at step {step} of {part.steps}; "
+            "the same command goes on from there",
+            128 + int(received),
         )
+    wait_for_all(f"at the end of {part.name}")
     return state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
 
 
@@ -164,14 +170,18 @@ def _run_steps(
     eval_every = part.steps_in(part.config.eval_every)
     save_every = part.steps_in(part.config.checkpoint.every)
     log_every = part.config.log_every
-    seconds = _seconds_before(read_metrics(writer.path))
-    since = time.perf_counter()
+    before = read_metrics(writer.path)
+    seconds = before[-1]["seconds"] if before else 0.0
+    best = max((r["eval/top1"] for r in before if "eval/top1" in r), default=-math.inf)
+    since = saved = time.perf_counter()
     recent: list[dict[str, jax.Array]] = []
     step = first
+    profile = Profile(writer.path.parent, first, part.config.profile_steps)
     for step in range(first + 1, part.steps + 1):
         with told_in_a_sentence():  # a picture may be broken
             batch = next(batches)
         batch = put_batch(part.mesh, batch)
+        profile.step(step)
         state, metrics = step_fn(part.graphdef, part.tx, part.options, state, batch)
         if recent:
             _require_finite(part, step - 1, recent[-1], checkpoints)
@@ -179,20 +189,28 @@ def _run_steps(
         progress.step(step)
 
         last = step == part.steps
-        stopping = stop.received is not None  # one that comes from here on counts at the next step
         due_eval = last or step % eval_every == 0
-        due_save = last or step % save_every == 0 or stopping
-        if due_eval or due_save or step % log_every == 0:
+        due_save = last or step % save_every == 0
+        due_report = due_eval or due_save or step % log_every == 0
+        stopping = False
+        if due_report or jax.process_count() == 1:  # a signal that comes later counts next time
+            overdue = 0 < 60 * part.config.checkpoint.minutes < time.perf_counter() - saved
+            stopping, overdue = agreed([stop.received is not None, overdue])
+            due_save = due_save or stopping or overdue
+        if due_report or due_save:
             _require_finite(part, step, metrics, checkpoints)
             means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in metrics}
             recent.clear()
             means["train/lr"] = float(part.schedule(step - 1))
-            progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
+            speed = progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
             record = {"epoch": step / part.steps_per_epoch, **means}
+            record |= _usage(part, state, speed, batch["image"].shape[1:])
             if due_eval:
                 with progress.paused():
                     found = evaluate_state(part, state)
                 record |= found
+                if found["eval/top1"] > best:  # the best checkpoint is that of the best evaluation
+                    best, due_save = found["eval/top1"], True
                 progress.say(_sentence(part.name, step, found))
             record["seconds"] = seconds + time.perf_counter() - since
             writer.write(step, record)
@@ -201,8 +219,10 @@ def _run_steps(
             top1 = {"top1": record["eval/top1"]} if due_eval else None
             with told_in_a_sentence():
                 checkpoints.save(step, state, batches, metrics=top1, force=True)
+            saved = time.perf_counter()
         if stopping:
             break
+    profile.close()
     return step, state
 
 
@@ -238,9 +258,17 @@ def _stop_diverged(what: str, checkpoints: Checkpoints) -> None:
     )
 
 
-def _seconds_before(records: list[dict[str, Any]]) -> float:
-    """Time that the steps before the restored checkpoint took."""
-    return records[-1]["seconds"] if records else 0.0
+def _usage(part: Part, state: TrainState, speed: float, image_shape) -> dict[str, float]:
+    """Images per second and, where the device tells, model FLOPs utilization and peak memory."""
+    found = {"train/images_per_second": speed}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        flops = forward_flops(part.eval_graphdef, state.params, state.stats, image_shape)
+        found["train/mfu"] = 3 * flops * speed / (peak * part.mesh.size)
+    memory = peak_memory()
+    if memory is not None:
+        found["device/peak_memory_gib"] = memory / 2**30
+    return found
 
 
 def _sentence(name: str, step: int, found: dict[str, float]) -> str:

@@ -62,7 +62,7 @@ class Progress:
     ...         for step in range(1, 11):
     ...             progress.step(step)
     ...             if step % 5 == 0:
-    ...                 progress.report(step, loss=2 / step, lr=0.1)
+    ...                 speed = progress.report(step, loss=2 / step, lr=0.1)
     ...     lines = epath.Path(workdir, "train.log").read_text().splitlines()
     >>> lines[1].split(" ", 2)[2].split(", ")[:3]
     ['search 10/10 (100 %)', 'loss 0.2000', 'lr 0.1']
@@ -113,10 +113,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def report(self, step: int, *, loss: float, lr: float):
+    def report(self, step: int, *, loss: float, lr: float) -> float:
         """Tell the loss, the learning rate, images per second and the time left.
 
-        The speed is that since the last report, without the time spent in :meth:`paused`.
+        Returns:
+          Images per second since the last report, without the time spent in :meth:`paused`.
         """
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9) / max(step - self._reported, 1)  # per update
@@ -129,6 +130,7 @@ class Progress:
             self.step(step)
         done = f"{self._label} {step}/{self._total} ({100 * step / self._total:.0f} %)"
         _log.info("%s, %s", done, facts, extra={"on_bar": True})
+        return speed
 
     def say(self, text: str):
         """Tell one line, such as the result of an evaluation."""

@@ -18,10 +18,11 @@ from flax import nnx
 from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales, load_scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.devices import make_mesh, replicate, samples_per_group
 from repopt_jax.training.figures import plot_curves, plot_scales
 from repopt_jax.training.loop import RunStopped, evaluate_state, told_in_a_sentence, train
 from repopt_jax.training.parts import Part, prepare
+from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.step import TrainState
 
@@ -29,7 +30,16 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Fields that may differ when a run is resumed, because they do not change its numbers.
-FREE_FIELDS = ("parts", "log_every", "keep", "threads", "data_dir", "eval_batch_size")
+FREE_FIELDS = (
+    "parts",
+    "log_every",
+    "keep",
+    "minutes",
+    "profile_steps",
+    "threads",
+    "data_dir",
+    "eval_batch_size",
+)
 
 TITLES = {
     "search": "hyper-search",
@@ -37,6 +47,7 @@ TITLES = {
     "plain": "plain optimizer",
     "csla": "constant-scale branches",
     "repvgg": "RepVGG",
+    "rep": "RepGhost",
 }
 
 
@@ -50,6 +61,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     workdir = epath.Path(workdir)
     with told_in_a_sentence():
         names, scales, mesh = check(config, workdir)
+        config = _with_bn_groups(config, names, mesh, workdir)
         for name in names:
             prepare(config, name, mesh, scales)
         _claim(workdir, config)
@@ -65,6 +77,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             if name == "search":
                 scales = _keep_scales(part, state, summary, workdir)
             write_json(done, summary)
+            wait_for_all(f"where the summary of {name} is written")
         elif name == "search":
             scales = load_scales(workdir / "scales.safetensors")
         summaries[name] = json.loads(done.read_text())
@@ -163,6 +176,26 @@ def check(
     return names, scales, make_mesh(config.fsdp)
 
 
+def _with_bn_groups(
+    config: ConfigDict, names: list[str], mesh: Any, workdir: epath.Path
+) -> ConfigDict:
+    """`config` with a number for every `bn_group` of None that is in use.
+
+    It is the one that the run began with: on another number of devices a device's share is another,
+    and the training would silently change.
+    """
+    config = config.copy_and_resolve_references()
+    path = workdir / "config.json"
+    begun = json.loads(path.read_text()) if path.exists() else {}
+    for section_name in {"search" if name == "search" else "target" for name in names}:
+        section = config[section_name]
+        if section.bn_group is None:
+            remembered = begun.get(section_name, {}).get("bn_group")
+            sizes = (section.batch_size, section.accumulation, remembered, mesh)
+            section.bn_group = samples_per_group(*sizes)
+    return config
+
+
 def _claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Write the configuration, or refuse a directory with another one."""
     path = workdir / "config.json"
@@ -173,6 +206,7 @@ def _claim(workdir: epath.Path, config: ConfigDict) -> None:
             f"{key} ({present.get(key)!r} there, {wanted.get(key)!r} here)"
             for key in sorted(present.keys() | wanted.keys())
             if present.get(key) != wanted.get(key) and key.split(".")[-1] not in FREE_FIELDS
+            if not (key.endswith("bn_group") and present.get(key) is None)  # not in use so far
         ]
         if different:
             raise ValueError(
@@ -184,6 +218,7 @@ def _claim(workdir: epath.Path, config: ConfigDict) -> None:
     # A kill while the configuration was being written leaves its unfinished file alone.
     elif workdir.exists() and any(p.name != "config.json.unfinished" for p in workdir.iterdir()):
         raise ValueError(f"workdir must be empty, absent or a run's own, got {workdir}")
+    wait_for_all("before the configuration is written")
     write_json(path, json.loads(config.to_json_best_effort()))
 
 
@@ -199,7 +234,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _keep_scales(part: Part, state: Any, summary: dict, workdir: epath.Path) -> Scales:
     """Save what a search found, with a picture."""
-    model = nnx.merge(part.graphdef, state.params, state.stats)
+    model = nnx.merge(part.graphdef, *replicate(part.mesh, (state.params, state.stats)))
     metadata = {
         "model": part.config.model.name,
         "source": "search",

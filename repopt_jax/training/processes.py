@@ -1,0 +1,81 @@
+"""Several processes, on one machine or many, that train one network together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# Each says how many processes its launcher has started: Slurm's srun, Open MPI's mpirun.
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Each says where the first process of a TPU slice is: of one slice, of several.
+TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+def join_processes(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> bool:
+    """Call `jax.distributed.initialize` if the arguments or the environment ask for it.
+
+    To be called before anything else of jax. Without arguments, more than one task of Slurm's
+    ``srun`` or Open MPI's ``mpirun``, or more than one host of a TPU slice, ask for it.
+
+    Args:
+      coordinator: ``HOST:PORT`` of the first process. None: as the launcher says.
+      count: number of processes. None: as the launcher says.
+      index: number of this process, from 0. None: as the launcher says.
+
+    Returns:
+      Whether there are other processes.
+
+    Raises:
+      ValueError: if only some of the arguments are given, or `index` is not below `count`.
+
+    >>> join_processes()
+    False
+    """
+    given = {"coordinator": coordinator, "count": count, "index": index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        if not _launched_together():
+            return False
+        jax.distributed.initialize()
+        return True
+    if missing:
+        raise ValueError(
+            f"coordinator, count and index must be given together, missing: {', '.join(missing)}"
+        )
+    if not 0 <= index < count:
+        raise ValueError(f"index must be in 0..count-1 = {count - 1}, got {index}")
+    jax.distributed.initialize(coordinator, count, index)
+    return True
+
+
+def _launched_together() -> bool:
+    if any(int(os.environ.get(name, "1")) > 1 for name in COUNTS):
+        return True
+    hosts, slices = (os.environ.get(name, "") for name in TPU_HOSTS)
+    return "," in hosts or bool(slices)
+
+
+def agreed(values: Sequence[float]) -> list[float]:
+    """The largest of every process's values, the same in all of them.
+
+    Processes have to take the same steps and saves, though a signal may reach only one of them and
+    no two clocks are equal. It waits for the device, so it belongs where metrics are read anyway.
+
+    >>> agreed([0, 15])
+    [0, 15]
+    """
+    if jax.process_count() == 1:
+        return list(values)
+    return multihost_utils.process_allgather(np.asarray(values, np.float32)).max(0).tolist()
+
+
+def wait_for_all(where: str):
+    """Return once every process has come `where`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)

@@ -1,0 +1,136 @@
+"""Two real processes, joined over gloo, train as one does; signals and clocks are agreed on."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from repopt_jax.training import processes
+from repopt_jax.training.processes import join_processes
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from kill_and_resume import final_states  # noqa: E402
+from small_run import command, lines_written, small_config  # noqa: E402
+
+FLAGS = (
+    "--config.dtype=float64",
+    "--config.search.epochs=1.0",
+    "--config.target.epochs=1.0",
+    "--config.target.mix.mixup=0.2",
+    "--config.target.mix.cutmix=1.0",
+    "--config.target.random_erasing=0.3",
+)  # 11 steps each
+
+
+def environment(folder, devices):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_ENABLE_X64": "1"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return dict(os.environ) | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def start_two(workdir, env, *flags):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    joined = (f"--coordinator_address=localhost:{port}", "--num_processes=2")
+    return [
+        subprocess.Popen([*command(workdir, *flags, *joined), f"--process_id={i}"], **pipes)
+        for i in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """One process; two that are told to stop, one of them; and the same two again to the end."""
+    folder = tmp_path_factory.mktemp("processes")
+    alone, together = folder / "alone", folder / "together"
+    finished = subprocess.run(
+        command(alone, *FLAGS), env=environment(folder, 2), capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    env = environment(folder, 1)
+    both = start_two(together, env, *FLAGS)
+    while lines_written(together) < 4 and both[0].poll() is None:
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    stopped = [(*process.communicate(timeout=200), process.returncode) for process in both]
+    ended = start_two(together, env, *FLAGS)
+    ended = [(*process.communicate(timeout=200), process.returncode) for process in ended]
+    return {"alone": alone, "together": together, "stopped": stopped, "ended": ended}
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
+    sentences = [err.splitlines()[-1] for _, err, _ in story["stopped"]]
+    assert [code for *_, code in story["stopped"]] == [143, 143], story["stopped"]
+    assert "SIGTERM received: search is saved at step" in sentences[0]
+    assert sentences[0] == sentences[1]
+
+
+def test_two_processes_end_with_the_parameters_of_one(story):
+    """In float64 to 1e-12, through search, scales, target, mixing and a stop in between."""
+    assert [code for *_, code in story["ended"]] == [0, 0], story["ended"]
+    config = small_config(dtype="float64", search__epochs=1.0, target__epochs=1.0)
+    for part in ("search", "target"):
+        with jax.enable_x64(True):
+            alone, together = final_states(config, part, story["alone"], story["together"])
+        assert len(jax.tree.leaves(alone.params)) > 10
+        pairs = zip(jax.tree.leaves(alone.params), jax.tree.leaves(together.params), strict=True)
+        for one, other in pairs:
+            assert one.dtype == np.float64
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_only_the_first_process_writes_and_prints(story):
+    (out, _, _), (other, err, _) = story["ended"]
+    assert "RepOptimizer" in out
+    assert not [line for line in other.splitlines() if "Gloo" not in line]
+    assert "search" not in err
+    summary = json.loads((story["together"] / "summary.json").read_text())
+    assert summary["machine"]["devices"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1", None, 0), "must be given together, missing: count$"),
+        ((None, 2, None), "must be given together, missing: coordinator, index$"),
+        (("localhost:1", 2, 2), r"index must be in 0..count-1 = 1, got 2$"),
+    ],
+)
+def test_incomplete_arguments_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        join_processes(*given)
+
+
+@pytest.mark.parametrize(
+    ("variables", "asks"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # an allocation without srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True),
+    ],
+)
+def test_launchers_of_many_processes_are_recognized(monkeypatch, variables, asks):
+    for name in (*processes.COUNTS, *processes.TPU_HOSTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    called = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda: called.append(True))
+    assert join_processes() == bool(called) == asks
