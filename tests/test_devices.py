@@ -1,5 +1,6 @@
 """What devices there are changes where numbers live, and none of the numbers."""
 
+import math
 import pathlib
 import re
 import sys
@@ -108,6 +109,16 @@ def test_without_fsdp_devices_talk_at_the_end_of_a_step_only(trained):
     found = re.findall(pattern, trained["data"][3].as_text())
     assert set(found) == {"all-reduce"}
     assert len(found) <= 3  # XLA may split it; BatchNorm over the whole batch would need 21
+
+
+def test_without_fsdp_what_devices_tell_each_other_is_the_size_of_the_parameters(trained):
+    """Gradients and BatchNorm's running values once, and two scalars."""
+    _, _, state, step = trained["data"]
+    sums = re.findall(r"= \(?(.*?)\)? all-reduce(?:-start)?\(", step.as_text())
+    shapes = re.findall(r"f64\[([\d,]*)\]", " ".join(sums))
+    told = sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+    own = sum(x.size for x in jax.tree.leaves((state.params, state.stats)))
+    assert own <= told <= 1.05 * own
 
 
 def test_a_batch_is_split_over_all_devices_in_order():

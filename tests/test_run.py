@@ -1,6 +1,7 @@
 """`run` does every part once, tells what cannot be done before any work, and counts exactly."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -132,6 +133,13 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
     assert run.run(config, workdir) == summary
     table = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in table[2:4]] == [run.TITLES[name] for name in PARTS]
+
+
+def test_a_command_for_one_part_keeps_the_others_in_the_summary(finished):
+    _, workdir, summary, _ = finished
+    config = small_config(parts=("target",), target__epochs=2.0)
+    assert run.run(config, workdir) == summary
+    assert json.loads((workdir / "summary.json").read_text()) == summary
 
 
 def test_a_part_whose_summary_was_not_written_is_taken_up_at_its_end(finished):

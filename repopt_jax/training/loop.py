@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from etils import epath
+from flax import nnx
 
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import put_batch
@@ -139,6 +141,11 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
         batch_size=part.section.batch_size,
         resumed_at=first,
         label=part.name,
+    )
+    count = parameter_overview.count_parameters(nnx.to_pure_dict(state.params))
+    progress.say(
+        f"{part.name}: {count:,} parameters, {part.steps:,} steps of {part.section.batch_size} "
+        f"pictures, BatchNorm groups of {part.options.group}, {part.mesh.size} devices"
     )
     try:
         with StopSignal() as stop, progress:

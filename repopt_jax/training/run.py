@@ -18,6 +18,7 @@ from flax import nnx
 from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales, load_scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh, replicate, samples_per_group
 from repopt_jax.training.figures import plot_curves, plot_scales
 from repopt_jax.training.loop import RunStopped, evaluate_state, told_in_a_sentence, train
@@ -67,7 +68,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         _claim(workdir, config)
     if scales is not None and jax.process_index() == 0:
         save_scales(workdir / "scales.safetensors", scales)
-    summaries = {}
     for name in names:
         done = workdir / name / "summary.json"
         if not done.exists():
@@ -80,11 +80,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             wait_for_all(f"where the summary of {name} is written")
         elif name == "search":
             scales = load_scales(workdir / "scales.safetensors")
-        summaries[name] = json.loads(done.read_text())
+    files = {name: workdir / name / "summary.json" for name in PARTS}  # of earlier commands, too
+    summaries = {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
     summary = {"parts": summaries, "machine": _machine(mesh)}
     write_json(workdir / "summary.json", summary)
     if jax.process_index() == 0:
-        records = {TITLES[n]: read_metrics(workdir / n / "metrics.jsonl") for n in names}
+        records = {TITLES[n]: read_metrics(workdir / n / "metrics.jsonl") for n in summaries}
         plot_curves(workdir / "curves.png", records)
         print(_table(summaries))
         print(f"\nEverything is in {workdir}: summary.json, curves.png, checkpoints by part.")
