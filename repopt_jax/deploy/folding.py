@@ -4,8 +4,8 @@ A convolution with kernel ``k`` and the BatchNorm after it become one convolutio
 
     k' = k * scale / sqrt(var + epsilon)        b' = bias - mean * scale / sqrt(var + epsilon)
 
-RepVGG's branches are folded each by its own BatchNorm and added; an identity branch is a kernel
-with ones on the centre's diagonal (arXiv 2101.03697, section 3.3).
+The branches of RepVGG and RepGhost are folded each by its own BatchNorm and added; an identity
+branch is a kernel with ones on the centre's diagonal (arXiv 2101.03697, section 3.3).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax import nnx
 
 from repopt_jax.branches import Centre, Identity
 from repopt_jax.models.layers import BatchNorm, conv
+from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
 from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock
 
 if TYPE_CHECKING:
@@ -30,18 +31,7 @@ class FoldedBlock(nnx.Module):
     def __init__(self, block: PlainBlock | RepVGGBlock):
         kernel, bias = _folded(block)
         first = block.conv3x3 if isinstance(block, RepVGGBlock) else _inner_conv(block.conv)
-        self.conv = conv(
-            kernel.shape[-2],
-            kernel.shape[-1],
-            3,
-            first.strides,
-            use_bias=True,
-            dtype=first.dtype,
-            param_dtype=kernel.dtype,
-            rngs=nnx.Rngs(0),
-        )
-        self.conv.kernel[...] = kernel
-        self.conv.bias[...] = bias
+        self.conv = _with_bias(first, kernel, bias)
         self.post_se = block.post_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
@@ -50,8 +40,32 @@ class FoldedBlock(nnx.Module):
         return x if self.post_se is None else self.post_se(x)
 
 
-def fold(model: RepOptVGG) -> RepOptVGG:
-    """A copy of `model`, of any kind, with one convolution with bias in every block.
+class FoldedGhost(nnx.Module):
+    """Pointwise and depthwise convolution with bias, and ReLU after either if the module had it."""
+
+    def __init__(self, module: PlainGhost | RepGhost):
+        primary = _fold_branch(module.primary_conv.kernel[...], module.primary_bn)
+        self.primary_conv = _with_bias(module.primary_conv, *primary)
+        self.cheap_conv = _with_bias(_inner_conv(module.cheap_conv), *_folded_ghost(module))
+        self.relu = module.relu
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the module."""
+        for layer in (self.primary_conv, self.cheap_conv):
+            x = jax.nn.relu(layer(x)) if self.relu else layer(x)
+        return x
+
+
+class Unchanged(nnx.Module):
+    """What stands where a BatchNorm was."""
+
+    def __call__(self, x: Array) -> Array:
+        """`x`."""
+        return x
+
+
+def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
+    """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
 
     Raises:
       ValueError: `model` has blocks that cannot be folded, such as folded ones.
@@ -65,6 +79,8 @@ def fold(model: RepOptVGG) -> RepOptVGG:
     >>> bool(abs(fold(model)(x) - model(x)).max() < 1e-6)
     True
     """
+    if isinstance(model, RepOptGhost):
+        return _fold_ghost(model)
     if not isinstance(model.stage0, PlainBlock | RepVGGBlock):
         raise ValueError(f"model must have blocks to fold, got {type(model.stage0).__name__}")
     folded = nnx.clone(model)
@@ -73,6 +89,55 @@ def fold(model: RepOptVGG) -> RepOptVGG:
         blocks = getattr(folded, f"stage{stage}")
         setattr(folded, f"stage{stage}", nnx.List([FoldedBlock(block) for block in blocks]))
     return folded
+
+
+# The layers of a GhostNet, outside its modules, that stand before a BatchNorm, and its name.
+GHOST_PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
+
+
+def _fold_ghost(model: RepOptGhost) -> RepOptGhost:
+    if isinstance(model.bn1, Unchanged):
+        raise ValueError("model must have blocks to fold, got a folded RepOptGhost")
+    folded = nnx.clone(model)
+    for _, module in list(nnx.iter_modules(folded)):
+        for name in ("ghost1", "ghost2"):
+            if hasattr(module, name):
+                setattr(module, name, FoldedGhost(getattr(module, name)))
+        for name, norm in GHOST_PAIRS.items():
+            layer = getattr(module, name, None)
+            if isinstance(layer, nnx.Conv):
+                kernel, bias = _fold_branch(layer.kernel[...], getattr(module, norm))
+                setattr(module, name, _with_bias(layer, kernel, bias))
+                setattr(module, norm, Unchanged())
+    return folded
+
+
+def _folded_ghost(module: PlainGhost | RepGhost) -> tuple[Array, Array]:
+    kernel = jnp.asarray(module.cheap_conv.kernel[...])
+    if isinstance(module, PlainGhost):
+        return _fold_branch(kernel, module.final_bn)
+    channels = kernel.shape[-1]
+    unit = Identity(groups=channels).embed(jnp.ones(channels, kernel.dtype), kernel.shape)
+    return _sum([_fold_branch(kernel, module.cheap_bn), _fold_branch(unit, module.fusion_bn)])
+
+
+def _with_bias(layer: nnx.Conv, kernel: Array, bias: Array) -> nnx.Conv:
+    """A convolution like `layer` with other values."""
+    new = nnx.eval_shape(
+        lambda: conv(
+            layer.in_features,
+            layer.out_features,
+            layer.kernel_size[0],
+            layer.strides,
+            groups=layer.feature_group_count,
+            use_bias=True,
+            dtype=layer.dtype,
+            param_dtype=kernel.dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    new.kernel, new.bias = nnx.Param(kernel), nnx.Param(bias)
+    return new
 
 
 def _inner_conv(layer: nnx.Module) -> nnx.Conv:
@@ -92,6 +157,10 @@ def _folded(block: PlainBlock | RepVGGBlock) -> tuple[Array, Array]:
     if block.bn_identity is not None:
         unit = Identity().embed(jnp.ones(kernel.shape[-1], kernel.dtype), kernel.shape)
         terms.append(_fold_branch(unit, block.bn_identity))
+    return _sum(terms)
+
+
+def _sum(terms: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return sum(k for k, _ in terms), sum(b for _, b in terms)
 
 

@@ -1,0 +1,196 @@
+"""RepOpt-GhostNet and the networks made from it; equality with the official code is elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import repopt_jax
+from repopt_jax import create_model
+from repopt_jax.branches import Identity
+from repopt_jax.deploy import fold
+from repopt_jax.ghost_sizes import GHOST_SIZES
+from repopt_jax.models.layers import BatchNorm
+from repopt_jax.paths import layer_at
+from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
+from repopt_jax.torch_files.conversion import _write
+from repopt_jax.torch_files.scales import official_names, scales_in
+from repopt_jax.torch_files.weights import load_weights, variables
+
+QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
+NAME = "RepOpt-GhostNet"
+
+
+def shapes(kind="target", name=NAME, num_classes=3, **options):
+    """A network without values."""
+    options = options or {"width": 0.1}
+    return nnx.eval_shape(
+        lambda: create_model(name, kind, num_classes=num_classes, rngs=nnx.Rngs(0), **options)
+    )
+
+
+def small(kind="target", seed=0, dtype=np.float32, **options):
+    """A network of width 0.1 with values between 0.5 and 1 or, of kernels, about 0."""
+    model, rng = shapes(kind, param_dtype=dtype, width=0.1, **options), np.random.default_rng(seed)
+
+    def draw(leaf):
+        if leaf.ndim > 1:
+            bound = np.prod(leaf.shape[:-1]) ** -0.5
+            return jnp.asarray(rng.uniform(-bound, bound, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype)
+
+    nnx.update(model, jax.tree.map(draw, nnx.state(model)))
+    return model
+
+
+def images(size=2):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(size, 32, 32, 3)))
+
+
+def count(model, kind=nnx.Param):
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, kind)))
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize(
+    ("width", "millions"),
+    [(0.5, 2.3), (0.58, 2.5), (0.8, 3.3), (1.0, 4.1), (1.11, 4.5), (1.3, 5.5), (2.0, 9.8)],
+)
+def test_parameter_counts_are_the_published_ones(width, millions):
+    """RepGhost's paper, table 3."""
+    model = shapes(name=f"{NAME}-{width}x", param_dtype=jnp.float32, num_classes=1000)
+    assert round(count(model) / 1e6, 1) == millions
+
+
+def test_the_training_form_of_repghost_has_its_authors_count():
+    model = shapes("rep", f"{NAME}-0.5x", num_classes=1000, param_dtype=jnp.float32)
+    assert round(count(model) / 1e6, 3) == 2.314
+
+
+def test_every_module_states_its_two_branches():
+    """The branches' scales start anew with every run of as many output channels."""
+    model = shapes()
+    blocks = model.blocks()
+    assert len(blocks) == 32
+    for path, block in blocks.items():
+        channels = layer_at(model, path).kernel.shape[-1]
+        assert block["identity"] == Identity(groups=channels)
+    starts = [block["conv"].scale for block in blocks.values()]
+    runs = [n for bottlenecks in (1, 2, 2, 4, 2, 5) for n in range(1, 2 * bottlenecks + 1)]
+    np.testing.assert_allclose(starts, [(2 / (n + 1)) ** 0.5 for n in runs])
+    assert shapes("rep").blocks() == {}
+
+
+def test_search_network_computes_conv_plus_identity(x64, strict):
+    module = small("hs", dtype=np.float64).blocks[2][0].ghost1
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 4)))
+    layer = module.cheap_conv
+    convolved = jax.lax.conv_general_dilated(
+        x, layer.branch_weights["conv"][...], (1, 1), ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4,
+    )  # fmt: skip
+    expected = convolved * layer.branch_scales["conv"][...].reshape(1, 1, 1, -1)
+    expected += x * layer.branch_weights["identity"][...].reshape(1, 1, 1, -1)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["hs", "rep"])
+def test_folded_network_computes_the_same(kind, x64):
+    model = small(kind, dtype=np.float64)
+    model.eval()
+    expected, found = jax.jit(lambda x: (model(x), fold(model)(x)), **QUICK)(images())
+    folded = nnx.eval_shape(lambda: fold(model))
+    assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))
+    assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="must have blocks to fold, got a folded RepOptGhost"):
+        fold(folded)
+
+
+def headed(dropout):
+    """A network without stages, the head of which gets the same from every picture."""
+    model = small(dropout=dropout)
+    model.conv_stem, model.bn1 = nnx.Conv(3, 96, (1, 1), rngs=nnx.Rngs(0)), BatchNorm(96)
+    model.blocks = nnx.List([])
+    model.conv_head.kernel[...] *= 0
+    model.classifier.kernel[...] = jnp.ones((1280, 3)) / 1280
+    return model
+
+
+def test_dropout_drops_its_share_of_the_head_in_training_alone():
+    """Kept entries grow, so that the mean stays; evaluation needs no key and drops nothing."""
+    model, plain = headed(0.75), headed(0.0)
+    x = images(8).astype(jnp.float32)
+    first, second = model(x, key=jax.random.key(0)), model(x, key=jax.random.key(1))
+    assert not np.allclose(first, second)
+    assert not np.allclose(first[0], first[1])  # every picture has its own
+    np.testing.assert_allclose((first + second).mean(0) / 2, plain(x)[0], rtol=0.05)
+    with pytest.raises(ValueError, match=r"key must be given in training with dropout=0\.75"):
+        model(x)
+    model.eval()
+    np.testing.assert_allclose(model(x), plain(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["target", "hs", "csla", "rep"])
+def test_round_trip_is_bit_exact(kind):
+    model = small(kind)
+    exported = export_weights(model, num_batches_tracked=7)
+    other = import_weights(small(kind, seed=5), exported)
+    assert_same(variables(other), variables(model))
+    found = recognize(exported)
+    stated = "hs" if kind == "csla" else kind
+    assert found == {"name": NAME, "width": 0.1, "kind": stated, "num_classes": 3}
+
+
+def test_weights_file_round_trip(tmp_path):
+    model = small("rep")
+    facts = {"name": NAME, "kind": "rep", "width": "0.1", "num_classes": "3"}
+    _write(tmp_path / "w.safetensors", variables(model), facts)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert_same(variables(loaded), variables(model))
+
+
+@pytest.mark.parametrize("name", GHOST_SIZES)
+def test_every_published_size_is_recognized_by_its_scales(name):
+    model = shapes(name=name, param_dtype=jnp.float32)
+    ones = {
+        path: {branch: np.ones(layer_at(model, path).kernel.shape[-1]) for branch in block}
+        for path, block in model.blocks().items()
+    }
+    scales = scales_in(official_names(repopt_jax.Scales(ones)))
+    assert scales.metadata["model"] == name
+    scales.check(model)
+
+
+def test_half_a_network_is_refused():
+    names = official_names(repopt_jax.Scales.initial(shapes(name=f"{NAME}-0.5x", width=0.5)))
+    del names["blocks.8.3.ghost2.cheap_operation.1.weight"]
+    with pytest.raises(TorchFileError, match="missing blocks/8/3/ghost2/cheap_conv/conv"):
+        scales_in(names)
+    weights = export_weights(small())
+    weights["blocks.0.0.ghost1.cheap_operation.0.weight"] = np.ones((9, 1, 3, 3))
+    with pytest.raises(TorchFileError, match="it is no RepOpt-GhostNet: the channels"):
+        recognize(weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((NAME,), {}, r"name 'RepOpt-GhostNet' needs width, missing \['width'\]"),
+        ((NAME,), {"width": 0.0}, "width must be above 0, got 0.0"),
+        ((NAME,), {"width": 0.1, "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ((f"{NAME}-0.6x",), {}, "name must be one of .*'RepOpt-GhostNet-0.58x'"),
+        ((f"{NAME}-0.5x",), {"se": True}, r"must be among \('width', .* got \['se'\]"),
+        ((f"{NAME}-0.5x", "repvgg"), {}, "kind 'repvgg' must be 'rep' for 'RepOpt-GhostNet-0.5x'"),
+        (("RepOpt-VGG-A0", "rep"), {}, "kind 'rep' must be 'repvgg' for 'RepOpt-VGG-A0'"),
+        (("RepOpt-VGG-A0",), {"width": 1.0}, r"got \['width'\]"),
+    ],
+)
+def test_create_model_refuses(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(*arguments, **options, rngs=nnx.Rngs(0))
