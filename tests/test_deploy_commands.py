@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deploy")
     config = small_config(target__epochs=1.0)
     size = {key: value for key, value in config.model.items() if value is not None}
-    plain = repopt_jax.create_model(num_classes=10, rngs=nnx.Rngs(0), **size)
+    plain = nnx.eval_shape(
+        lambda: repopt_jax.create_model(num_classes=10, rngs=nnx.Rngs(0), **size)
+    )
     save_scales(folder / "scales.safetensors", Scales.initial(plain))
     config.scales = str(folder / "scales.safetensors")
     run.run(config, folder / "runs" / "digits")

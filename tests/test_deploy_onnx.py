@@ -17,6 +17,7 @@ from repopt_jax.deploy.onnx_export import WRITERS, export_onnx, onnx_model
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
 from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
+from repopt_jax.models import repopt_ghost
 from repopt_jax.models.layers import BatchNorm
 from repopt_jax.paths import path_str
 
@@ -27,18 +28,21 @@ LAYERS = 5
 
 
 def network(kind="target", *, se=False):
-    """A network with statistics of the pictures, and biases and scales that are not initial."""
-    model = repopt_jax.create_model(
-        "RepOpt-VGG", kind, num_classes=10, se=se, rngs=nnx.Rngs(1), **SIZE
+    return randomized(
+        repopt_jax.create_model("RepOpt-VGG", kind, num_classes=10, se=se, rngs=nnx.Rngs(1), **SIZE)
     )
+
+
+def randomized(model):
+    """`model` with statistics of the pictures, and biases and scales that are not initial."""
     rng = np.random.default_rng(2)
 
     def drawn(path, value):
-        if path_str(path).endswith(("/scale", "/conv3x3", "/conv1x1")) and value.ndim == 1:
+        if value.ndim != 1:
+            return value
+        if path_str(path).endswith(("/scale", "/conv3x3", "/conv1x1", "/conv")):
             return jnp.asarray(rng.uniform(0.5, 1.5, value.shape), value.dtype)
-        return (
-            jnp.asarray(rng.normal(0, 0.2, value.shape), value.dtype) if value.ndim == 1 else value
-        )
+        return jnp.asarray(rng.normal(0, 0.2, value.shape), value.dtype)
 
     nnx.update(model, jax.tree_util.tree_map_with_path(drawn, nnx.state(model, nnx.Param)))
     for _, module in nnx.iter_modules(model):
@@ -69,6 +73,20 @@ def test_onnxruntime_agrees_with_jax_on_pictures(kind, se):
         expected = logits(model, preprocessing)
         assert_agree(run(PICTURES), expected)
         np.testing.assert_allclose(run(PICTURES[:1]), expected[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["target", "hs", "rep"])
+def test_ghost_networks_are_exported_too(kind, monkeypatch):
+    """Depthwise convolutions, squeeze-excite with a hard sigmoid, shortcuts; three stages."""
+    stages = repopt_ghost.STAGES
+    monkeypatch.setattr(repopt_ghost, "STAGES", (stages[0], stages[3], stages[4]))
+    options = {"width": 0.1, "num_classes": 10, "rngs": nnx.Rngs(1)}
+    model = randomized(repopt_jax.create_model("RepOpt-GhostNet", kind, **options))
+    preprocessing = Preprocessing(8, 8, **DIGITS)
+    exported = onnx_model(model, preprocessing, name="ghost")
+    assert_agree(OnnxNetwork(exported)(PICTURES), logits(model, preprocessing))
+    count = collections.Counter(node.op_type for node in exported.graph.node)
+    assert (count["HardSigmoid"], count["Add"], count["Transpose"]) == (2, 3, 1)
 
 
 def test_the_graph_is_clean():

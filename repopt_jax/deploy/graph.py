@@ -82,10 +82,6 @@ class GraphWriter:
         """``max(x, 0)``."""
         return self.node("Relu", [x], path)
 
-    def sigmoid(self, x: str, path: str) -> str:
-        """``1 / (1 + exp(-x))``."""
-        return self.node("Sigmoid", [x], path)
-
     def mul(self, x: str, y: str, path: str) -> str:
         """The product, with broadcasting."""
         return self.node("Mul", [x, y], path)

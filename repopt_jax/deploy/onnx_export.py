@@ -15,14 +15,16 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import jax
 from flax import nnx
 
 import repopt_jax
 from repopt_jax.deploy.finished import finished_file
-from repopt_jax.deploy.folding import FoldedBlock, fold
+from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.models.layers import SqueezeExcite
+from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
 
 if TYPE_CHECKING:
@@ -112,32 +114,70 @@ def _repopt_vgg(graph: GraphWriter, x: str, model: RepOptVGG) -> tuple[str, int]
     for stage in range(1, 5):
         for i, block in enumerate(getattr(model, f"stage{stage}")):
             x = _block(graph, x, block, f"stage{stage}/{i}")
-    return classifier(graph, x, model.linear, "linear")
+    layer = model.linear
+    x = graph.flatten(graph.pool(x, "pool"), "flatten")
+    return graph.linear(x, layer, "linear"), layer.kernel.shape[-1]
 
 
 def _block(graph: GraphWriter, x: str, block: FoldedBlock, path: str) -> str:
     x = graph.relu(graph.conv(x, block.conv, f"{path}/conv"), f"{path}/relu")
     if block.post_se is None:
         return x
-    return squeeze_excite(graph, x, block.post_se, f"{path}/post_se")
+    return _squeeze_excite(graph, x, block.post_se, f"{path}/post_se")
 
 
-def squeeze_excite(graph: GraphWriter, x: str, layer: SqueezeExcite, path: str) -> str:
-    """Write a squeeze-excite layer; the name of its output."""
+def _repopt_ghost(graph: GraphWriter, x: str, model: RepOptGhost) -> tuple[str, int]:
+    if not isinstance(model.blocks[0][0].ghost1, FoldedGhost):
+        model = fold(model)
+    x = graph.relu(graph.conv(x, model.conv_stem, "conv_stem"), "relu_stem")
+    *stages, (last,) = model.blocks
+    for s, stage in enumerate(stages):
+        for b, bottleneck in enumerate(stage):
+            x = _bottleneck(graph, x, bottleneck, f"blocks/{s}/{b}")
+    path = f"blocks/{len(stages)}/0"
+    x = graph.relu(graph.conv(x, last.conv, f"{path}/conv"), f"{path}/relu")
+    x = graph.relu(graph.conv(graph.pool(x, "pool"), model.conv_head, "conv_head"), "relu_head")
+    layer = model.classifier
+    return graph.linear(graph.flatten(x, "flatten"), layer, "classifier"), layer.kernel.shape[-1]
+
+
+def _bottleneck(graph: GraphWriter, x: str, block: GhostBottleneck, path: str) -> str:
+    y = _ghost(graph, x, block.ghost1, f"{path}/ghost1")
+    if block.conv_dw is not None:
+        y = graph.conv(y, block.conv_dw, f"{path}/conv_dw")
+    if block.se is not None:
+        y = _squeeze_excite(graph, y, block.se, f"{path}/se")
+    y = _ghost(graph, y, block.ghost2, f"{path}/ghost2")
+    if block.shortcut is not None:
+        x = graph.conv(x, block.shortcut.conv_dw, f"{path}/shortcut/conv_dw")
+        x = graph.conv(x, block.shortcut.conv_pw, f"{path}/shortcut/conv_pw")
+    return graph.add(y, x, f"{path}/add")
+
+
+def _ghost(graph: GraphWriter, x: str, module: FoldedGhost, path: str) -> str:
+    for name in ("primary_conv", "cheap_conv"):
+        x = graph.conv(x, getattr(module, name), f"{path}/{name}")
+        if module.relu:
+            x = graph.relu(x, f"{path}/{name}/relu")
+    return x
+
+
+def _squeeze_excite(graph: GraphWriter, x: str, layer: SqueezeExcite, path: str) -> str:
     gate = graph.pool(x, f"{path}/pool")
     gate = graph.relu(graph.conv(gate, layer.down, f"{path}/down"), f"{path}/relu")
-    gate = graph.sigmoid(graph.conv(gate, layer.up, f"{path}/up"), f"{path}/sigmoid")
+    gate = graph.conv(gate, layer.up, f"{path}/up")
+    if layer.gate is jax.nn.sigmoid:
+        gate = graph.node("Sigmoid", [gate], f"{path}/sigmoid")
+    elif layer.gate is jax.nn.hard_sigmoid:
+        gate = graph.node("HardSigmoid", [gate], f"{path}/sigmoid", alpha=1 / 6, beta=0.5)
+    else:
+        raise ValueError(f"gate of {path} must be sigmoid or hard_sigmoid, got {layer.gate}")
     return graph.mul(x, gate, f"{path}/mul")
-
-
-def classifier(graph: GraphWriter, x: str, layer: nnx.Linear, path: str) -> tuple[str, int]:
-    """Write average pooling and a dense layer; the name of the logits and their number."""
-    x = graph.flatten(graph.pool(x, "pool"), "flatten")
-    return graph.linear(x, layer, path), layer.kernel.shape[-1]
 
 
 # Network type -> function of (graph, name of the input, network) that writes the network and
 # returns the name of the logits and the number of classes.
 WRITERS: dict[type, Callable[[GraphWriter, str, nnx.Module], tuple[str, int]]] = {
     RepOptVGG: _repopt_vgg,
+    RepOptGhost: _repopt_ghost,
 }
