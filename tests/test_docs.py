@@ -1,0 +1,67 @@
+"""The documents' commands name configurations, fields and flags that there are."""
+
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+sys.path.insert(0, str(REPOSITORY))
+
+
+def train_commands(document):
+    text = document.read_text().replace("\\\n", " ")
+    return re.findall(r"python train\.py ([^\n`&\"]*)", text)
+
+
+COMMANDS = [(d.name, c.strip()) for d in DOCUMENTS for c in train_commands(d)]
+
+
+@pytest.mark.parametrize(("document", "arguments"), COMMANDS)
+def test_commands_name_fields_that_there_are(document, arguments):
+    words = shlex.split(arguments.replace("DIR", "runs/x").replace("BUCKET", "b"))
+    config_file = "configs/digits.py"
+    for word in words:
+        if word.startswith("--config="):
+            config_file = word.removeprefix("--config=")
+    path, _, argument = config_file.partition(":")
+    if path == "FILE":
+        return
+    get_config = runpy.run_path(str(REPOSITORY / path))["get_config"]
+    config = get_config(argument) if argument else get_config()
+    for word in words:
+        if found := re.match(r"--config\.([\w.]+)=", word):
+            value = config
+            for key in found[1].split("."):
+                assert key in value, (document, word)
+                value = value[key]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_python_in_documents_runs(document):
+    """The blocks of a document one after the other, as a reader would type them."""
+    names = {"__name__": "document"}
+    for code in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+        exec(code, names)
+
+
+def test_links_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_every_document_is_linked_from_the_readme():
+    text = (REPOSITORY / "README.md").read_text()
+    assert all(f"docs/{d.name}" in text for d in DOCUMENTS if d.parent.name == "docs")
+
+
+def test_the_help_of_the_command_line_names_the_flags_of_many_processes():
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    assert all(f in told for f in ("--coordinator_address", "--num_processes", "--process_id"))
