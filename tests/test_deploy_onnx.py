@@ -1,6 +1,8 @@
 """ONNX and StableHLO files compute what the network computes, from a clean graph."""
 
 import collections
+import subprocess
+import sys
 import zipfile
 
 import jax
@@ -119,21 +121,39 @@ def test_the_file_tells_what_it_holds(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
 
 
-def test_an_export_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    """And no half of the new one."""
+
+    def write_half(model, path):
+        path.write_bytes(model.SerializeToString()[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr("onnx.save", write_half)
     (tmp_path / "a.onnx").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        export_onnx(tmp_path / "a.onnx", network(), Preprocessing(8, 8), name="x")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.onnx", "old")]
+
+
+def test_a_network_without_a_writer_is_refused():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear$"):
-        export_onnx(
-            tmp_path / "a.onnx", nnx.Linear(3, 2, rngs=nnx.Rngs(0)), Preprocessing(8, 8), name="x"
-        )
-    assert (tmp_path / "a.onnx").read_text() == "old"
+        onnx_model(model, Preprocessing(8, 8), name="x")
+
+
+def test_the_package_loads_without_onnx():
+    """`fold` is for users who deploy otherwise."""
+    code = "import sys, repopt_jax.deploy; print([n for n in sys.modules if 'onnx' in n])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_a_network_of_other_layers_takes_one_function(monkeypatch):
-    """Depthwise and strided convolutions, a sum, a concatenation, and padding on one side."""
+    """Depthwise and strided convolutions, a sum, a concatenation, and uneven padding."""
 
     class Mine(nnx.Module):
         def __init__(self, rngs):
-            self.first = nnx.Conv(3, 4, (3, 3), 2, padding=((0, 1), (1, 0)), rngs=rngs)
+            self.first = nnx.Conv(3, 4, (3, 3), 2, padding=((2, 1), (0, 1)), rngs=rngs)
             self.depthwise = nnx.Conv(4, 4, (3, 3), padding=1, feature_group_count=4, rngs=rngs)
             self.linear = nnx.Linear(8, 3, use_bias=False, rngs=rngs)
 
