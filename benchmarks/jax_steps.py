@@ -1,0 +1,151 @@
+"""Training steps and optimizer updates of the project, compiled and ready to be timed."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import repopt_jax
+from repopt_jax.training.step import StepOptions, init_state, train_step
+
+# What is compared: kind of network, and whether its optimizer multiplies gradients.
+VARIANTS = {
+    "target": ("target", True),
+    "target, plain SGD": ("target", False),
+    "hs": ("hs", False),
+    "csla": ("csla", False),
+    "repvgg": ("repvgg", False),
+}
+
+
+def optimizer(params, blocks=None, scales=None):
+    """SGD as in the official recipe. Without blocks and scales: no multipliers."""
+    if blocks is None:
+        mults = jax.tree.map(lambda _: None, params)
+    else:
+        mults = repopt_jax.grad_mults(params, blocks, scales)
+    return repopt_jax.repopt_sgd(
+        0.1,
+        mults,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=4e-5,
+        mask=repopt_jax.weight_decay_mask,
+    )
+
+
+def build(name, kind, multiplied, dtype):
+    """A network of its kind and the optimizer."""
+    model = repopt_jax.create_model(name, kind, dtype=dtype, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    if not multiplied:
+        return model, optimizer(params)
+    scales = repopt_jax.Scales.initial(model)
+    return model, optimizer(params, model.blocks(), scales)
+
+
+def multiply_adds(name, size):
+    """Of one picture forward through the plain network: its convolutions and dense layer."""
+    model = nnx.eval_shape(lambda: repopt_jax.create_model(name, rngs=nnx.Rngs(0)))
+    total, side = math.prod(model.linear.kernel.shape), size
+    blocks = [model.stage0, *model.stage1, *model.stage2, *model.stage3, *model.stage4]
+    for block in blocks:
+        side = -(-side // np.max(block.conv.strides))
+        total += side**2 * math.prod(block.conv.kernel.shape)
+    return int(total)
+
+
+def bytes_of(tree):
+    """Of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_timed(lower):
+    """The compiled program of `lower()`; seconds that both took, and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    compiled = lower().compile()
+    return compiled, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def program_bytes(compiled):
+    """Most memory that a program needs: arguments, results that reuse none, temporary arrays."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return None
+    results = m.output_size_in_bytes - m.alias_size_in_bytes
+    return m.argument_size_in_bytes + m.temp_size_in_bytes + results
+
+
+class JaxStep:
+    """The training step of a variant with its state.
+
+    Args:
+      name: of the model.
+      variant: a key of `VARIANTS`.
+      images: uint8, (batch, height, width, 3).
+      labels: int32, (batch,).
+      dtype: of the computation; parameters are float32.
+    """
+
+    def __init__(self, name, variant, images, labels, dtype):
+        model, self.tx = build(name, *VARIANTS[variant], dtype)
+        self.graphdef, self.state = init_state(model, self.tx, ema=False)
+        self.options = StepOptions(
+            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), dtype=dtype, label_smoothing=0.1
+        )
+        self.batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+        self.compiled, self.compile_seconds, self.compile_cpu_seconds = compile_timed(self.lower)
+        self.program_bytes = program_bytes(self.compiled)
+        self.parameter_bytes = bytes_of(self.state.params)
+        self.optimizer_bytes = bytes_of(self.state.opt_state)
+
+    def lower(self):
+        """The step traced and lowered anew, so that nothing compiled before is found again."""
+        step = jax.jit(
+            lambda *a: train_step(self.graphdef, self.tx, self.options, *a), donate_argnums=0
+        )
+        return step.lower(self.state, self.batch)
+
+    def run(self, count):
+        """Run steps and wait for their end; the last loss."""
+        for _ in range(count):
+            self.state, metrics = self.compiled(self.state, self.batch)
+        return float(metrics["loss"])
+
+    def peak_bytes(self):
+        """Most memory the device held so far, for all that ran in this process. None: unknown."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class UpdateStep:
+    """The optimizer's part of a step alone.
+
+    Args:
+      name: of the model.
+      multiplied: whether gradients are multiplied.
+    """
+
+    def __init__(self, name, multiplied):
+        model, tx = build(name, "target", multiplied, jnp.float32)
+        self.params = nnx.state(model, nnx.Param)
+        self.gradients = jax.tree.map(lambda x: jnp.full_like(x, 1e-6), self.params)
+        self.state = jax.tree.map(jnp.copy, tx.init(self.params))
+
+        def update(gradients, state, params):
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.jit(update, donate_argnums=(1, 2))
+        lowered = step.lower(self.gradients, self.state, self.params)
+        self.compiled = lowered.compile()
+        self.program_bytes = program_bytes(self.compiled)
+
+    def run(self, count):
+        """Run updates and wait for their end."""
+        for _ in range(count):
+            self.params, self.state = self.compiled(self.gradients, self.state, self.params)
+        jax.block_until_ready(self.params)

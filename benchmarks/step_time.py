@@ -1,0 +1,308 @@
+"""Claim: searching costs what training does, multipliers cost nothing, RepVGG's branches cost much.
+
+    python benchmarks/step_time.py                         # this machine's defaults
+    python benchmarks/step_time.py --models RepOpt-VGG-B2 --sizes 160 --batches 16 --rounds 5
+
+Times the training step of the target (with and without multipliers), of both search networks and
+of RepVGG, each compiled by XLA, and beside them the same network in PyTorch where it is installed,
+eager and compiled. Also the optimizer's update alone, and which operations a step's time goes to.
+
+Every round runs all variants in turn. Times are medians over the rounds, ratios are medians of
+the rounds' ratios to the target. On CPU the ratio of CPU seconds stands beside that of seconds:
+other work on the machine disturbs it less. Both libraries get all cores. Defaults: A0 and B1 at
+64 px on CPU; on GPU B1 at 224 px in bfloat16 and batches of 32 to 512, with the share of the
+device's peak arithmetic (MFU), counting 6 operations per multiply-add of the forward pass.
+A variant that does not fit into the device's memory is left out, with the reason.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+
+# Both libraries share the device: neither may take it all beforehand.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Torch's waiting threads would spin into the next variant's turn, and on a busy machine against
+# the very thread that they wait for (4 s a step instead of 0.5).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_adds
+from op_shares import op_shares
+
+from repopt_jax.sizes import SIZES, stage_widths
+
+HERE = pathlib.Path(__file__).parent
+ON_CPU = jax.default_backend() == "cpu"
+# Dense bfloat16 operations per second by the makers' data sheets; float32 runs as TF32, half.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
+
+
+def peak(dtype):
+    """Operations per second of the device. None: not known."""
+    kind = jax.devices()[0].device_kind
+    words = kind.replace("-", " ").split()
+    found = [value for name, value in PEAKS.items() if name in words]
+    return found[0] / (1 if dtype == "bfloat16" else 2) if found else None
+
+
+def torch_steps(flags, name, images, labels, dtype):
+    """Makers of the steps in PyTorch, by name; empty where it is absent or cannot use the GPU."""
+    if flags.no_torch or importlib.util.find_spec("torch") is None:
+        return {}
+    import torch
+    from torch_vgg import TorchStep, fair_float32
+
+    if not ON_CPU and not torch.cuda.is_available():
+        return {}
+    fair_float32()
+    blocks, multipliers = SIZES[name]
+    options = {"bfloat16": dtype == "bfloat16"}
+    return {
+        f"torch, {label}": lambda compiled=compiled: TorchStep(
+            blocks, stage_widths(multipliers), images, labels, compiled=compiled, **options
+        )
+        for label, compiled in (("eager", False), ("compiled", True))
+    }
+
+
+def started(makers, warmup):
+    """The steps that fit into memory after some warm-up, and by name why others are left out."""
+    steps, left_out = {}, {}
+    for name, make in makers.items():
+        try:
+            if name.startswith("torch"):
+                from torch_vgg import TorchStep
+
+                TorchStep.reset_peak()
+            start = time.perf_counter()
+            step = make()
+            step.run(1)
+            step.start_seconds = time.perf_counter() - start
+            step.run(warmup)
+            step.peak = step.peak_bytes()
+            steps[name] = step
+        except RuntimeError as error:  # both libraries' exhausted memory is one
+            if "memory" not in str(error).lower() and "exhausted" not in str(error).lower():
+                raise
+            left_out[name] = "out of memory"
+    return steps, left_out
+
+
+def timed(steps, rounds, count):
+    """Seconds and CPU seconds per step of every variant in every round."""
+    times = {name: {"wall": [], "cpu": []} for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            step.run(count)
+            times[name]["wall"].append((time.perf_counter() - wall) / count)
+            times[name]["cpu"].append((time.process_time() - cpu) / count)
+    return times
+
+
+def ratio(times, name, base, clock="wall"):
+    """Median over the rounds of one variant's time by another's."""
+    pairs = zip(times[name][clock], times[base][clock], strict=True)
+    return round(statistics.median(a / b for a, b in pairs), 4)
+
+
+def compare_steps(flags, name, size, batch, dtype):
+    """All variants of one setting."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+    labels = rng.integers(0, 1000, batch, np.int32)
+    makers = {
+        variant: lambda variant=variant: JaxStep(name, variant, images, labels, jnp.dtype(dtype))
+        for variant in flags.variants
+    }
+    makers |= torch_steps(flags, name, images, labels, dtype)
+    steps, left_out = started(makers, warmup=1 if ON_CPU else 10)
+    times = timed(steps, flags.rounds, flags.steps)
+    operations = 6 * multiply_adds(name, size) * batch
+    rows = []
+    for variant, step in steps.items():
+        seconds = statistics.median(times[variant]["wall"])
+        row = {
+            "variant": variant,
+            "milliseconds": round(1e3 * seconds, 3),
+            "images_per_second": round(batch / seconds, 1),
+            "start_seconds": round(step.start_seconds, 1),
+            "device_peak_bytes": step.peak,
+        }
+        if "target" in steps:
+            row["time_to_target"] = ratio(times, variant, "target")
+            row["cpu_time_to_target"] = ratio(times, variant, "target", "cpu")
+        if peak(dtype) and variant != "repvgg":  # which runs more operations than are counted
+            row["mfu"] = round(operations / seconds / peak(dtype), 4)
+        if isinstance(step, JaxStep):
+            row |= {
+                "compile_seconds": round(step.compile_seconds, 2),
+                "program_bytes": step.program_bytes,
+                "parameter_bytes": step.parameter_bytes,
+                "optimizer_bytes": step.optimizer_bytes,
+            }
+        rows.append(row)
+    result = {
+        "model": name, "size": size, "batch": batch, "dtype": dtype, "rows": rows,
+        "left_out": left_out, "giga_multiply_adds": round(multiply_adds(name, size) / 1e9, 3),
+    }  # fmt: skip
+    if "target" in steps:
+        result["op_shares"] = op_shares(steps["target"].run)
+    if {"target", "target, plain SGD"} <= steps.keys():
+        result["compile"] = compare_compilation(
+            steps["target"], steps["target, plain SGD"], flags.compilations
+        )
+    return result
+
+
+def compare_compilation(multiplied, plain, rounds):
+    """Seconds to trace and compile the target's step with multipliers, by those without."""
+    pairs = []
+    for _ in range(rounds):
+        (_, *one), (_, *other) = (compile_timed(step.lower) for step in (multiplied, plain))
+        pairs.append([a / b for a, b in zip(one, other, strict=True)])
+    wall, cpu = zip(*pairs, strict=True)
+    return {"time": round(statistics.median(wall), 4), "cpu_time": round(statistics.median(cpu), 4)}
+
+
+def compare_updates(flags, name):
+    """The optimizer's update with and without multipliers."""
+    steps = {"multiplied": UpdateStep(name, True), "plain": UpdateStep(name, False)}
+    for step in steps.values():
+        step.run(2)
+    times = timed(steps, 5 * flags.rounds, 1 if ON_CPU else 20)
+    parameters = sum(x.nbytes for x in jax.tree.leaves(steps["plain"].params))
+    extra = sum(x.nbytes for x in jax.tree.leaves(steps["multiplied"].state))
+    extra -= sum(x.nbytes for x in jax.tree.leaves(steps["plain"].state))
+    programs = steps["multiplied"].program_bytes - steps["plain"].program_bytes
+    return {
+        "model": name,
+        "milliseconds_plain": round(1e3 * statistics.median(times["plain"]["wall"]), 3),
+        "time": ratio(times, "multiplied", "plain"),
+        "cpu_time": ratio(times, "multiplied", "plain", "cpu"),
+        "extra_state_to_parameters": round(extra / parameters, 6),
+        "extra_program_to_parameters": round(programs / parameters, 6),
+    }
+
+
+def print_steps(result):
+    """The table of one setting."""
+    print(
+        f"\n{result['model']} {result['size']} px, batch {result['batch']}, {result['dtype']}, "
+        f"{result['giga_multiply_adds']} G multiply-adds a picture"
+    )
+    print(f"{'variant':20}{'ms':>9}{'images/s':>10}{'/target':>9}{'CPU':>7}{'compile s':>11}"
+          f"{'GB':>7}{'MFU':>7}")  # fmt: skip
+    for row in result["rows"]:
+        memory = row["device_peak_bytes"] if "torch" in row["variant"] else row["program_bytes"]
+        cells = (
+            (row.get("time_to_target"), "9.3f"),
+            (row.get("cpu_time_to_target"), "7.3f"),
+            (row.get("compile_seconds"), "11.1f"),
+            (None if memory is None else memory / 1e9, "7.2f"),
+            (row.get("mfu"), "7.3f"),
+        )
+        texts = [
+            "-".rjust(int(style.split(".")[0])) if value is None else format(value, style)
+            for value, style in cells
+        ]
+        print(
+            f"{row['variant']:20}{row['milliseconds']:9.1f}{row['images_per_second']:10.1f}"
+            + "".join(texts)
+        )
+    for variant, reason in result["left_out"].items():
+        print(f"{variant:20}{reason}")
+    if "compile" in result:
+        print(f"compilation with multipliers / without: {result['compile']}")
+    print("where the target's time goes:", result.get("op_shares"))
+
+
+def environment():
+    """Machine, device, commit and versions."""
+    device = jax.devices()[0].device_kind
+    if ON_CPU:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+        device = names[0] if names else platform.machine()
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+
+    def git(*arguments):
+        command = ["git", "-C", str(HERE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "changed": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", "../repopt_jax")
+        ),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def parse():
+    """The flags, with defaults that fit the device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    models = ["RepOpt-VGG-A0", "RepOpt-VGG-B1"] if ON_CPU else ["RepOpt-VGG-B1"]
+    parser.add_argument("--models", nargs="+", default=models, choices=sorted(SIZES))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64] if ON_CPU else [224])
+    batches = [32] if ON_CPU else [32, 64, 128, 256, 512]
+    parser.add_argument("--batches", nargs="+", type=int, default=batches)
+    dtypes = ["float32"] if ON_CPU else ["bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "bfloat16"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=1 if ON_CPU else 20, help="per round")
+    parser.add_argument("--compilations", type=int, default=3)
+    parser.add_argument("--no_torch", action="store_true")
+    label = "cpu" if ON_CPU else jax.devices()[0].device_kind.lower().replace(" ", "_")
+    parser.add_argument("--output", default=str(HERE / "results" / f"step_time_{label}.json"))
+    return parser.parse_args()
+
+
+def main():
+    """Measures, prints the tables, writes the JSON after every setting."""
+    flags = parse()
+    result = {
+        "claim": __doc__.splitlines()[0],
+        "environment": environment(),
+        "rounds": flags.rounds,
+        "updates": [],
+        "steps": [],
+    }
+    path = pathlib.Path(flags.output)
+    path.parent.mkdir(exist_ok=True)
+    settings = [
+        (name, size, batch, dtype)
+        for name in flags.models
+        for size in flags.sizes
+        for dtype in flags.dtypes
+        for batch in flags.batches
+    ]
+    for name in flags.models:
+        result["updates"].append(compare_updates(flags, name))
+        print("update with multipliers / plain:", result["updates"][-1], flush=True)
+    for setting in settings:
+        result["steps"].append(compare_steps(flags, *setting))
+        print_steps(result["steps"][-1])
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
