@@ -209,6 +209,8 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     ...     load_scales(f"{folder}/s.safetensors")["conv"]["full"].tolist()
     [1.0, 1.0]
     """
+    import json
+
     from etils import epath
     from safetensors.numpy import save
 
@@ -216,7 +218,12 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     metadata = {"format_version": FORMAT_VERSION, **scales.metadata}
     target = epath.Path(path)
     temporary = target.parent / f".{target.name}.partial"
-    temporary.write_bytes(save(tensors, metadata))
+    data = save(tensors, metadata)
+    # safetensors writes metadata in any order; equal scales shall be equal files.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
     temporary.replace(target)
 
 

@@ -22,6 +22,7 @@ from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import RunStopped
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
+from repopt_jax.training.searching import load_along
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -161,14 +162,27 @@ def test_the_scales_file_holds_what_the_search_ended_with(finished):
     assert scales.metadata["dataset"] == "digits"
 
 
+def test_the_scales_of_every_evaluation_of_the_search_are_kept(finished):
+    """By epoch; the last ones are those of the run, the others are others."""
+    _, workdir, _, _ = finished
+    along = load_along(workdir / "search")
+    assert list(along) == [1.0, 2.0]
+    final = load_scales(workdir / "scales.safetensors")
+    name = ("stage4/0/conv", "conv3x3")
+    np.testing.assert_array_equal(along[2.0][name[0]][name[1]], final[name[0]][name[1]])
+    assert (along[1.0][name[0]][name[1]] != final[name[0]][name[1]]).any()
+    assert along[2.0].metadata == final.metadata
+
+
 def test_the_workdir_holds_what_the_design_says(finished):
     _, workdir, _, _ = finished
     names = {path.name for path in workdir.iterdir()}
-    pictures = {"scales.png", "curves.png"}
+    pictures = {"scales.png", "scales_by_epoch.png", "curves.png"}
     assert names == {*PARTS, *pictures, "config.json", "scales.safetensors", "summary.json"}
     for name in PARTS:
         kept = {path.name for path in (workdir / name).iterdir()}
         files = {"metrics.jsonl", "train.log", "summary.json"}
+        files |= {"scales"} if name == "search" else set()
         assert kept == {*files, "checkpoints", "tensorboard"}
 
 

@@ -110,3 +110,16 @@ def test_vectors_without_a_layer_are_refused(tmp_path):
 def test_absent_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="scales must be an existing file"):
         load_scales(tmp_path / "nope.safetensors")
+
+
+def test_equal_scales_are_equal_files(tmp_path):
+    """Whatever the order of their metadata, in which safetensors itself takes liberties."""
+    files = []
+    for number in range(6):
+        names = ["model", "source", "dataset", "epochs", "top1"][:: (-1) ** number]
+        metadata = {name: f"some {name}" for name in names}
+        scales = Scales({"conv": {"full": np.arange(3, dtype=np.float32)}}, metadata)
+        save_scales(tmp_path / f"{number}", scales)
+        files.append((tmp_path / f"{number}").read_bytes())
+        assert load_scales(tmp_path / f"{number}")["conv"]["full"].tolist() == [0, 1, 2]
+    assert len(set(files)) == 1

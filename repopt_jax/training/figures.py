@@ -163,6 +163,40 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
     _save(figure, path)
 
 
+def plot_scales_by_epoch(
+    path: epath.PathLike, scales: Mapping[float, Mapping[str, Mapping[str, Any]]]
+):
+    """Draw the mean absolute scales by depth, one line per moment of a search, the last darkest.
+
+    Args:
+      path: file to write, with the ending of a format that matplotlib knows.
+      scales: what :func:`plot_scales` takes, by epoch.
+
+    Raises:
+      ValueError: where there is no moment.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    if not scales:
+        raise ValueError("scales must have at least one epoch; got none")
+    last = list(scales.values())[-1]
+    branches = list(dict.fromkeys(branch for block in last.values() for branch in block))
+    figure, axes = _figure(4.2 * len(branches), 3.6, columns=len(branches))
+    colours = ScalarMappable(Normalize(0, max(scales)), colormaps["viridis_r"])
+    for ax, branch in zip(axes, branches, strict=True):
+        for epoch, vectors in scales.items():
+            mean = [_range(block.get(branch), name, branch)[1] for name, block in vectors.items()]
+            marker = "." if _without_neighbours(np.array(mean)) else ""
+            ax.plot(mean, color=colours.to_rgba(epoch), linewidth=1.2, marker=marker)
+        ax.set_title(branch, fontsize="medium")
+        ax.set_xlabel("Block, from the input to the output")
+        ax.set_ylabel("Mean absolute scale")
+    figure.colorbar(colours, ax=axes, label="Epoch of the search", pad=0.01)
+    _save(figure, path)
+
+
 def _range(vector, block: str, branch: str) -> tuple[float, float, float]:
     """Smallest, mean and largest absolute value; NaN, which draws nothing, without a vector."""
     if vector is None:

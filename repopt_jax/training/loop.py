@@ -27,6 +27,7 @@ from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, wait_for_all
 from repopt_jax.training.progress import Progress
 from repopt_jax.training.report import MetricsWriter, read_metrics
+from repopt_jax.training.searching import save_along
 from repopt_jax.training.step import EvalMetrics, TrainState, eval_step, train_step
 from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
@@ -216,6 +217,8 @@ def _run_steps(
                 with progress.paused():
                     found = evaluate_state(part, state)
                 record |= found
+                if part.name == "search":
+                    save_along(part, state, step, found, writer.path.parent)
                 if found["eval/top1"] > best:  # the best checkpoint is that of the best evaluation
                     best, due_save = found["eval/top1"], True
                 progress.say(_sentence(part.name, step, found))

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
-from flax import nnx
 
-from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales, load_scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS
-from repopt_jax.training.devices import make_mesh, replicate, samples_per_group
-from repopt_jax.training.figures import plot_curves, plot_scales
+from repopt_jax.training.devices import make_mesh, samples_per_group
+from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
 from repopt_jax.training.loop import RunStopped, evaluate_state, told_in_a_sentence, train
 from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
+from repopt_jax.training.searching import load_along, scales_of
 from repopt_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -234,19 +233,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _keep_scales(part: Part, state: Any, summary: dict, workdir: epath.Path) -> Scales:
-    """Save what a search found, with a picture."""
-    model = nnx.merge(part.graphdef, *replicate(part.mesh, (state.params, state.stats)))
-    metadata = {
-        "model": part.config.model.name,
-        "source": "search",
-        "dataset": part.dataset.name,
-        "epochs": f"{summary['epochs']:g}",
-        "top1": f"{summary['eval/top1']:.2f}",
-    }
-    scales = searched_scales(model, metadata)
+    """Save what a search found, with pictures of it and of how it came about."""
+    scales = scales_of(part, state, part.steps, summary)
     if jax.process_index() == 0:
         save_scales(workdir / "scales.safetensors", scales)
         plot_scales(workdir / "scales.png", scales)
+        plot_scales_by_epoch(workdir / "scales_by_epoch.png", load_along(workdir / "search"))
     return scales
 
 
