@@ -17,6 +17,7 @@ from repopt_jax.torch_files import TorchFileError, export_weights, import_weight
 from repopt_jax.torch_files.conversion import _write
 from repopt_jax.torch_files.scales import official_names, scales_in
 from repopt_jax.torch_files.weights import load_weights, variables
+from repopt_jax.training.step import StepOptions, loss_function
 
 QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
 NAME = "RepOpt-GhostNet"
@@ -134,6 +135,37 @@ def test_dropout_drops_its_share_of_the_head_in_training_alone():
         model(x)
     model.eval()
     np.testing.assert_allclose(model(x), plain(x), rtol=1e-6)
+
+
+def test_training_step_draws_anew_what_is_dropped():
+    """From the key that it gets, which is another one at every step."""
+    options = StepOptions(mean=(0.5,) * 3, std=(0.25,) * 3)
+    labels = jnp.arange(8) % 3
+    pictures = jnp.full((8, 32, 32, 3), 128, jnp.uint8)
+
+    def losses(dropout):
+        model = headed(dropout)
+        model.classifier.kernel[...] = jnp.linspace(-1, 1, 1280 * 3).reshape(1280, 3) ** 3
+        graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+        loss = loss_function(graphdef, options)
+        return [float(loss(params, stats, pictures, labels, jax.random.key(i))[0]) for i in (0, 1)]
+
+    first, second = losses(0.5)
+    assert first != second
+    first, second = losses(0.0)
+    assert first == second
+
+
+def test_bfloat16_is_the_type_of_the_computation_alone():
+    model = shapes(width=0.1, dropout=0.2, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    graphdef, state = nnx.split(model)
+    x = jnp.ones((2, 32, 32, 3), jnp.bfloat16)
+
+    def run(state):
+        return nnx.merge(graphdef, state, copy=True)(x, key=jax.random.key(0))
+
+    assert jax.eval_shape(run, state).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["target", "hs", "csla", "rep"])
