@@ -149,6 +149,7 @@ def test_the_module_runs_as_a_program(documented, folder):
     assert done.stdout.splitlines()[-1].startswith("medians of 1 rounds, batch 1, ")
 
 
+SECTION = "--config.target.data"
 WRONG = [
     ("export digits.onnx --workdir=runs/digits", "output must not exist unless --force is given"),
     ("export a.txt --workdir=runs/digits", "output must end in one of ['.onnx', '.stablehlo']"),
@@ -168,6 +169,9 @@ WRONG = [
     ("quantize digits.onnx a.onnx --data=digits --pictures=9999", "must be in 1..1437, got 9999"),
     ("quantize digits.onnx a.onnx --data=digits --calibration=median", "invalid choice: 'median'"),
     ("eval digits.onnx --workdir=runs/digits --config.target.dat=3", "--config.target.dat=3"),
+    (f"eval digits.onnx --workdir=runs/digits {SECTION}.image_size=9", "size (8, 8), got (9, 9)"),
+    (f"eval digits.onnx --workdir=runs/digits '{SECTION}.classes=(3,8)'", "classes [10], got 2"),
+    ("eval digits.onnx --data=digits --batch-size=0", "batch-size must be at least 1, got 0"),
     ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD needs --workdir"),
     ("eval digits.onnx --data=digits --colour=red", "unknown arguments ['--colour=red']"),
     ("eval digits.onnx vgg.onnx --data=digits", "graphs must take pictures of one size, got"),
@@ -189,13 +193,6 @@ def test_what_is_wrong_ends_with_one_sentence(documented, folder, command, line,
     assert err.startswith("python -m repopt_jax.deploy: ") and err.count("\n") == 1
     assert message in err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_a_field_of_the_configuration_can_be_changed(documented, command):
-    """Such as where the data lies; here, which classes are kept."""
-    line = "eval digits.onnx --workdir=runs/digits '--config.target.data.classes=(0,1,2)'"
-    status, out, _ = command(line)
-    assert status == 0 and int(table(out)["digits.onnx"][4]) < 360
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -78,10 +78,18 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from repopt_jax.deploy.pictures import unmasked
     from repopt_jax.training.report import format_table
 
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {arguments.batch_size}")
     networks = _networks(arguments.graphs)
     first = next(iter(networks.values()))
     size = (first.preprocessing.height, first.preprocessing.width)
     pictures = flags.pictures(arguments, overrides, size)
+    classes = {int(network.metadata["num_classes"]) for network in networks.values()}
+    if classes != {pictures.dataset.num_classes}:
+        raise ValueError(
+            f"pictures must have the graphs' number of classes {sorted(classes)}, "
+            f"got {pictures.dataset.num_classes}"
+        )
     found, rows = {}, []
     for path, network in networks.items():
         batches = pictures.evaluation(arguments.batch_size)

@@ -1,9 +1,8 @@
 """StableHLO files of any network: one file that JAX runs without the network's code.
 
 The file is a zip archive of ``network.bin``, what `jax.export` serializes with the weights inside
-and any batch size, and ``metadata.json``. It runs where it was made and on the platforms asked
-for, and with JAX up to six months older and three years newer than that which wrote it (the
-promise of `jax.export`).
+and any batch size, and ``metadata.json``. JAX promises to read such files for six months after the
+version that wrote them; keep the checkpoint or an ONNX file for longer.
 """
 
 from __future__ import annotations
