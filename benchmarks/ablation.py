@@ -1,0 +1,197 @@
+"""The paper's Table 4 on CIFAR-10 pictures: what each half of the method, and each scale, is worth.
+
+    python benchmarks/ablation.py            (about an hour on two idle CPU cores)
+    python benchmarks/ablation.py --quick    (one seed, a quarter of the steps)
+
+A narrow network of RepOpt-VGG-B1's depth; the scales are searched on the pictures of classes 0
+to 4, everything else is trained on classes 5 to 9, with equal budgets. Learning rates come from
+a sweep for each optimizer with and without the method, on one seed and on pictures that are
+neither trained on nor in the test set. Prints mean and standard deviation of the test accuracy,
+writes JSON and a picture of the table and of the effect against depth.
+
+Resumable: the same command goes on where it stopped.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from trainings import (
+    RESULTS,
+    Variant,
+    add_arguments,
+    changed,
+    cifar_config,
+    environment,
+    initial_scales,
+    measure,
+    row,
+    search,
+    use_compilation_cache,
+    with_rate,
+)
+
+from repopt_jax.scales import Scales
+from repopt_jax.training.loop import RunStopped
+from repopt_jax.training.report import format_table, write_json
+from repopt_jax.training.searching import load_along
+
+PLAIN = Variant("plain SGD", part="plain", rate="plain SGD")
+FULL = Variant("RepOptimizer (SGD)")
+VARIANTS = (
+    PLAIN,
+    Variant("plain AdamW", part="plain", optimizer="adamw", rate="plain AdamW"),
+    FULL,
+    Variant("RepOptimizer (AdamW)", optimizer="adamw", rate="RepOptimizer (AdamW)"),
+    Variant("gradient rule only", initialized=False),
+    Variant("initialization only", multiplied=False),
+    Variant("scales all 1", scales="ones"),
+    Variant("scales at the search's start", scales="initial"),
+    Variant("scales averaged per layer", scales="averaged"),
+    Variant("RepVGG (BatchNorm in every branch)", part="repvgg"),
+)
+SWEEPS = {  # learning rates of a batch
+    "plain SGD": (0.02, 0.05, 0.1, 0.2),
+    "RepOptimizer": (0.02, 0.05, 0.1, 0.2),
+    "plain AdamW": (5e-4, 1e-3, 2e-3, 4e-3),
+    "RepOptimizer (AdamW)": (5e-4, 1e-3, 2e-3, 4e-3),
+}
+DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1)}
+
+
+def searched_for(config, workdir) -> Scales:
+    """The scales at the end of a search with the network of `config`."""
+    return list(load_along(search(config, workdir)).values())[-1]
+
+
+def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[dict]]:
+    """The best learning rate of every key of `SWEEPS`, and all that was tried."""
+    config = config.copy_and_resolve_references()
+    begin = arguments.pictures
+    config.target.data.eval_split = f"train[{begin}:{begin + 5000}]"
+    best, tried = {}, []
+    for key, rates in SWEEPS.items():
+        variant = next(v for v in VARIANTS if v.rate == key)
+        for rate in rates:
+            run = with_rate(config, rate, seed=1000)
+            found = measure(variant, run, scales, workdir / f"{key}, {rate:g}")
+            tried.append({"optimizer": key, "learning_rate": rate, "top1": found["top1"]})
+        best[key] = max((t for t in tried if t["optimizer"] == key), key=lambda t: t["top1"])[
+            "learning_rate"
+        ]
+    return best, tried
+
+
+def against_depth(arguments, config, rates, workdir) -> list[dict]:
+    """Plain SGD and RepOptimizer for networks of several depths."""
+    rows = []
+    for depth, num_blocks in DEPTHS.items():
+        config = config.copy_and_resolve_references()
+        config.model.num_blocks = num_blocks
+        scales = searched_for(config, workdir / f"search, {depth} layers")
+        for variant in (PLAIN, FULL):
+            rate = rates[variant.rate]
+            place = workdir / f"{depth} layers, {variant.title}"
+            runs = [
+                measure(variant, with_rate(config, rate, seed), scales, place / f"seed {seed}")
+                for seed in arguments.seeds
+            ]
+            rows.append({"layers": depth, **row(variant, runs, rate)})
+    return rows
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+    """Accuracy by variant with standard deviations, and against depth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
+    bars, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    rows = results["variants"][::-1]
+    colours = ["#D55E00" if r["variant"].startswith("RepOpt") else "#0072B2" for r in rows]
+    errors = [r["top1_deviation"] for r in rows]
+    names = [r["variant"] for r in rows]
+    bars.barh(names, [r["top1"] for r in rows], xerr=errors, color=colours, capsize=3)
+    bars.set_xlabel("Top-1 accuracy on the test pictures of 5 classes (%)")
+    for title, colour in ((PLAIN.title, "#0072B2"), (FULL.title, "#D55E00")):
+        points = [r for r in results["depth"] if r["variant"] == title]
+        lines.errorbar(
+            [r["layers"] for r in points],
+            [r["top1"] for r in points],
+            [r["top1_deviation"] for r in points],
+            label=title,
+            color=colour,
+            marker="o",
+            capsize=3,
+        )
+    lines.set_xlabel("3x3 layers")
+    lines.set_xticks(list(DEPTHS))
+    lines.set_ylabel("Top-1 accuracy (%)")
+    lines.legend(frameon=False)
+    for ax in (bars, lines):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+    count = len(results["arguments"]["seeds"])
+    figure.suptitle(f"Mean and standard deviation over {count} seeds", fontsize="medium")
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run what is missing, then print and write everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, "runs/ablation")
+    parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the steps")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "ablation.json")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seeds, arguments.epochs = [0], arguments.epochs / 4
+    workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"
+    use_compilation_cache(workdir)
+    config = cifar_config(arguments)
+    scales = searched_for(config, workdir / f"search, {max(DEPTHS)} layers")
+    initial = initial_scales(config)
+    rates, tried = sweep(config, scales, workdir / "sweep", arguments)
+    rows = []
+    for variant in VARIANTS:
+        rate = rates[variant.rate]
+        used = changed(scales, variant.scales, initial)
+        place = workdir / f"{max(DEPTHS)} layers, {variant.title}"
+        runs = [
+            measure(variant, with_rate(config, rate, seed), used, place / f"seed {seed}")
+            for seed in arguments.seeds
+        ]
+        rows.append(row(variant, runs, rate))
+    given = {k: v for k, v in vars(arguments).items() if k in ("pictures", "epochs", "seeds")}
+    results = {
+        "arguments": given,
+        "variants": rows,
+        "depth": against_depth(arguments, config, rates, workdir),
+        "sweep": tried,
+        "environment": environment(),
+    }
+    write_json(arguments.output, results)
+    draw(results, arguments.output.with_suffix(".png"))
+    table = [
+        (
+            r["variant"],
+            f"{r['top1']:.2f} ± {r['top1_deviation']:.2f}",
+            f"{r['learning_rate']:g}",
+            f"{r['seconds']:.0f}",
+            f"{r['images_per_second']:,.0f}",
+        )
+        for r in rows
+    ]
+    print(format_table(table, ("variant", "top-1 %", "rate", "seconds", "images/s")))
+    table = [
+        (str(r["layers"]), r["variant"], f"{r['top1']:.2f} ± {r['top1_deviation']:.2f}")
+        for r in results["depth"]
+    ]
+    print("\n" + format_table(table, ("layers", "variant", "top-1 %")))
+    print(f"\n{arguments.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RunStopped, OSError, ValueError) as error:
+        sys.exit(f"ablation.py: {error}")

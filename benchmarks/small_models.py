@@ -1,0 +1,137 @@
+"""Why small networks fall behind: search length, start of the identity, and variants of the scales.
+
+    python benchmarks/small_models.py            (about half an hour on two idle CPU cores)
+
+A narrow network of RepOpt-VGG-A0's depth, with the data and budget of `ablation.py`. One search
+keeps its scales after every epoch; networks are trained with those of several epochs, with identity
+branches that start at 1 or where the search ended, with scales of 1 and averaged per layer, and
+against RepVGG and plain SGD. Prints means and standard deviations over the seeds, writes JSON, a
+picture of accuracy against search length, and one of the scales by depth over the search.
+
+Resumable: the same command goes on where it stopped.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from trainings import (
+    RESULTS,
+    Variant,
+    add_arguments,
+    changed,
+    cifar_config,
+    environment,
+    initial_scales,
+    measure,
+    row,
+    search,
+    use_compilation_cache,
+    with_rate,
+)
+
+from repopt_jax.training.figures import plot_scales_by_epoch
+from repopt_jax.training.loop import RunStopped
+from repopt_jax.training.report import format_table, write_json
+from repopt_jax.training.searching import load_along
+
+FULL = Variant("search in full")
+OTHERS = (
+    Variant("identity starts at 1", identity="one"),
+    Variant("scales all 1", scales="ones"),
+    Variant("scales averaged per layer", scales="averaged"),
+    Variant("RepVGG (BatchNorm in every branch)", part="repvgg"),
+    Variant("plain SGD", part="plain"),
+)
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+    """Accuracy against search length, with RepVGG's and plain SGD's beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    points = [r for r in results["variants"] if "search_epochs" in r]
+    ax.errorbar(
+        [r["search_epochs"] for r in points],
+        [r["top1"] for r in points],
+        [r["top1_deviation"] for r in points],
+        color="#D55E00",
+        marker="o",
+        capsize=3,
+        label="RepOptimizer",
+    )
+    for title, colour in ((OTHERS[-2].title, "#009E73"), (OTHERS[-1].title, "#0072B2")):
+        found = next(r for r in results["variants"] if r["variant"] == title)
+        low, high = (found["top1"] + sign * found["top1_deviation"] for sign in (-1, 1))
+        ax.axhline(found["top1"], color=colour, linestyle="--", label=title)
+        ax.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+    ax.set_xlabel("Epochs of the search whose scales are used")
+    ax.set_ylabel("Top-1 accuracy on the test pictures of 5 classes (%)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, color="0.9", linewidth=0.8)
+    ax.legend(frameon=False)
+    count = len(results["arguments"]["seeds"])
+    ax.set_title(f"Mean and standard deviation over {count} seeds", fontsize="medium")
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run what is missing, then print and write everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, "runs/small_models")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 4], help="in epochs")
+    parser.add_argument("--rate", type=float, default=0.1, help="learning rate of a batch")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "small_models.json")
+    arguments = parser.parse_args()
+    workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"
+    use_compilation_cache(workdir)
+    config = cifar_config(arguments)
+    config.model.num_blocks, config.model.widths = (2, 4, 14, 1), (12, 12, 24, 48, 160)
+    config.eval_every = 1.0
+    along = load_along(search(config, workdir / "search"))
+    config.eval_every = 1e6
+    initial = initial_scales(config)
+    unknown = [n for n in arguments.lengths if n not in along]
+    if unknown:
+        parser.error(f"--lengths must be whole epochs below {arguments.epochs:g}, got {unknown}")
+    longest = max(along)
+    cases = [
+        (Variant(f"search of {n} epochs"), scales, n)
+        for n, scales in {0: initial, **{n: along[n] for n in arguments.lengths}}.items()
+    ]
+    cases.append((FULL, along[longest], longest))
+    cases += [(v, changed(along[longest], v.scales, initial), None) for v in OTHERS]
+    rows = []
+    for variant, scales, length in cases:
+        runs = [
+            measure(
+                variant,
+                with_rate(config, arguments.rate, seed),
+                scales,
+                workdir / variant.title / f"seed {seed}",
+            )
+            for seed in arguments.seeds
+        ]
+        found = row(variant, runs, arguments.rate)
+        rows.append(found if length is None else {**found, "search_epochs": length})
+    given = {k: v for k, v in vars(arguments).items() if k in ("pictures", "epochs", "seeds")}
+    results = {"arguments": given, "variants": rows, "environment": environment()}
+    write_json(arguments.output, results)
+    draw(results, arguments.output.with_suffix(".png"))
+    plot_scales_by_epoch(
+        arguments.output.with_name("small_models_scales.png"), {0.0: initial, **along}
+    )
+    table = [
+        (r["variant"], f"{r['top1']:.2f} ± {r['top1_deviation']:.2f}", f"{r['seconds']:.0f}")
+        for r in rows
+    ]
+    print(format_table(table, ("variant", "top-1 %", "seconds")))
+    print(f"\n{arguments.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RunStopped, OSError, ValueError) as error:
+        sys.exit(f"small_models.py: {error}")

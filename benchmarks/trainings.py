@@ -1,0 +1,184 @@
+"""Trainings of one network in many variants, for the ablation and the study of small networks.
+
+Every training is a working directory under ``--workdir``, trained by the loop of `train.py` and
+resumed where it stopped; one that is finished is not done again.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import runpy
+import statistics
+import subprocess
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from repopt_jax.models import create_model
+from repopt_jax.scales import Scales
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.loop import train
+from repopt_jax.training.parts import prepare
+from repopt_jax.training.report import write_json
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SEARCH_CLASSES, TARGET_CLASSES = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How one row of a table is trained.
+
+    Attributes:
+      title: as the table names it.
+      part: of `repopt_jax.training.parts`: target, plain or repvgg.
+      optimizer: sgd or adamw.
+      rate: whose learning rate it takes, a key of the sweep.
+      scales: what becomes of the searched scales.
+      identity: where the identity branches start: searched, one.
+      initialized: whether the kernels start by the Rule of Initialization.
+      multiplied: whether the gradients are multiplied.
+    """
+
+    title: str
+    part: str = "target"
+    optimizer: str = "sgd"
+    rate: str = "RepOptimizer"
+    scales: str = "searched"
+    identity: str = "searched"
+    initialized: bool = True
+    multiplied: bool = True
+
+
+def cifar_config(arguments) -> ConfigDict:
+    """The CIFAR-10 pictures of half of the classes for the search, the other half for the rest."""
+    config = runpy.run_path(str(REPOSITORY / "configs" / "cifar10.py"))["get_config"]()
+    config.model.strides = (2, 2, 2, 2, 2)  # as in the official search: four times the steps
+    config.eval_every = config.checkpoint.every = 1e6
+    config.log_every = 100
+    for section, classes in ((config.search, SEARCH_CLASSES), (config.target, TARGET_CLASSES)):
+        section.data.name = arguments.data
+        section.data.data_dir = arguments.data_dir
+        section.data.train_split = f"train[:{arguments.pictures}]"
+        section.data.classes = classes
+        section.epochs = arguments.epochs
+        section.schedule.warmup_epochs = min(1.0, arguments.epochs / 4)
+    return config
+
+
+def add_arguments(parser, workdir: str) -> None:
+    """What both scripts take."""
+    parser.add_argument("--workdir", default=workdir)
+    parser.add_argument("--data", default="cifar10_jpeg", help="TFDS set of CIFAR-10's pictures")
+    parser.add_argument("--data-dir", default=str(REPOSITORY.parent / "shared" / "tfds"))
+    parser.add_argument("--pictures", type=int, default=20_000, help="of all ten classes")
+    parser.add_argument("--epochs", type=float, default=8.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+
+def use_compilation_cache(workdir: pathlib.Path) -> None:
+    """Variants that differ in constants of the state only share one program."""
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def search(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """Search, with the scales of every evaluation beside; the directory of the part."""
+    done = workdir / "summary.json"
+    if not done.exists():
+        _, summary = train(prepare(config, "search", make_mesh()), workdir)
+        write_json(done, summary)
+    return workdir
+
+
+def initial_scales(config: ConfigDict) -> Scales:
+    """What a search with the network of `config` starts with."""
+    size = {key: config.model[key] for key in ("num_blocks", "widths", "strides")}
+    return Scales.initial(
+        nnx.eval_shape(lambda: create_model("RepOpt-VGG", rngs=nnx.Rngs(0), **size))
+    )
+
+
+def changed(scales: Scales, how: str, initial: Scales) -> Scales:
+    """The scales of a variant."""
+    return {
+        "searched": lambda: scales,
+        "ones": scales.ones,
+        "initial": lambda: initial,
+        "averaged": scales.averaged,
+    }[how]()
+
+
+def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathlib.Path) -> dict:
+    """Train one variant with the learning rate and seed of `config`; what it reached.
+
+    Returns:
+      Top-1 (percent) over all evaluation pictures after the last step, seconds and images/s.
+    """
+    done = workdir / "summary.json"
+    if not done.exists():
+        config = config.copy_and_resolve_references()
+        config.target.optimizer.name = variant.optimizer
+        config.identity = variant.identity
+        if variant.optimizer == "adamw":
+            config.target.optimizer.weight_decay = 0.05
+        mesh = make_mesh()
+        part = prepare(config, variant.part, mesh, scales if variant.part == "target" else None)
+        if not variant.initialized:
+            part = dataclasses.replace(part, build=prepare(config, "plain", mesh).build)
+        if not variant.multiplied:
+            part = dataclasses.replace(part, tx=prepare(config, "plain", mesh).tx)
+        _, summary = train(part, workdir)
+        write_json(done, summary)
+    summary = json.loads(done.read_text())
+    return {
+        "top1": summary["eval/top1"],
+        "train_loss": summary["train/loss"],
+        "seconds": summary["seconds"],
+        "images_per_second": summary["train/images_per_second"],
+    }
+
+
+def with_rate(config: ConfigDict, rate: float, seed: int) -> ConfigDict:
+    """`config` with the learning rate of a batch, and a seed."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    config.target.schedule.base_lr = rate * 256 / config.target.batch_size
+    return config
+
+
+def row(variant: Variant, runs: list[dict], rate: float) -> dict:
+    """A row of the results: mean and standard deviation over the seeds."""
+    top1 = [run["top1"] for run in runs]
+    return {
+        "variant": variant.title,
+        "learning_rate": rate,
+        "top1": statistics.mean(top1),
+        "top1_deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+        "top1_by_seed": top1,
+        "seconds": statistics.median(run["seconds"] for run in runs),
+        "images_per_second": statistics.median(run["images_per_second"] for run in runs),
+    }
+
+
+def environment() -> dict:
+    """Machine, devices, commit and versions."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "machine": f"{os.cpu_count()} {platform.machine()} cores",
+        "devices": [device.device_kind for device in jax.devices()],
+    }
