@@ -13,6 +13,7 @@ from repopt_jax import (
     Centre,
     FrozenPointwise,
     Full,
+    Identity,
     LowRank,
     branch_mult,
     check_block,
@@ -186,3 +187,29 @@ def test_what_has_no_equivalence_is_refused_with_the_reason(branch, reason):
 def test_empty_block_is_refused():
     with pytest.raises(ValueError, match="at least one branch"):
         check_block({}, (3, 3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_mask_of_a_placement_is_what_embed_makes_of_ones(kind):
+    """Compared indices, the fast way, and padded ones, the way that states the branch."""
+    shape = kernel_shape(LAYERS[kind])
+    for branch in LAYERS[kind].block.values():
+        if branch.placement:
+            ones = jnp.ones(branch.weight_shape(shape), jnp.float32)
+            mask = branch.mask(shape, jnp.float32)
+            assert mask.dtype == jnp.float32
+            np.testing.assert_array_equal(mask, branch.embed(ones, shape))
+
+
+def test_no_update_stores_a_mask():
+    """Padded masks are stored once for all kernels of a shape, and read by each of them."""
+    block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
+    gradients = [jnp.full((3, 3, 64, 64), float(i)) for i in range(3)]
+    scales = [{"conv3x3": g[0, 0, 0], "conv1x1": g[0, 0, 0] + 1} for g in gradients]
+    mults = [branch_mult(block, s) for s in scales]
+
+    def multiply(mults, gradients):
+        return [mult(g) for mult, g in zip(mults, gradients, strict=True)]
+
+    memory = jax.jit(multiply).lower(mults, gradients).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < gradients[0].nbytes / 2

@@ -35,6 +35,21 @@ def wide_type(dtype: DTypeLike) -> DTypeLike:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
+def centre_mask(kernel_shape: tuple[int, ...], sizes: tuple[int, ...]) -> Array:
+    """Which entries of a kernel lie in the window of `sizes` at its centre.
+
+    >>> centre_mask((3, 3, 1, 1), (1, 3))[..., 0, 0].astype(int).tolist()
+    [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    """
+    inside = jnp.ones(kernel_shape, bool)
+    for axis, size in enumerate(sizes):
+        margin = (kernel_shape[axis] - size) // 2
+        if margin:
+            index = jax.lax.broadcasted_iota(jnp.int32, kernel_shape, axis)
+            inside &= (index >= margin) & (index < margin + size)
+    return inside
+
+
 @dataclasses.dataclass(frozen=True)
 class Branch(abc.ABC):
     """One linear branch. Subclass it and define `weight_shape` and `embed` to add a type.
@@ -77,6 +92,15 @@ class Branch(abc.ABC):
     def init(self, key: PRNGKeyArray, kernel_shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Draw a fresh ``w_b`` by the branch's own initializer."""
         return uniform_fan_in(key, self.weight_shape(kernel_shape), dtype)
+
+    def mask(self, kernel_shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """``E_b(1)``: 1 where a placement reaches the kernel, 0 elsewhere.
+
+        XLA's CPU backend stores what `embed` pads, as an array of the kernel's size that every
+        update reads. Types that are used much therefore compare indices instead, which it fuses;
+        who overrides `embed` in a subclass of theirs overrides this too.
+        """
+        return self.embed(jnp.ones(self.weight_shape(kernel_shape), dtype), kernel_shape)
 
     def refuse(self, rule: str, kernel_shape: tuple[int, ...]) -> ValueError:
         """The error that says which `rule` a kernel breaks; to be raised by `weight_shape`.
@@ -147,6 +171,15 @@ class Identity(Branch):
         centre = jnp.where(row == column % inputs, spread, jnp.zeros((), weight.dtype))
         margins = [(k // 2, k // 2) for k in kernel_shape[:-2]]
         return jnp.pad(centre[(None,) * len(margins)], [*margins, (0, 0), (0, 0)])
+
+    def mask(self, kernel_shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """The diagonal of the centre tap, of every group."""
+        *window, inputs, _ = kernel_shape
+        row, column = (
+            jax.lax.broadcasted_iota(jnp.int32, kernel_shape, len(window) + i) for i in (0, 1)
+        )
+        diagonal = row == (column if self.groups == 1 else column % inputs)
+        return (diagonal & centre_mask(kernel_shape, (1,) * len(window))).astype(dtype)
 
     def init(self, key: PRNGKeyArray, kernel_shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """`scale` in every channel."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import jax
 import jax.numpy as jnp
 
-from repopt_jax.branches.branch import Branch
+from repopt_jax.branches.branch import Branch, centre_mask
 from repopt_jax.branches.frozen import frozen_uniform
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class Window(Branch):
         margins = [(k - s) // 2 for k, s in zip(kernel_shape[:-2], self.sizes, strict=True)]
         return jnp.pad(weight, [(m, m) for m in margins] + [(0, 0), (0, 0)])
 
+    def mask(self, kernel_shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """The window."""
+        return centre_mask(kernel_shape, self.sizes).astype(dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Centre(Branch):
@@ -68,6 +72,10 @@ class Centre(Branch):
     def embed(self, weight: Array, kernel_shape: tuple[int, ...]) -> Array:
         """`weight` with zeros around it."""
         return Window((self.size,) * (len(kernel_shape) - 2)).embed(weight, kernel_shape)
+
+    def mask(self, kernel_shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """The window."""
+        return Window((self.size,) * (len(kernel_shape) - 2)).mask(kernel_shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

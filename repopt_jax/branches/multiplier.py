@@ -76,7 +76,7 @@ class BranchMult:
         """The element-wise multiplier as an array of `kernel_shape`."""
         terms, counts = [], []
         for name, branch in self.block:
-            mask = branch.embed(jnp.ones(branch.weight_shape(kernel_shape), dtype), kernel_shape)
+            mask = branch.mask(kernel_shape, dtype)
             counts.append(mask)
             if branch.scaled:
                 scale = self.scales[name].astype(dtype)
