@@ -101,16 +101,28 @@ def test_search_network_computes_conv_plus_identity(x64, strict):
     np.testing.assert_allclose(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["hs", "rep"])
-def test_folded_network_computes_the_same(kind, x64):
-    model = small(kind, dtype=np.float64)
+def assert_same_outputs(compute, x):
+    expected, found = jax.jit(compute, **QUICK)(x)
+    assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
+
+
+def test_folded_network_computes_the_same(x64):
+    model = small("rep", dtype=np.float64)
     model.eval()
-    expected, found = jax.jit(lambda x: (model(x), fold(model)(x)), **QUICK)(images())
+    assert_same_outputs(lambda x: (model(x), fold(model)(x)), images())
     folded = nnx.eval_shape(lambda: fold(model))
     assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))
-    assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
     with pytest.raises(ValueError, match="must have blocks to fold, got a folded RepOptGhost"):
         fold(folded)
+
+
+@pytest.mark.parametrize("kind", ["target", "hs"])
+def test_folded_bottleneck_computes_the_same(kind, x64):
+    """The one with all its parts: strided, with squeeze-excite and with layers as shortcut."""
+    model = small(kind, dtype=np.float64)
+    model.eval()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 4)))
+    assert_same_outputs(lambda x: (model.blocks[3][0](x), fold(model).blocks[3][0](x)), x)
 
 
 def headed(dropout):
