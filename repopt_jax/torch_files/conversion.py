@@ -38,7 +38,10 @@ def scales_from_torch(source: pathlib.Path, target: pathlib.Path) -> str:
     scales = load_torch_scales(source)
     save_scales(target, scales)
     name = scales.metadata["model"]
-    configs = {"RepOpt-VGG-": f"configs/imagenet.py:{name}", f"{GHOST}-": f"configs/ghostnet.py:{name}"}
+    configs = {
+        "RepOpt-VGG-": f"configs/imagenet.py:{name}",
+        f"{GHOST}-": f"configs/ghostnet.py:{name}",
+    }
     config = next((c for family, c in configs.items() if name.startswith(family)), "CONFIG")
     return (
         f"{name}, {len(scales)} blocks\n\n{scales.describe('stage')}\n\nwrote {target}; next:\n"
