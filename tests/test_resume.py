@@ -82,6 +82,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(story):
     said = story["finished"].stderr
     told = [line for line in said.splitlines() if str(story["damaged"]) in line]
     assert len(told) == 1 and "is damaged and not used" in told[0]
+    assert "Traceback" not in said
     log = (story["broken"] / "target" / "train.log").read_text()
     assert f"{story['damaged']} is damaged and not used" in log
     first = next(line for line in said.splitlines() if " target " in line)

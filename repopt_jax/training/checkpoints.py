@@ -25,6 +25,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from repopt_jax.training.damage import (
+    DamagedError,
+    failure_is_damage,
+    in_short,
+    warnings_of_orbax_only,
+    without_abandoned_reads,
+)
 from repopt_jax.training.manifests import (
     as_example,
     by_path,
@@ -39,33 +46,6 @@ from repopt_jax.training.manifests import (
 from repopt_jax.training.retention import KeepLatestAndBest
 
 _log = logging.getLogger(__name__)
-
-
-class _DamagedError(Exception):
-    """A checkpoint's files are incomplete or not what was written."""
-
-
-@contextlib.contextmanager
-def _failure_is_damage():
-    # Orbax raises errors of a dozen types for damaged files, plain Exception among them.
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError):  # the device's trouble, not the files'
-        raise
-    except Exception as error:
-        raise _DamagedError(_in_short(error)) from error
-
-
-def _in_short(error: BaseException) -> str:
-    line = (str(error).splitlines() or [""])[0]
-    if len(line) > 300:  # Orbax repeats long paths; the reason stands at either end
-        line = f"{line[:150]} ... {line[-150:]}"
-    return f"{type(error).__name__}: {line}"
-
-
-def _warnings_of_orbax_only(record: logging.LogRecord) -> bool:
-    # It tells every file at INFO, and at ERROR four tracebacks of what it raises anyway.
-    return record.levelno == logging.WARNING or "orbax" not in record.pathname
 
 
 def _positions(iterator) -> list[str]:
@@ -128,7 +108,7 @@ class Checkpoints:
         for argument, value in {"keep_latest": keep_latest, "save_every": save_every}.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1; got {value}")
-        logging.getLogger("absl").addFilter(_warnings_of_orbax_only)
+        logging.getLogger("absl").addFilter(warnings_of_orbax_only)
         directory = epath.Path(workdir) / "checkpoints"
         self.directory = directory if directory.is_absolute() else directory.absolute()
         self._save_every, self._read_only = save_every, read_only
@@ -251,8 +231,9 @@ class Checkpoints:
         damaged = {}
         for candidate in self._candidates(step):
             try:
-                state = self._read(candidate, example_state, data_iterator)
-            except _DamagedError as error:
+                with without_abandoned_reads():
+                    state = self._read(candidate, example_state, data_iterator)
+            except DamagedError as error:
                 damaged[candidate] = error
                 where = self.directory / str(candidate)
                 _log.warning("The checkpoint %s is damaged and not used (%s)", where, error)
@@ -294,7 +275,7 @@ class Checkpoints:
         return [step]
 
     def _read(self, step: int, example, data_iterator):
-        with _failure_is_damage():
+        with failure_is_damage():
             manifest = self._read_json(step, "manifest")
         examples, tree = by_path(example), jax.tree.structure(example)
         where = self.directory / str(step)
@@ -305,7 +286,7 @@ class Checkpoints:
                 f"data_iterator must be None: {where} has the position of {processes} processes, "
                 f"and there are {jax.process_count()}"
             )
-        with _failure_is_damage():
+        with failure_is_damage():
             positions = self._read_json(step, "data") if data_iterator is not None else []
             wanted = {path: to_read(leaf) for path, leaf in examples.items()}
             items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
@@ -330,7 +311,7 @@ class Checkpoints:
             self._manager.reload()  # Orbax has forgotten those that would have been removed by now
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.directory} "
-                f"({_in_short(error)})"
+                f"({in_short(error)})"
             ) from error
 
     def _require_writable(self):
@@ -343,7 +324,7 @@ class Checkpoints:
             probe.unlink()
         except Exception as error:  # cloud file systems have errors of their own
             raise OSError(
-                f"workdir must be writable, {self.directory} is not ({_in_short(error)})"
+                f"workdir must be writable, {self.directory} is not ({in_short(error)})"
             ) from error
 
     def _require_space(self, needed: int):

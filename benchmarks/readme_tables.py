@@ -1,0 +1,150 @@
+"""Writes the README's tables of results from the JSON files in benchmarks/results.
+
+    python benchmarks/readme_tables.py            rewrites what stands between its marks
+    python benchmarks/readme_tables.py --check    exits with status 1 if that would change anything
+
+A table stands between ``<!-- NAME.json -->`` and ``<!-- end -->``.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import sys
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def markdown(header, rows) -> str:
+    """A table; the first column is words, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def with_deviation(row: dict) -> str:
+    """Top-1 with its standard deviation."""
+    return f"{row['top1']:.1f} ± {row['top1_deviation']:.1f}"
+
+
+def made_of(environment: dict, arguments: dict) -> str:
+    """In what circumstances a study was made."""
+    versions = environment["versions"]
+    return (
+        f"{arguments['pictures']:,} pictures (half of them for the search), "
+        f"{arguments['epochs']:g} epochs, {len(arguments['seeds'])} seeds; "
+        f"{environment['machine']}, jax {versions['jax']}, commit {environment['commit']}."
+    )
+
+
+def ablation(data: dict) -> str:
+    """The variants, and the effect against depth."""
+    rows = [
+        (
+            r["variant"],
+            with_deviation(r),
+            f"{r['learning_rate']:g}",
+            f"{r['seconds']:.0f}",
+            f"{r['images_per_second']:,.0f}",
+        )
+        for r in data["variants"]
+    ]
+    table = markdown(("variant", "top-1 %", "learning rate", "seconds", "images/s"), rows)
+    layers = sorted({r["layers"] for r in data["depth"]})
+    titles = list(dict.fromkeys(r["variant"] for r in data["depth"]))
+    by = {(r["variant"], r["layers"]): with_deviation(r) for r in data["depth"]}
+    depth = markdown(
+        ("top-1 % by depth", *(f"{n} layers" for n in layers)),
+        [(title, *(by[title, n] for n in layers)) for title in titles],
+    )
+    facts = made_of(data["environment"], data["arguments"])
+    return f"{table}\n\n{depth}\n\n`python benchmarks/ablation.py`: {facts}"
+
+
+def small_models(data: dict) -> str:
+    """The variants of the small network."""
+    rows = [(r["variant"], with_deviation(r)) for r in data["variants"]]
+    table = markdown(("small network (22 layers)", "top-1 %"), rows)
+    facts = made_of(data["environment"], data["arguments"])
+    return f"{table}\n\n`python benchmarks/small_models.py`: {facts}"
+
+
+def input_pipeline(data: dict) -> str:
+    """Speeds relative to the official pipeline, by augmentation."""
+    augments = list(dict.fromkeys(r["augment"] for r in data["rows"]))
+    variants = list(dict.fromkeys(r["variant"] for r in data["rows"]))
+    by = {(r["variant"], r["augment"]): r for r in data["rows"]}
+
+    def cell(variant, augment):
+        found = by.get((variant, augment))
+        if found is None:
+            return ""
+        times = found["times_official_per_cpu_second"]
+        return f"{found['pictures_per_cpu_second']:.0f} ({times:.2f}x)"
+
+    table = markdown(
+        ("ImageNet pictures per second of one core", *augments),
+        [(variant, *(cell(variant, augment) for augment in augments)) for variant in variants],
+    )
+    return (
+        f"{table}\n\n`python benchmarks/input_pipeline.py`: {data['cpu']}, {data['rounds']} rounds."
+    )
+
+
+def quantization(data: dict) -> str:
+    """Float, INT8 and spread of the kernels by network."""
+    runs = data["runs"]
+    titles = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
+    networks = [name for name in titles if any(r["network"] == name for r in runs)]
+    settings = list(runs[0]["int8"])
+
+    def cells(read):
+        for name in networks:
+            values = [read(r) for r in runs if r["network"] == name]
+            deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            yield f"{statistics.mean(values):.3g}{deviation}"
+
+    rows = [("float top-1 %", *cells(lambda r: r["float"]["top1"]))]
+    for setting in settings:
+        name = f"INT8 top-1 %, per {setting}"
+        rows.append((name, *cells(lambda r, s=setting: r["int8"][s]["top1"])))
+    rows.append(("kernel standard deviation", *cells(lambda r: r["kernels"]["std"])))
+    rows.append(("INT8 speed-up", *cells(lambda r: r["speed-up"])))
+    table = markdown(("", *(titles[name] for name in networks)), rows)
+    return f"{table}\n\n`python {data['command']}`"
+
+
+TABLES = {
+    "ablation": ablation,
+    "small_models": small_models,
+    "input_pipeline": input_pipeline,
+    "quantization": quantization,
+}
+
+
+def rendered(text: str) -> str:
+    """The README with every marked table made anew."""
+
+    def table(match):
+        data = json.loads((RESULTS / f"{match[1]}.json").read_text())
+        return f"<!-- {match[1]}.json -->\n{TABLES[match[1]](data)}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+)\.json -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    old = README.read_text()
+    new = rendered(old)
+    if arguments.check and new != old:
+        sys.exit("README.md differs from its results: run python benchmarks/readme_tables.py")
+    if new != old:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
