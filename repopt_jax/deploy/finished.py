@@ -35,6 +35,10 @@ def check_output(path: str | os.PathLike, *, force: bool) -> None:
 
     Raises:
       ValueError: `path` exists and `force` is not set, is a folder, or has no folder.
+
+    >>> check_output("nowhere/a.onnx", force=False)
+    Traceback (most recent call last):
+    ValueError: output must lie in an existing folder, got nowhere/a.onnx
     """
     path = pathlib.Path(path)
     if path.is_dir():

@@ -196,7 +196,12 @@ def _outputs(model: onnx.ModelProto, names: Sequence[str], images: np.ndarray) -
 
 
 def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header for `repopt_jax.training.report.format_table`."""
+    """Rows and header for `repopt_jax.training.report.format_table`.
+
+    >>> report = LayerReport("linear", (3, 8), 0.2, None, None, -0.4, 0.5, 0.001, 45.0, 47.0)
+    >>> table([report])[0]
+    [('linear', '3x8', '0.2000', '', '', '-0.400', '0.500', '0.00100', '45.0', '47.0')]
+    """
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)

@@ -83,6 +83,11 @@ def configured_pictures(data: ConfigDict) -> Pictures:
 
 
 def unmasked(batches: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pictures and labels of evaluation batches, without the filler."""
+    """Pictures and labels of evaluation batches, without the filler.
+
+    >>> batches = Pictures(load_dataset("digits")).evaluation(256)
+    >>> [images.shape for images, labels in unmasked(batches)]
+    [(256, 8, 8, 3), (104, 8, 8, 3)]
+    """
     for batch in batches:
         yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
