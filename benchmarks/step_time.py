@@ -1,4 +1,4 @@
-"""Claim: searching costs what training does, multipliers cost nothing, RepVGG's branches cost much.
+"""What a training step costs: of the target, the search networks, RepVGG, and PyTorch's target.
 
     python benchmarks/step_time.py                         # this machine's defaults
     python benchmarks/step_time.py --models RepOpt-VGG-B2 --sizes 160 --batches 16 --rounds 5
@@ -280,7 +280,7 @@ def main():
     """Measures, prints the tables, writes the JSON after every setting."""
     flags = parse()
     result = {
-        "claim": __doc__.splitlines()[0],
+        "what": __doc__.splitlines()[0],
         "environment": environment(),
         "rounds": flags.rounds,
         "updates": [],
