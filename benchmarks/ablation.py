@@ -53,8 +53,8 @@ VARIANTS = (
 SWEEPS = {  # learning rates of a batch
     "plain SGD": (0.02, 0.05, 0.1, 0.2),
     "RepOptimizer": (0.02, 0.05, 0.1, 0.2),
-    "plain AdamW": (5e-4, 1e-3, 2e-3, 4e-3),
-    "RepOptimizer (AdamW)": (5e-4, 1e-3, 2e-3, 4e-3),
+    "plain AdamW": (1e-3, 2e-3, 4e-3),
+    "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3),
 }
 DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1)}
 
