@@ -272,3 +272,19 @@ def test_multiplier_keeps_the_type_of_the_gradient(dtype):
     product = mult(jnp.ones((2, 2), dtype))
     assert product.dtype == dtype
     assert product[0].tolist() == [9.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape"), [(b, s) for b, s, _ in BRANCHES.values() if b.by_channel], ids=str
+)
+def test_a_branch_by_channel_lets_the_scale_through_to_the_bit(branch, shape):
+    """What merge and pull_back make of the claim ``by_channel``."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    weight = jax.random.normal(keys[0], branch.weight_shape(shape))
+    scale = jax.random.normal(keys[1], shape[-1:])
+    merged = merge({"b": branch}, {"b": weight}, {"b": scale}, shape)
+    spread = jnp.broadcast_to(scale, shape)
+    np.testing.assert_array_equal(merged, spread * branch.embed(weight, shape))
+    product = jax.make_jaxpr(lambda w, s: merge({"b": branch}, {"b": w}, {"b": s}, shape))
+    sizes = [e.outvars[0].aval.size for e in product(weight, scale).eqns if "mul" in str(e)]
+    assert sizes == [weight.size]

@@ -160,10 +160,13 @@ def merge(
     >>> merge(block, ones, scales, (3, 3, 1, 1))[..., 0, 0].tolist()
     [[2.0, 2.0, 2.0], [2.0, 12.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    terms = [
-        _scaled(branch, scales.get(name), branch.embed(weights[name], kernel_shape))
-        for name, branch in block.items()
-    ]
+    terms = []
+    for name, branch in block.items():
+        weight, scale = weights[name], scales.get(name)
+        if branch.by_channel:  # a small kernel is multiplied, not the large one that it lies in
+            terms.append(branch.embed(_scaled(branch, scale, weight), kernel_shape))
+        else:
+            terms.append(_scaled(branch, scale, branch.embed(weight, kernel_shape)))
     return functools.reduce(jnp.add, terms)
 
 
@@ -184,6 +187,9 @@ def pull_back(
     for name, branch in block.items():
         weight = jax.ShapeDtypeStruct(branch.weight_shape(shape), dtype)
         embed = functools.partial(branch.embed, kernel_shape=shape)
-        scaled = _scaled(branch, scales.get(name), gradient)
+        scale = scales.get(name)
+        scaled = gradient if branch.by_channel else _scaled(branch, scale, gradient)
         (pulled[name],) = jax.linear_transpose(embed, weight)(scaled)
+        if branch.by_channel:
+            pulled[name] = _scaled(branch, scale, pulled[name])
     return pulled

@@ -65,6 +65,8 @@ class Branch(abc.ABC):
       placement: whether ``E_b`` only copies each entry of ``w_b`` to a place of its own. Then
         ``E_b E_b^T`` is a 0/1 mask and the multiplier is element-wise. False is always right: the
         multiplier is the linear operator then.
+      by_channel: whether the last axis of ``w_b`` is the kernel's, so that ``E_b(s_b * w_b)`` is
+        ``s_b * E_b(w_b)``. False is always right, and costs a product of the kernel's size.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Constant(Branch):
@@ -80,6 +82,7 @@ class Branch(abc.ABC):
     scale: float = dataclasses.field(default=1.0, kw_only=True)
     scaled: ClassVar[bool] = True
     placement: ClassVar[bool] = False
+    by_channel: ClassVar[bool] = False
 
     @abc.abstractmethod
     def weight_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,6 +128,7 @@ class Full(Branch):
     """
 
     placement: ClassVar[bool] = True
+    by_channel: ClassVar[bool] = True
 
     def weight_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The kernel's own shape."""

@@ -29,6 +29,7 @@ class Window(Branch):
 
     sizes: tuple[int, ...]
     placement: ClassVar[bool] = True
+    by_channel: ClassVar[bool] = True
 
     def __post_init__(self):
         object.__setattr__(self, "sizes", tuple(self.sizes))  # hashable, also from a list
@@ -61,6 +62,7 @@ class Centre(Branch):
 
     size: int
     placement: ClassVar[bool] = True
+    by_channel: ClassVar[bool] = True
 
     def weight_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """`size` on every window axis; the difference to the kernel must be even."""
@@ -93,6 +95,7 @@ class Dilated(Branch):
     size: int
     dilation: int
     placement: ClassVar[bool] = True
+    by_channel: ClassVar[bool] = True
 
     @property
     def extent(self) -> int:
