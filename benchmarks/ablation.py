@@ -56,7 +56,7 @@ SWEEPS = {  # learning rates of a batch
     "plain AdamW": (1e-3, 2e-3, 4e-3),
     "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3),
 }
-DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1)}
+DEPTHS = {12: (1, 2, 7, 1), 28: (4, 6, 16, 1)}
 
 
 def searched_for(config, workdir) -> Scales:

@@ -58,7 +58,6 @@ class Variant:
 def cifar_config(arguments) -> ConfigDict:
     """The CIFAR-10 pictures of half of the classes for the search, the other half for the rest."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "cifar10.py"))["get_config"]()
-    config.model.strides = (2, 2, 2, 2, 2)  # as in the official search: four times the steps
     config.eval_every = config.checkpoint.every = 1e6
     config.log_every = 100
     for section, classes in ((config.search, SEARCH_CLASSES), (config.target, TARGET_CLASSES)):

@@ -91,3 +91,11 @@ def test_the_target_and_the_plain_network_start_apart_and_draw_by_the_seed():
     np.testing.assert_array_equal(same, kernel("target"))
     assert not np.allclose(same, kernel("target", seed=1))
     assert not np.allclose(same, kernel("plain"))
+
+
+def test_seeds_share_a_program_where_nothing_is_drawn_on_the_device():
+    def seed(**changes):
+        return prepare(small_config(seed=7, **changes), "plain", make_mesh()).options.seed
+
+    assert seed() == 0
+    assert seed(target__random_erasing=0.1) == seed(target__mix__mixup=0.1) == 7
