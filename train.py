@@ -85,11 +85,17 @@ def main(_):
             throughput(given.config)
     except RunStopped as stopped:
         stop(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on from the last checkpoint", 130)
 
 
 def stop(sentence, exit_code):
     """End the process with a sentence instead of a traceback."""
-    print(f"train.py: {sentence}", file=sys.stderr)
+    print(f"train.py: {sentence}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and exit_code < 128:
+        from repopt_jax.training.processes import leave_the_others
+
+        leave_the_others(exit_code)
     sys.exit(exit_code)
 
 

@@ -56,6 +56,7 @@ SWEEPS = {  # learning rates of a batch
     "plain AdamW": (1e-3, 2e-3, 4e-3),
     "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3),
 }
+HELD_OUT = 5000
 DEPTHS = {12: (1, 2, 7, 1), 28: (4, 6, 16, 1)}
 
 
@@ -67,8 +68,7 @@ def searched_for(config, workdir) -> Scales:
 def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[dict]]:
     """The best learning rate of every key of `SWEEPS`, and all that was tried."""
     config = config.copy_and_resolve_references()
-    begin = arguments.pictures
-    config.target.data.eval_split = f"train[{begin}:{begin + 5000}]"
+    config.target.data.eval_split = f"train[-{HELD_OUT}:]"
     best, tried = {}, []
     for key, rates in SWEEPS.items():
         variant = next(v for v in VARIANTS if v.rate == key)
@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the steps")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "ablation.json")
     arguments = parser.parse_args()
+    if arguments.pictures > 50_000 - HELD_OUT:
+        parser.error(f"--pictures must be at most {50_000 - HELD_OUT}, got {arguments.pictures}")
     if arguments.quick:
         arguments.seeds, arguments.epochs = [0], arguments.epochs / 4
     workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"

@@ -119,7 +119,11 @@ def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathl
     Returns:
       Top-1 (percent) over all evaluation pictures after the last step, seconds and images/s.
     """
-    done = workdir / "summary.json"
+    done, stated = workdir / "summary.json", workdir / "variant.json"
+    statement = json.loads(config.to_json_best_effort()) | dataclasses.asdict(variant)
+    if stated.exists() and json.loads(stated.read_text()) != statement:
+        raise ValueError(f"{workdir} holds a training with other settings; use another --workdir")
+    write_json(stated, statement)
     if not done.exists():
         config = config.copy_and_resolve_references()
         config.target.optimizer.name = variant.optimizer

@@ -21,6 +21,7 @@ from repopt_jax import (
     PooledPointwise,
     Window,
     branch_mult,
+    check_block,
     init_weights,
     initial_scales,
     merge,
@@ -288,3 +289,23 @@ def test_a_branch_by_channel_lets_the_scale_through_to_the_bit(branch, shape):
     product = jax.make_jaxpr(lambda w, s: merge({"b": branch}, {"b": w}, {"b": s}, shape))
     sizes = [e.outvars[0].aval.size for e in product(weight, scale).eqns if "mul" in str(e)]
     assert sizes == [weight.size]
+
+
+@pytest.mark.parametrize(
+    ("embed", "message"),
+    [
+        (lambda w, k: jnp.zeros(k).at[0, 0].set(w[0, 0]), "must override mask too"),
+        (
+            lambda w, k: Centre(1).embed(w[..., ::-1], k),
+            "embed must keep the output channels apart",
+        ),
+    ],
+    ids=["another place", "channels exchanged"],
+)
+def test_a_subclass_that_breaks_what_its_parent_says_of_itself_is_refused(embed, message):
+    class Changed(Centre):
+        def embed(self, weight, kernel_shape):
+            return embed(weight, kernel_shape)
+
+    with pytest.raises(ValueError, match=message):
+        check_block({"changed": Changed(1)}, (3, 3, 2, 4))

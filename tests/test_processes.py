@@ -50,23 +50,36 @@ def start_two(workdir, env, *flags):
     ]
 
 
+def outcomes(both):
+    """What each process wrote, and its exit status."""
+    try:
+        return [(*process.communicate(timeout=200), process.returncode) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """One process; two that are told to stop, one of them; and the same two again to the end."""
     folder = tmp_path_factory.mktemp("processes")
     alone, together = folder / "alone", folder / "together"
     finished = subprocess.run(
-        command(alone, *FLAGS), env=environment(folder, 2), capture_output=True, text=True
+        command(alone, *FLAGS),
+        env=environment(folder, 2),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert finished.returncode == 0, finished.stderr
     env = environment(folder, 1)
     both = start_two(together, env, *FLAGS)
-    while lines_written(together) < 4 and both[0].poll() is None:
+    begun = time.monotonic()
+    while lines_written(together) < 4 and both[0].poll() is None and time.monotonic() < begun + 200:
         time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)
-    stopped = [(*process.communicate(timeout=200), process.returncode) for process in both]
-    ended = start_two(together, env, *FLAGS)
-    ended = [(*process.communicate(timeout=200), process.returncode) for process in ended]
+    stopped = outcomes(both)
+    ended = outcomes(start_two(together, env, *FLAGS))
     return {"alone": alone, "together": together, "stopped": stopped, "ended": ended}
 
 

@@ -48,6 +48,10 @@ CONFIGS = [
     ({"model.num_blocks": (1, 1, 0, 1)}, "model.num_blocks must be whole numbers above 0"),
     ({"model.strides": (1, 2, 2, 1, -1)}, "model.strides must be whole numbers above 0"),
     ({"search.bn_group": 5}, "bn_group must divide the 16 samples .* got 5"),
+    (
+        {"target.bn_group": 1, "target.mix.cutmix": 1.0},
+        "mix.mixup and mix.cutmix need BatchNorm groups of at least 2 pictures, .* groups of 1",
+    ),
     ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
     ({"dtype": "float64"}, "dtype 'float64' needs JAX_ENABLE_X64"),
     ({"fsdp": 3}, "fsdp must divide the number of devices 8, got 3"),

@@ -127,6 +127,16 @@ def test_eval_mode_takes_a_part_of_a_finished_run(finished):
     assert found["target/latest"]["eval/loss"] == summary["parts"]["target"]["eval/loss"]
 
 
+def test_eval_mode_asks_for_nothing_that_only_training_needs(finished):
+    """Neither for a divisible number of devices, nor BN groups, nor the scales file given then."""
+    config, workdir, summary, _ = finished
+    config = config.copy_and_resolve_references()
+    config.fsdp, config.scales = 64, "gone.safetensors"
+    config.search.bn_group = config.target.bn_group = 7
+    found = run.evaluate(config, workdir)
+    assert found["target/latest"]["eval/loss"] == summary["parts"]["target"]["eval/loss"]
+
+
 def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
     """Its table is printed at once."""
     config, workdir, summary, _ = finished
@@ -330,19 +340,3 @@ def test_checkpoints_by_time(tmp_path, fake_step):
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
     assert checkpoints.steps() == list(range(1, 34))
     checkpoints.close()
-
-
-def test_a_run_keeps_its_bn_group_on_another_number_of_devices(tmp_path, monkeypatch, fake_step):
-    """A device's share is 16 of 128 on 8 devices and would be 128 on one."""
-    config = small_config(parts=("plain",), target__bn_group=None, target__epochs=0.2)
-    config.target.schedule.warmup_epochs = 0.0
-    run.run(config, tmp_path)
-    (tmp_path / "plain" / "summary.json").unlink()
-    one = make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(run, "make_mesh", lambda fsdp: one)
-    seen = []
-    monkeypatch.setattr(run, "train", lambda part, _: seen.append(part) or pytest.exit)
-    with contextlib.suppress(TypeError):
-        run.run(config, tmp_path)
-    assert seen[0].section.bn_group == 16
-    assert seen[0].options.group == 16

@@ -211,3 +211,11 @@ def test_the_backward_pass_keeps_images_and_kernel_alone():
     ours, _ = both((1, 1), ((1, 1), (1, 1)))
     kept = jax.tree.leaves(jax.vjp(ours, x, kernel)[1])
     assert sum(array.size for array in kept) <= x.size + kernel.size + 1  # the platform's number
+
+
+def test_strides_longer_than_the_map_are_left_to_jax(x64):
+    """Between the taps that meet the picture there may be others that meet nothing but padding."""
+    args = arguments(1, 1, 3)
+    ours, native = both((2, 2), ((2, 2), (2, 2)))
+    assert operations(ours, *args)["convolution"] == 1
+    np.testing.assert_array_equal(ours(*args), native(*args))

@@ -7,6 +7,7 @@ A *block* states its branches as data, for RepOpt-VGG
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,20 +22,41 @@ if TYPE_CHECKING:
 Block: TypeAlias = Mapping[str, Branch]
 
 
-_OFFSETS: dict[type[Branch], bool] = {}
+_UNTRUE: dict[type[Branch], str | None] = {}
 
 
-def _adds_a_constant(branch: Branch, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether ``E_b(0)`` is not 0; computed once per class, because it costs a compilation."""
-    if type(branch) not in _OFFSETS:
+def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
+    """What is wrong with the numbers that `embed` returns, or with what the class says of itself.
 
-        def largest():
-            kernel = branch.embed(jnp.zeros(branch.weight_shape(kernel_shape)), kernel_shape)
-            return jnp.abs(kernel).max()
+    Found out once per class, because it costs a compilation.
+    """
+    if type(branch) not in _UNTRUE:
+        shape = branch.weight_shape(kernel_shape)
+
+        def differences():
+            size = math.prod(shape)
+            weight = jnp.arange(1, size + 1, dtype=jnp.float32).reshape(shape) / size
+            scale = jnp.linspace(1, 2, kernel_shape[-1])
+            found = {"constant": branch.embed(jnp.zeros(shape), kernel_shape)}
+            if branch.placement:
+                ones = branch.embed(jnp.ones(shape), kernel_shape)
+                found["mask"] = ones - branch.mask(kernel_shape, jnp.float32)
+            if branch.by_channel:
+                before = branch.embed(weight * jnp.broadcast_to(scale, shape), kernel_shape)
+                after = branch.embed(weight, kernel_shape) * jnp.broadcast_to(scale, kernel_shape)
+                found["channel"] = before - after
+            return {name: jnp.abs(array).max() > 1e-5 for name, array in found.items()}
 
         with jax.ensure_compile_time_eval():
-            _OFFSETS[type(branch)] = float(jax.jit(largest)()) != 0
-    return _OFFSETS[type(branch)]
+            found = jax.device_get(jax.jit(differences)())
+        messages = {
+            "constant": "embed must be linear in its weight, got a constant added to it",
+            "mask": "mask must be embed of ones, got another one; a subclass that overrides embed "
+            "must override mask too",
+            "channel": "embed must keep the output channels apart where by_channel is True",
+        }
+        _UNTRUE[type(branch)] = next((messages[k] for k in messages if found.get(k)), None)
+    return _UNTRUE[type(branch)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -52,9 +74,7 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
             "embed must be linear in its weight; a product of weights (two trainable layers in a "
             "row) or a division by their statistics (BatchNorm inside the branch) is not"
         )
-    if _adds_a_constant(branch, kernel_shape):
-        return "embed must be linear in its weight, got a constant added to it"
-    return None
+    return _untrue(branch, kernel_shape)
 
 
 def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:

@@ -173,6 +173,8 @@ def _output_snrs(
         rounded = f"{tensor}_DequantizeLinear_Output"
         if node.op_type in ("Conv", "Gemm") and tensor in there:
             tensors[node.name] = (tensor, rounded if rounded in there else tensor)
+    if not tensors:
+        raise ValueError("int8 must be made of the float graph, got one without its layers")
     float_names, int8_names = zip(*tensors.values(), strict=True)
     exact = _outputs(graph, float_names, images)
     rounded = _outputs(int8, int8_names, images)

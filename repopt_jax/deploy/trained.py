@@ -84,11 +84,12 @@ def load_run(
     from repopt_jax.deploy.pictures import Pictures
     from repopt_jax.training.checkpoints import Checkpoints
     from repopt_jax.training.parts import prepare
-    from repopt_jax.training.run import check
+    from repopt_jax.training.run import check, for_evaluation
 
     folder = pathlib.Path(workdir) / part
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
+    config = for_evaluation(config, workdir)
     _, scales, mesh = check(config, pathlib.Path(workdir))
     prepared = prepare(config, part, mesh, scales)
     checkpoints = Checkpoints(folder, read_only=True)

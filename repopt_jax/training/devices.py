@@ -10,6 +10,7 @@ and `pjit` became.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -57,7 +58,12 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     """`tree` whole on every device, so that every process can read it."""
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return _replicator(mesh)(tree)
+
+
+@functools.cache
+def _replicator(mesh: Mesh):
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -143,6 +143,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
         resumed_at=first,
         label=part.name,
     )
+    profile = Profile(workdir, first, part.config.profile_steps)
     count = parameter_overview.count_parameters(nnx.to_pure_dict(state.params))
     progress.say(
         f"{part.name}: {count:,} parameters, {part.steps:,} steps of {part.section.batch_size} "
@@ -151,11 +152,12 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     try:
         with StopSignal() as stop, progress:
             step, state = _run_steps(
-                part, state, first, batches, checkpoints, writer, progress, stop
+                part, state, first, batches, checkpoints, writer, progress, stop, profile
             )
             with told_in_a_sentence():
                 checkpoints.wait()
     finally:
+        profile.close()
         writer.close()
         checkpoints.close()
     (received,) = agreed([stop.received or 0])
@@ -171,7 +173,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
 
 
 def _run_steps(
-    part, state, first, batches, checkpoints, writer, progress, stop
+    part, state, first, batches, checkpoints, writer, progress, stop, profile
 ) -> tuple[int, TrainState]:
     """Train up to the last step, or to the first one that a signal lets end; that one is saved."""
     step_fn, _ = jitted_steps()
@@ -179,17 +181,22 @@ def _run_steps(
     save_every = part.steps_in(part.config.checkpoint.every)
     log_every = part.config.log_every
     before = read_metrics(writer.path)
-    seconds = before[-1]["seconds"] if before else 0.0
-    best = max((r["eval/top1"] for r in before if "eval/top1" in r), default=-math.inf)
+    # Agreed, because it decides about saves, and a file may reach other hosts late.
+    best, seconds = agreed(
+        [
+            max((r["eval/top1"] for r in before if "eval/top1" in r), default=-math.inf),
+            before[-1]["seconds"] if before else 0.0,
+        ]
+    )
     since = saved = time.perf_counter()
     recent: list[dict[str, jax.Array]] = []
     step = first
-    profile = Profile(writer.path.parent, first, part.config.profile_steps)
+    flops = None
     for step in range(first + 1, part.steps + 1):
         with told_in_a_sentence():  # a picture may be broken
             batch = next(batches)
         batch = put_batch(part.mesh, batch)
-        profile.step(step)
+        profile.step(step, state)
         state, metrics = step_fn(part.graphdef, part.tx, part.options, state, batch)
         if recent:
             _require_finite(part, step - 1, recent[-1], checkpoints)
@@ -212,18 +219,23 @@ def _run_steps(
             means["train/lr"] = float(part.schedule(step - 1))
             speed = progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
             record = {"epoch": step / part.steps_per_epoch, **means}
-            record |= _usage(part, state, speed, batch["image"].shape[1:])
+            flops = flops or forward_flops(
+                part.eval_graphdef, state.params, state.stats, batch["image"].shape[1:]
+            )
+            record |= _usage(part, flops, speed)
             if due_eval:
                 with progress.paused():
                     found = evaluate_state(part, state)
+                    if part.name == "search":
+                        with told_in_a_sentence():
+                            save_along(part, state, step, found, writer.path.parent)
                 record |= found
-                if part.name == "search":
-                    save_along(part, state, step, found, writer.path.parent)
                 if found["eval/top1"] > best:  # the best checkpoint is that of the best evaluation
                     best, due_save = found["eval/top1"], True
                 progress.say(_sentence(part.name, step, found))
             record["seconds"] = seconds + time.perf_counter() - since
-            writer.write(step, record)
+            with told_in_a_sentence():
+                writer.write(step, record)
         if due_save:
             _require_finite_state(part, step, state, checkpoints)
             top1 = {"top1": record["eval/top1"]} if due_eval else None
@@ -232,7 +244,6 @@ def _run_steps(
             saved = time.perf_counter()
         if stopping:
             break
-    profile.close()
     return step, state
 
 
@@ -268,12 +279,11 @@ def _stop_diverged(what: str, checkpoints: Checkpoints) -> None:
     )
 
 
-def _usage(part: Part, state: TrainState, speed: float, image_shape) -> dict[str, float]:
+def _usage(part: Part, flops: int, speed: float) -> dict[str, float]:
     """Images per second and, where the device tells, model FLOPs utilization and peak memory."""
     found = {"train/images_per_second": speed}
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
-        flops = forward_flops(part.eval_graphdef, state.params, state.stats, image_shape)
         found["train/mfu"] = 3 * flops * speed / (peak * part.mesh.size)
     memory = peak_memory()
     if memory is not None:

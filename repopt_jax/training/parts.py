@@ -146,6 +146,11 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
         raise ValueError(f"eval_batch_size must be at least 1, got {section.eval_batch_size}")
     _check_tuples(config, section)
     group = samples_per_group(section.batch_size, section.accumulation, section.bn_group, mesh)
+    if group < 2 and (section.mix.mixup or section.mix.cutmix):
+        raise ValueError(
+            "mix.mixup and mix.cutmix need BatchNorm groups of at least 2 pictures, within which "
+            f"they mix, got groups of {group}"
+        )
     with _told_where(f"{section_name}.data"):
         dataset = data_lib.load_dataset(**_dataset_arguments(section.data))
     steps_per_epoch = data_lib.steps_per_epoch(dataset, section.batch_size)

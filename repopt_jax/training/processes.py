@@ -37,6 +37,8 @@ def join_processes(
     >>> join_processes()
     False
     """
+    # Its handler would swallow a SIGTERM that comes before the loop has installed its own.
+    jax.config.update("jax_enable_preemption_service", False)
     given = {"coordinator": coordinator, "count": count, "index": index}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
@@ -50,7 +52,8 @@ def join_processes(
         )
     if not 0 <= index < count:
         raise ValueError(f"index must be in 0..count-1 = {count - 1}, got {index}")
-    jax.distributed.initialize(coordinator, count, index)
+    # "deactivate": else under Slurm each process would take one device only.
+    jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
     return True
 
 
@@ -73,6 +76,16 @@ def agreed(values: Sequence[float]) -> list[float]:
     if jax.process_count() == 1:
         return list(values)
     return multihost_utils.process_allgather(np.asarray(values, np.float32)).max(0).tolist()
+
+
+def leave_the_others(exit_code: int):
+    """End this process at once if there are others, for a reason that only this one may know.
+
+    An ordinary end would wait for them, and they wait for this one in their next collective; so
+    they are ended by jax's coordination service, which misses it.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        os._exit(exit_code)
 
 
 def wait_for_all(where: str):

@@ -36,6 +36,8 @@ FREE_FIELDS = (
     "keep",
     "minutes",
     "profile_steps",
+    "fsdp",
+    "remat",
     "threads",
     "data_dir",
     "eval_batch_size",
@@ -66,26 +68,30 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             prepare(config, name, mesh, scales)
         _claim(workdir, config)
     if scales is not None and jax.process_index() == 0:
-        save_scales(workdir / "scales.safetensors", scales)
+        with told_in_a_sentence():
+            save_scales(workdir / "scales.safetensors", scales)
     for name in names:
         done = workdir / name / "summary.json"
         if not done.exists():
             with told_in_a_sentence():
                 part = prepare(config, name, mesh, scales)
             state, summary = train(part, workdir / name)
-            if name == "search":
-                scales = _keep_scales(part, state, summary, workdir)
-            write_json(done, summary)
+            with told_in_a_sentence():
+                if name == "search":
+                    scales = _keep_scales(part, state, summary, workdir)
+                write_json(done, summary)
+            del state  # the next part needs its memory
             wait_for_all(f"where the summary of {name} is written")
         elif name == "search":
             scales = load_scales(workdir / "scales.safetensors")
     files = {name: workdir / name / "summary.json" for name in PARTS}  # of earlier commands, too
     summaries = {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
     summary = {"parts": summaries, "machine": _machine(mesh)}
-    write_json(workdir / "summary.json", summary)
-    if jax.process_index() == 0:
+    with told_in_a_sentence():
+        write_json(workdir / "summary.json", summary)
         records = {TITLES[n]: read_metrics(workdir / n / "metrics.jsonl") for n in summaries}
         plot_curves(workdir / "curves.png", records)
+    if jax.process_index() == 0:
         print(_table(summaries))
         print(f"\nEverything is in {workdir}: summary.json, curves.png, checkpoints by part.")
     return summary
@@ -100,6 +106,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
     workdir = epath.Path(workdir)
     found, rows = {}, []
     with told_in_a_sentence():
+        config = for_evaluation(config, workdir)
         names, scales, mesh = check(config, workdir)
     for name in names:
         if not (workdir / name / "checkpoints").exists():
@@ -121,6 +128,18 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
         header = ("part", "checkpoint", "step", "top-1 %", "top-5 %", "loss")
         print(format_table(rows, header))
     return found
+
+
+def for_evaluation(config: ConfigDict, workdir: epath.PathLike) -> ConfigDict:
+    """`config` without what only training needs, such as devices to split over and BN groups."""
+    config = config.copy_and_resolve_references()
+    config.fsdp = 1
+    for section in (config.search, config.target):
+        section.bn_group, section.accumulation = None, 1
+        section.mix.mixup = section.mix.cutmix = 0.0
+    if (epath.Path(workdir) / "scales.safetensors").exists():
+        config.scales = ""
+    return config
 
 
 def _restored(part: Part, workdir: epath.Path) -> Iterator[tuple[str, int, TrainState]]:
@@ -192,7 +211,15 @@ def _with_bn_groups(
         if section.bn_group is None:
             remembered = begun.get(section_name, {}).get("bn_group")
             sizes = (section.batch_size, section.accumulation, remembered, mesh)
-            section.bn_group = samples_per_group(*sizes)
+            try:
+                section.bn_group = samples_per_group(*sizes)
+            except ValueError as error:
+                if remembered is None:
+                    raise
+                raise ValueError(
+                    f"{error}, with which the run in {workdir} began; a device must hold whole "
+                    "groups"
+                ) from None
     return config
 
 

@@ -1,0 +1,54 @@
+"""A run remembers the BatchNorm group that it began with, whatever devices it goes on with."""
+
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from repopt_jax.training import run
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.loop import RunStopped
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from small_run import small_config  # noqa: E402
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Begins a run without a `bn_group` on so many devices, and returns the part to be trained."""
+
+    def begin(devices):
+        config = small_config(parts=("plain",), target__bn_group=None)
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        parts = []
+
+        def train(part, workdir):
+            parts.append(part)
+            raise RunStopped("begun", 0)
+
+        monkeypatch.setattr(run, "make_mesh", lambda fsdp: mesh)
+        monkeypatch.setattr(run, "train", train)
+        try:
+            run.run(config, tmp_path)
+        except RunStopped as stopped:
+            if str(stopped) != "begun":
+                raise
+        return parts[0]
+
+    return begin
+
+
+def test_a_run_keeps_its_bn_group_on_fewer_devices(begin):
+    """A device's share of 128 pictures is 16 on 8 devices, and would be 128 on one."""
+    for devices in (8, 1):
+        part = begin(devices)
+        assert part.section.bn_group == part.options.group == 16
+
+
+def test_a_bn_group_that_devices_cannot_hold_is_told_with_its_origin(begin, tmp_path):
+    begin(1)
+    told = f"got 128, with which the run in {tmp_path} began; a device must hold whole groups"
+    with pytest.raises(RunStopped, match=told):
+        begin(8)
