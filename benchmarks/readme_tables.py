@@ -32,8 +32,8 @@ def made_of(environment: dict, arguments: dict) -> str:
     """In what circumstances a study was made."""
     versions = environment["versions"]
     return (
-        f"{arguments['pictures']:,} pictures (half of them for the search), "
-        f"{arguments['epochs']:g} epochs, {len(arguments['seeds'])} seeds; "
+        f"{arguments['pictures']:,} CIFAR-10 pictures, those of 5 classes for the search and the "
+        f"others for the rest, batch 128, {len(arguments['seeds'])} seeds; "
         f"{environment['machine']}, jax {versions['jax']}, commit {environment['commit']}."
     )
 
@@ -59,7 +59,8 @@ def ablation(data: dict) -> str:
         [(title, *(by[title, n] for n in layers)) for title in titles],
     )
     facts = made_of(data["environment"], data["arguments"])
-    return f"{table}\n\n{depth}\n\n`python benchmarks/ablation.py`: {facts}"
+    command = f"`python benchmarks/ablation.py --epochs={data['arguments']['epochs']:g}`"
+    return f"{table}\n\n{depth}\n\n{command}: {facts}"
 
 
 def small_models(data: dict) -> str:
@@ -67,7 +68,8 @@ def small_models(data: dict) -> str:
     rows = [(r["variant"], with_deviation(r)) for r in data["variants"]]
     table = markdown(("small network (22 layers)", "top-1 %"), rows)
     facts = made_of(data["environment"], data["arguments"])
-    return f"{table}\n\n`python benchmarks/small_models.py`: {facts}"
+    command = f"`python benchmarks/small_models.py --epochs={data['arguments']['epochs']:g}`"
+    return f"{table}\n\n{command}: {facts}"
 
 
 def input_pipeline(data: dict) -> str:
@@ -112,7 +114,13 @@ def quantization(data: dict) -> str:
     rows.append(("kernel standard deviation", *cells(lambda r: r["kernels"]["std"])))
     rows.append(("INT8 speed-up", *cells(lambda r: r["speed-up"])))
     table = markdown(("", *(titles[name] for name in networks)), rows)
-    return f"{table}\n\n`python {data['command']}`"
+    budget, versions = data["budget"], data["versions"]
+    flags = f"--epochs={budget['epochs']:g} --search-epochs={budget['search_epochs']:g}"
+    flags += f" '--train-split={budget['train_split']}'"
+    seeds = sorted({r["seed"] for r in runs})
+    flags += f" --seeds {' '.join(map(str, seeds))}"
+    facts = f"{data['cpu']}, {data['cores']} cores, onnxruntime {versions['onnxruntime']}"
+    return f"{table}\n\n`python benchmarks/quantization.py {flags}`: {facts}."
 
 
 TABLES = {

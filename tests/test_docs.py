@@ -11,7 +11,8 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import readme_tables  # noqa: E402
 
 
 def train_commands(document):
@@ -65,3 +66,13 @@ def test_the_help_of_the_command_line_names_the_flags_of_many_processes():
     command = [sys.executable, str(REPOSITORY / "train.py"), "--help"]
     told = subprocess.run(command, capture_output=True, text=True).stdout
     assert all(f in told for f in ("--coordinator_address", "--num_processes", "--process_id"))
+
+
+def test_tables_of_results_are_those_of_their_files():
+    """Of every file that has a table, and there is one for every study."""
+    text = (REPOSITORY / "README.md").read_text()
+    assert readme_tables.rendered(text) == text
+    marked = set(re.findall(r"<!-- (\w+)\.json -->", text))
+    assert marked == {p.stem for p in readme_tables.RESULTS.glob("*.json")} & set(
+        readme_tables.TABLES
+    )
