@@ -68,7 +68,9 @@ def small_models(data: dict) -> str:
     rows = [(r["variant"], with_deviation(r)) for r in data["variants"]]
     table = markdown(("small network (22 layers)", "top-1 %"), rows)
     facts = made_of(data["environment"], data["arguments"])
-    command = f"`python benchmarks/small_models.py --epochs={data['arguments']['epochs']:g}`"
+    lengths = " ".join(map(str, data["arguments"]["lengths"]))
+    flags = f"--epochs={data['arguments']['epochs']:g} --lengths {lengths}"
+    command = f"`python benchmarks/small_models.py {flags}`"
     return f"{table}\n\n{command}: {facts}"
 
 

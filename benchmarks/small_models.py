@@ -115,7 +115,8 @@ def main() -> None:
         ]
         found = row(variant, runs, arguments.rate)
         rows.append(found if length is None else {**found, "search_epochs": length})
-    given = {k: v for k, v in vars(arguments).items() if k in ("pictures", "epochs", "seeds")}
+    keys = ("pictures", "epochs", "seeds", "lengths")
+    given = {key: getattr(arguments, key) for key in keys}
     results = {"arguments": given, "variants": rows, "environment": environment()}
     write_json(arguments.output, results)
     draw(results, arguments.output.with_suffix(".png"))
