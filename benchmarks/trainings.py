@@ -22,7 +22,7 @@ from repopt_jax.models import create_model
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import train
-from repopt_jax.training.parts import prepare
+from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import write_json
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -113,30 +113,39 @@ def changed(scales: Scales, how: str, initial: Scales) -> Scales:
     }[how]()
 
 
+def part_of(variant: Variant, config: ConfigDict, scales: Scales) -> Part:
+    """What a variant trains, with the learning rate and seed of `config`."""
+    config = config.copy_and_resolve_references()
+    config.target.optimizer.name = variant.optimizer
+    config.identity = variant.identity
+    if variant.optimizer == "adamw":
+        config.target.optimizer.weight_decay = 0.05
+    mesh = make_mesh()
+    part = prepare(config, variant.part, mesh, scales if variant.part == "target" else None)
+    if not variant.initialized:
+        part = dataclasses.replace(part, build=prepare(config, "plain", mesh).build)
+    if not variant.multiplied:
+        part = dataclasses.replace(part, tx=prepare(config, "plain", mesh).tx)
+    return part
+
+
 def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathlib.Path) -> dict:
-    """Train one variant with the learning rate and seed of `config`; what it reached.
+    """Train one variant, or read what it has reached.
 
     Returns:
       Top-1 (percent) over all evaluation pictures after the last step, seconds and images/s.
+
+    Raises:
+      ValueError: `workdir` holds a training with other settings.
     """
     done, stated = workdir / "summary.json", workdir / "variant.json"
     statement = json.loads(config.to_json_best_effort()) | dataclasses.asdict(variant)
+    statement = json.loads(json.dumps(statement))
     if stated.exists() and json.loads(stated.read_text()) != statement:
         raise ValueError(f"{workdir} holds a training with other settings; use another --workdir")
     write_json(stated, statement)
     if not done.exists():
-        config = config.copy_and_resolve_references()
-        config.target.optimizer.name = variant.optimizer
-        config.identity = variant.identity
-        if variant.optimizer == "adamw":
-            config.target.optimizer.weight_decay = 0.05
-        mesh = make_mesh()
-        part = prepare(config, variant.part, mesh, scales if variant.part == "target" else None)
-        if not variant.initialized:
-            part = dataclasses.replace(part, build=prepare(config, "plain", mesh).build)
-        if not variant.multiplied:
-            part = dataclasses.replace(part, tx=prepare(config, "plain", mesh).tx)
-        _, summary = train(part, workdir)
+        _, summary = train(part_of(variant, config, scales), workdir)
         write_json(done, summary)
     summary = json.loads(done.read_text())
     return {
