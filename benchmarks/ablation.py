@@ -105,19 +105,20 @@ def draw(results: dict, path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
-    bars, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    points, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
     rows = results["variants"][::-1]
-    colours = ["#D55E00" if r["variant"].startswith("RepOpt") else "#0072B2" for r in rows]
-    errors = [r["top1_deviation"] for r in rows]
-    names = [r["variant"] for r in rows]
-    bars.barh(names, [r["top1"] for r in rows], xerr=errors, color=colours, capsize=3)
-    bars.set_xlabel("Top-1 accuracy on the test pictures of 5 classes (%)")
+    for place, r in enumerate(rows):
+        colour = "#D55E00" if r["variant"].startswith("RepOpt") else "#0072B2"
+        style = {"color": colour, "marker": "o", "capsize": 3}
+        points.errorbar(r["top1"], place, xerr=r["top1_deviation"], **style)
+    points.set_yticks(range(len(rows)), [r["variant"] for r in rows])
+    points.set_xlabel("Top-1 accuracy on the test pictures of 5 classes (%)")
     for title, colour in ((PLAIN.title, "#0072B2"), (FULL.title, "#D55E00")):
-        points = [r for r in results["depth"] if r["variant"] == title]
+        found = [r for r in results["depth"] if r["variant"] == title]
         lines.errorbar(
-            [r["layers"] for r in points],
-            [r["top1"] for r in points],
-            [r["top1_deviation"] for r in points],
+            [r["layers"] for r in found],
+            [r["top1"] for r in found],
+            [r["top1_deviation"] for r in found],
             label=title,
             color=colour,
             marker="o",
@@ -127,7 +128,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     lines.set_xticks(list(DEPTHS))
     lines.set_ylabel("Top-1 accuracy (%)")
     lines.legend(frameon=False)
-    for ax in (bars, lines):
+    for ax in (points, lines):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, color="0.9", linewidth=0.8)
         ax.set_axisbelow(True)
