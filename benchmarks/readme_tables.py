@@ -103,18 +103,22 @@ def quantization(data: dict) -> str:
     networks = [name for name in titles if any(r["network"] == name for r in runs)]
     settings = list(runs[0]["int8"])
 
-    def cells(read):
+    def cells(read, digits=1):
         for name in networks:
             values = [read(r) for r in runs if r["network"] == name]
-            deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            yield f"{statistics.mean(values):.3g}{deviation}"
+            deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            yield f"{statistics.mean(values):.{digits}f}{deviation}"
 
     rows = [("float top-1 %", *cells(lambda r: r["float"]["top1"]))]
     for setting in settings:
         name = f"INT8 top-1 %, per {setting}"
         rows.append((name, *cells(lambda r, s=setting: r["int8"][s]["top1"])))
-    rows.append(("kernel standard deviation", *cells(lambda r: r["kernels"]["std"])))
-    rows.append(("INT8 speed-up", *cells(lambda r: r["speed-up"])))
+    rows.append(("kernel standard deviation", *cells(lambda r: r["kernels"]["std"], 4)))
+    largest = cells(lambda r: r["kernels"]["largest over std"])
+    rows.append(("largest weight by standard deviation, median layer", *largest))
+    least = cells(lambda r: r["kernels"]["least SNR dB"])
+    rows.append(("INT8 weights' signal to noise, worst layer (dB)", *least))
+    rows.append(("INT8 speed-up", *cells(lambda r: r["speed-up"], 2)))
     table = markdown(("", *(titles[name] for name in networks)), rows)
     budget, versions = data["budget"], data["versions"]
     flags = f"--epochs={budget['epochs']:g} --search-epochs={budget['search_epochs']:g}"
