@@ -57,6 +57,7 @@ def finished(tmp_path_factory):
     """A finished run of both parts on eight devices; the target with averages."""
     workdir = tmp_path_factory.mktemp("finished")
     config = small_config(target__epochs=2.0)
+    jax.clear_caches()  # of other tests' programs
     with compilations() as messages:
         summary = run.run(config, workdir)
     return config, workdir, summary, messages

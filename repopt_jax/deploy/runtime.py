@@ -31,10 +31,10 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
         raise ValueError(f"graph must be an ONNX file, got {os.fspath(path)!r}") from None
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     try:
+        Preprocessing.from_metadata(metadata)
         missing = [name for name in ("model", "num_classes") if name not in metadata]
         if missing:
             raise ValueError(f"its metadata lack {missing}, which every exported graph has")
-        Preprocessing.from_metadata(metadata)
     except ValueError as error:
         raise ValueError(f"graph {os.fspath(path)!r} cannot be used: {error}") from None
     return model, metadata

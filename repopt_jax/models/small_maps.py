@@ -55,26 +55,26 @@ def conv_general_dilated(
     if kernel.ndim != 4 or not plain or any(set(d) != {1} for d in dilations):
         return native(x, kernel)
     out = jax.eval_shape(native, x, kernel)
-    if any(s > n for s, n in zip(window_strides, x.shape[1:3], strict=True)):
-        return native(x, kernel)  # taps that meet the picture may have gaps between them
     if math.prod(out.shape[1:3]) >= math.prod(kernel.shape[:2]):
         return native(x, kernel)
+    taps = [
+        # A tap that meets nothing but padding has no part in the product.
+        [t for t in range(size) if any(0 <= o * s + t - low < n for o in range(outs))]
+        for size, s, (low, _), n, outs in zip(
+            kernel.shape[:2], window_strides, padding, x.shape[1:3], out.shape[1:3], strict=True
+        )
+    ]
+    if not all(t and t == [*range(t[0], t[-1] + 1)] for t in taps):
+        return native(x, kernel)  # a stride longer than the map may leave gaps between them
     product = functools.partial(
-        _matrix_product, strides=window_strides, padding=padding, sizes=out.shape[1:3]
+        _matrix_product, taps=taps, strides=window_strides, padding=padding, sizes=out.shape[1:3]
     )
     # Without the checkpoint other platforms too would keep the product's operands, as zeros.
     return jax.lax.platform_dependent(x, kernel, cpu=jax.checkpoint(product), default=native)
 
 
-def _matrix_product(x, kernel, *, strides, padding, sizes):
+def _matrix_product(x, kernel, *, taps, strides, padding, sizes):
     """The convolution as one product of the pixels under every tap with the flat kernel."""
-    taps = [
-        # A tap that meets nothing but padding has no part in the product.
-        [t for t in range(size) if any(0 <= o * s + t - low < n for o in range(outs))]
-        for size, s, (low, _), n, outs in zip(
-            kernel.shape[:2], strides, padding, x.shape[1:3], sizes, strict=True
-        )
-    ]
     # Backwards, pixels are sums over taps: they are rounded once, as a convolution rounds them.
     dtype = wide_type(x.dtype)
     padded = jnp.pad(x.astype(dtype), ((0, 0), *padding, (0, 0)))

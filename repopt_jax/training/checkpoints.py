@@ -28,9 +28,9 @@ from jax.experimental import multihost_utils
 from repopt_jax.training.damage import (
     DamagedError,
     failure_is_damage,
+    ignore_abandoned_reads,
     in_short,
     warnings_of_orbax_only,
-    without_abandoned_reads,
 )
 from repopt_jax.training.manifests import (
     as_example,
@@ -109,6 +109,7 @@ class Checkpoints:
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1; got {value}")
         logging.getLogger("absl").addFilter(warnings_of_orbax_only)
+        ignore_abandoned_reads()
         directory = epath.Path(workdir) / "checkpoints"
         self.directory = directory if directory.is_absolute() else directory.absolute()
         self._save_every, self._read_only = save_every, read_only
@@ -231,8 +232,7 @@ class Checkpoints:
         damaged = {}
         for candidate in self._candidates(step):
             try:
-                with without_abandoned_reads():
-                    state = self._read(candidate, example_state, data_iterator)
+                state = self._read(candidate, example_state, data_iterator)
             except DamagedError as error:
                 damaged[candidate] = error
                 where = self.directory / str(candidate)

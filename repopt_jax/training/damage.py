@@ -39,21 +39,19 @@ def warnings_of_orbax_only(record: logging.LogRecord) -> bool:
     return record.levelno == logging.WARNING or "orbax" not in record.pathname
 
 
-@contextlib.contextmanager
-def without_abandoned_reads():
+def ignore_abandoned_reads():
     """Leave out the tracebacks of reads that Orbax abandons when another one has failed.
 
-    They come from threads of TensorStore that find the event loop closed; the failure itself is
-    raised as an exception.
+    They come from threads of TensorStore, at any time later, that find the event loop closed; the
+    failure itself is raised as an exception.
     """
     before = sys.unraisablehook
+    if getattr(before, "ignores_abandoned_reads", False):
+        return
 
     def hook(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
+    hook.ignores_abandoned_reads = True
     sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
