@@ -86,7 +86,7 @@ def main(_):
     except RunStopped as stopped:
         stop(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from the last checkpoint", 130)
+        stop("interrupted", 130)
 
 
 def stop(sentence, exit_code):

@@ -25,7 +25,7 @@ from trainings import (
     environment,
     initial_scales,
     measure,
-    row,
+    over_seeds,
     search,
     use_compilation_cache,
     with_rate,
@@ -92,11 +92,9 @@ def against_depth(arguments, config, rates, workdir) -> list[dict]:
         for variant in (PLAIN, FULL):
             rate = rates[variant.rate]
             place = workdir / f"{depth} layers, {variant.title}"
-            runs = [
-                measure(variant, with_rate(config, rate, seed), scales, place / f"seed {seed}")
-                for seed in arguments.seeds
-            ]
-            rows.append({"layers": depth, **row(variant, runs, rate)})
+            options = {"rate": rate, "seeds": arguments.seeds}
+            found = over_seeds(variant, config, scales, place, **options)
+            rows.append({"layers": depth, **found})
     return rows
 
 
@@ -159,11 +157,7 @@ def main() -> None:
         rate = rates[variant.rate]
         used = changed(scales, variant.scales, initial)
         place = workdir / f"{max(DEPTHS)} layers, {variant.title}"
-        runs = [
-            measure(variant, with_rate(config, rate, seed), used, place / f"seed {seed}")
-            for seed in arguments.seeds
-        ]
-        rows.append(row(variant, runs, rate))
+        rows.append(over_seeds(variant, config, used, place, rate=rate, seeds=arguments.seeds))
     given = {k: v for k, v in vars(arguments).items() if k in ("pictures", "epochs", "seeds")}
     results = {
         "arguments": given,

@@ -23,11 +23,9 @@ from trainings import (
     cifar_config,
     environment,
     initial_scales,
-    measure,
-    row,
+    over_seeds,
     search,
     use_compilation_cache,
-    with_rate,
 )
 
 from repopt_jax.training.figures import plot_scales_by_epoch
@@ -104,16 +102,8 @@ def main() -> None:
     cases += [(v, changed(along[longest], v.scales, initial), None) for v in OTHERS]
     rows = []
     for variant, scales, length in cases:
-        runs = [
-            measure(
-                variant,
-                with_rate(config, arguments.rate, seed),
-                scales,
-                workdir / variant.title / f"seed {seed}",
-            )
-            for seed in arguments.seeds
-        ]
-        found = row(variant, runs, arguments.rate)
+        options = {"rate": arguments.rate, "seeds": arguments.seeds}
+        found = over_seeds(variant, config, scales, workdir / variant.title, **options)
         rows.append(found if length is None else {**found, "search_epochs": length})
     keys = ("pictures", "epochs", "seeds", "lengths")
     given = {key: getattr(arguments, key) for key in keys}

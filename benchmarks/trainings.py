@@ -164,6 +164,23 @@ def with_rate(config: ConfigDict, rate: float, seed: int) -> ConfigDict:
     return config
 
 
+def over_seeds(
+    variant: Variant,
+    config: ConfigDict,
+    scales: Scales,
+    workdir: pathlib.Path,
+    *,
+    rate: float,
+    seeds: list[int],
+) -> dict:
+    """The row of a variant: trained, or read, once for every seed."""
+    runs = [
+        measure(variant, with_rate(config, rate, seed), scales, workdir / f"seed {seed}")
+        for seed in seeds
+    ]
+    return row(variant, runs, rate)
+
+
 def row(variant: Variant, runs: list[dict], rate: float) -> dict:
     """A row of the results: mean and standard deviation over the seeds."""
     top1 = [run["top1"] for run in runs]

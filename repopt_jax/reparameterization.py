@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from repopt_jax.branches import Block, check_block, merge, pull_back, wide_type
+from repopt_jax.mult_checks import is_known
 from repopt_jax.paths import path_str
 
 if TYPE_CHECKING:
@@ -36,10 +37,6 @@ class ReparameterizeState(NamedTuple):
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
-
-
-def _is_known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def reparameterize(
             raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
     # NumPy arrays: they occupy no device memory, and a donated state does not take them along.
     starts = {
-        path: {n: w if not _is_known(w) else np.asarray(w) for n, w in weights[path].items()}
+        path: {n: w if not is_known(w) else np.asarray(w) for n, w in weights[path].items()}
         for path in blocks
     }
 
@@ -169,7 +166,7 @@ def reparameterize(
                 merged = merge(block, own_weights[path], own_scales[path], kernel.shape)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"block {path!r}: {error}") from None
-            if _is_known(merged) and _is_known(kernel):
+            if is_known(merged) and is_known(kernel):
                 _check_start(path, merged, kernel)
         state = inner.init(_inner_tree(leaves, own_weights))
         return ReparameterizeState(own_scales, own_weights, state)

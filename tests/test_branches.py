@@ -291,6 +291,13 @@ def test_a_branch_by_channel_lets_the_scale_through_to_the_bit(branch, shape):
     assert sizes == [weight.size]
 
 
+@pytest.mark.parametrize("branch", [Full(), Centre(1), Identity()], ids=str)
+def test_a_block_is_checked_where_promotion_is_refused(branch, x64, strict):
+    """In float64 too, whichever test checked the type first."""
+    own = type("Own", (type(branch),), {})(**dataclasses.asdict(branch))
+    check_block({"b": own}, (3, 3, 2, 2))
+
+
 @pytest.mark.parametrize(
     ("embed", "message"),
     [

@@ -180,6 +180,14 @@ def test_bfloat16_is_the_type_of_the_computation_alone():
     assert jax.eval_shape(run, state).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["hs", "csla"])
+def test_a_search_network_states_the_blocks_of_the_plain_one(kind):
+    """So that scales can be checked against either."""
+    plain, search = shapes(), small(kind)
+    assert search.blocks() == plain.blocks()
+    repopt_jax.Scales.initial(plain).check(search)
+
+
 @pytest.mark.parametrize("kind", ["target", "hs", "csla", "rep"])
 def test_round_trip_is_bit_exact(kind):
     model = small(kind)

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training import run
@@ -172,6 +173,16 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 def test_a_workdir_that_may_not_be_written_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     assert "ermission" in refused(small_config(), tmp_path / "new")
+
+
+def test_a_workdir_that_the_system_refuses_to_make_is_told(tmp_path, monkeypatch):
+    """The same for root too, whom no permission stops."""
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", refuse)
+    assert "Permission denied" in refused(small_config(), tmp_path / "new")
 
 
 def test_what_a_kill_left_of_a_configuration_does_not_bar_the_run(tmp_path, monkeypatch):

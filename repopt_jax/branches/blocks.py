@@ -36,10 +36,10 @@ def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
         def differences():
             size = math.prod(shape)
             weight = jnp.arange(1, size + 1, dtype=jnp.float32).reshape(shape) / size
-            scale = jnp.linspace(1, 2, kernel_shape[-1])
-            found = {"constant": branch.embed(jnp.zeros(shape), kernel_shape)}
+            scale = jnp.linspace(1, 2, kernel_shape[-1], dtype=jnp.float32)
+            found = {"constant": branch.embed(jnp.zeros_like(weight), kernel_shape)}
             if branch.placement:
-                ones = branch.embed(jnp.ones(shape), kernel_shape)
+                ones = branch.embed(jnp.ones_like(weight), kernel_shape)
                 found["mask"] = ones - branch.mask(kernel_shape, jnp.float32)
             if branch.by_channel:
                 before = branch.embed(weight * jnp.broadcast_to(scale, shape), kernel_shape)

@@ -168,7 +168,7 @@ class Stages(nnx.List):
                 out = spec.out
                 for name in ("ghost1", "ghost2"):
                     n += 1
-                    groups = getattr(self[s][b], name).cheap_conv.kernel.shape[-1]
+                    groups = getattr(self[s][b], name).primary_conv.kernel.shape[-1]
                     found[f"blocks/{s}/{b}/{name}/cheap_conv"] = {
                         "conv": Full(scale=math.sqrt(2 / (n + 1))),
                         "identity": Identity(groups=groups),

@@ -111,10 +111,7 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
 
     if not scales:
         raise ValueError("scales must have at least one block; got none")
-    blocks = list(scales)
-    present = dict.fromkeys(branch for block in scales.values() for branch in block)
-    branches = [b for b in _BRANCH_STYLES if b in present]
-    branches += [b for b in present if b not in _BRANCH_STYLES]
+    blocks, branches = list(scales), _branches(scales)
     width = min(max(6.5, 0.26 * len(blocks) + 2.5), 13)  # inches
     figure, (ax,) = _figure(width, 4.2)
     spare = itertools.cycle(_COLOURS[3:])
@@ -181,8 +178,7 @@ def plot_scales_by_epoch(
 
     if not scales:
         raise ValueError("scales must have at least one epoch; got none")
-    last = list(scales.values())[-1]
-    branches = list(dict.fromkeys(branch for block in last.values() for branch in block))
+    branches = _branches(list(scales.values())[-1])
     figure, axes = _figure(4.2 * len(branches), 3.6, columns=len(branches))
     colours = ScalarMappable(Normalize(0, max(scales)), colormaps["viridis_r"])
     for ax, branch in zip(axes, branches, strict=True):
@@ -195,6 +191,13 @@ def plot_scales_by_epoch(
         ax.set_ylabel("Mean absolute scale")
     figure.colorbar(colours, ax=axes, label="Epoch of the search", pad=0.01)
     _save(figure, path)
+
+
+def _branches(scales: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of all branches, those that have a style of their own first."""
+    present = dict.fromkeys(branch for block in scales.values() for branch in block)
+    known = [branch for branch in _BRANCH_STYLES if branch in present]
+    return known + [branch for branch in present if branch not in _BRANCH_STYLES]
 
 
 def _range(vector, block: str, branch: str) -> tuple[float, float, float]:

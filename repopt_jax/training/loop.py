@@ -191,6 +191,7 @@ def _run_steps(
     since = saved = time.perf_counter()
     recent: list[dict[str, jax.Array]] = []
     step = first
+    peak = peak_flops(jax.devices()[0].device_kind)
     flops = None
     for step in range(first + 1, part.steps + 1):
         with told_in_a_sentence():  # a picture may be broken
@@ -219,10 +220,15 @@ def _run_steps(
             means["train/lr"] = float(part.schedule(step - 1))
             speed = progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
             record = {"epoch": step / part.steps_per_epoch, **means}
-            flops = flops or forward_flops(
-                part.eval_graphdef, state.params, state.stats, batch["image"].shape[1:]
-            )
-            record |= _usage(part, flops, speed)
+            record["train/images_per_second"] = speed
+            if peak is not None:
+                flops = flops or forward_flops(
+                    part.eval_graphdef, state.params, state.stats, batch["image"].shape[1:]
+                )
+                record["train/mfu"] = 3 * flops * speed / (peak * part.mesh.size)
+            memory = peak_memory()
+            if memory is not None:
+                record["device/peak_memory_gib"] = memory / 2**30
             if due_eval:
                 with progress.paused():
                     found = evaluate_state(part, state)
@@ -277,18 +283,6 @@ def _stop_diverged(what: str, checkpoints: Checkpoints) -> None:
         f"last good checkpoint: {kept}",
         1,
     )
-
-
-def _usage(part: Part, flops: int, speed: float) -> dict[str, float]:
-    """Images per second and, where the device tells, model FLOPs utilization and peak memory."""
-    found = {"train/images_per_second": speed}
-    peak = peak_flops(jax.devices()[0].device_kind)
-    if peak is not None:
-        found["train/mfu"] = 3 * flops * speed / (peak * part.mesh.size)
-    memory = peak_memory()
-    if memory is not None:
-        found["device/peak_memory_gib"] = memory / 2**30
-    return found
 
 
 def _sentence(name: str, step: int, found: dict[str, float]) -> str:
