@@ -51,13 +51,14 @@ VARIANTS = (
     Variant("RepVGG (BatchNorm in every branch)", part="repvgg"),
 )
 SWEEPS = {  # learning rates of a batch
-    "plain SGD": (0.02, 0.05, 0.1, 0.2),
+    "plain SGD": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
     "RepOptimizer": (0.02, 0.05, 0.1, 0.2),
-    "plain AdamW": (1e-3, 2e-3, 4e-3),
-    "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3),
+    "plain AdamW": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 HELD_OUT = 5000
-DEPTHS = {12: (1, 2, 7, 1), 28: (4, 6, 16, 1)}
+DEPTH = 28  # of RepOpt-VGG-B1 and of configs/cifar10.py
+DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1), 44: (6, 10, 26, 1)}
 
 
 def searched_for(config, workdir) -> Scales:
@@ -149,14 +150,14 @@ def main() -> None:
     workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"
     use_compilation_cache(workdir)
     config = cifar_config(arguments)
-    scales = searched_for(config, workdir / f"search, {max(DEPTHS)} layers")
+    scales = searched_for(config, workdir / f"search, {DEPTH} layers")
     initial = initial_scales(config)
     rates, tried = sweep(config, scales, workdir / "sweep", arguments)
     rows = []
     for variant in VARIANTS:
         rate = rates[variant.rate]
         used = changed(scales, variant.scales, initial)
-        place = workdir / f"{max(DEPTHS)} layers, {variant.title}"
+        place = workdir / f"{DEPTH} layers, {variant.title}"
         rows.append(over_seeds(variant, config, used, place, rate=rate, seeds=arguments.seeds))
     given = {k: v for k, v in vars(arguments).items() if k in ("pictures", "epochs", "seeds")}
     results = {

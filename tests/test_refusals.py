@@ -169,6 +169,14 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     assert path.read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*", "what?"])
+def test_a_workdir_whose_checkpoints_orbax_would_not_find_again_is_refused(tmp_path, name):
+    """Orbax looks for the parts of a checkpoint by a pattern that begins with the path."""
+    sentence = refused(small_config(), tmp_path / name)
+    assert sentence == f"workdir must have none of * ? [ in its path, got {tmp_path / name}"
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_workdir_that_may_not_be_written_is_refused(tmp_path):
     tmp_path.chmod(0o500)

@@ -65,6 +65,19 @@ def _move(iterator, position: str):
     iterator.set_state(position.encode() if as_bytes else json.loads(position))
 
 
+def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
+    """``<workdir>/checkpoints``, absolute.
+
+    Raises:
+      ValueError: Orbax, which looks for its files by patterns, would not find them there again.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    directory = directory if directory.is_absolute() else directory.absolute()
+    if any(character in str(directory) for character in "*?["):
+        raise ValueError(f"workdir must have none of * ? [ in its path, got {directory.parent}")
+    return directory
+
+
 class Checkpoints:
     """The checkpoints of one run, under ``<workdir>/checkpoints``.
 
@@ -79,7 +92,8 @@ class Checkpoints:
       read_only: for evaluation beside a running training: changes no file and cannot save.
 
     Raises:
-      ValueError: for a ``keep_latest`` or ``save_every`` below 1.
+      ValueError: for a ``keep_latest`` or ``save_every`` below 1, or a ``*``, ``?`` or ``[`` in
+        the path.
       OSError: where the directory cannot be written.
 
     >>> import tempfile
@@ -110,8 +124,7 @@ class Checkpoints:
                 raise ValueError(f"{argument} must be at least 1; got {value}")
         logging.getLogger("absl").addFilter(warnings_of_orbax_only)
         ignore_abandoned_reads()
-        directory = epath.Path(workdir) / "checkpoints"
-        self.directory = directory if directory.is_absolute() else directory.absolute()
+        self.directory = checkpoint_directory(workdir)
         self._save_every, self._read_only = save_every, read_only
         if not read_only:
             self._require_writable()

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from repopt_jax.scales import Scales, load_scales, save_scales
-from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.checkpoints import Checkpoints, checkpoint_directory
 from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh, samples_per_group
 from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
@@ -225,6 +225,7 @@ def _with_bn_groups(
 
 def _claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Write the configuration, or refuse a directory with another one."""
+    checkpoint_directory(workdir)
     path = workdir / "config.json"
     wanted = _flat(json.loads(config.to_json_best_effort()))
     if path.exists():
