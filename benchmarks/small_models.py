@@ -41,6 +41,10 @@ OTHERS = (
     Variant("RepVGG (BatchNorm in every branch)", part="repvgg"),
     Variant("plain SGD", part="plain"),
 )
+NUM_BLOCKS, WIDTHS = (
+    (2, 4, 14, 1),
+    (12, 12, 24, 48, 160),
+)  # RepOpt-VGG-A0, a quarter as wide or less
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
@@ -85,7 +89,7 @@ def main() -> None:
     workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"
     use_compilation_cache(workdir)
     config = cifar_config(arguments)
-    config.model.num_blocks, config.model.widths = (2, 4, 14, 1), (12, 12, 24, 48, 160)
+    config.model.num_blocks, config.model.widths = NUM_BLOCKS, WIDTHS
     config.eval_every = 1.0
     along = load_along(search(config, workdir / "search"))
     config.eval_every = 1e6

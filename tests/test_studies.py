@@ -1,0 +1,116 @@
+"""The studies of docs/results.md run from their commands to their files, with tiny networks."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+sys.path.insert(0, str(BENCHMARKS))
+import ablation  # noqa: E402
+import quantization_width  # noqa: E402
+import small_models  # noqa: E402
+
+TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """A tiny network is not worth what XLA does for it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs a study; returns what it has written, and the names of its files."""
+    (tmp_path / "results").mkdir()
+
+    def run(study, *flags):
+        output = tmp_path / "results" / "study.json"
+        places = [f"--workdir={tmp_path / 'runs'}", f"--output={output}"]
+        monkeypatch.setattr(sys, "argv", [study.__file__, *flags, *places])
+        study.main()
+        names = {path.name for path in output.parent.iterdir()}
+        return json.loads(output.read_text()), names
+
+    return run
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Studies of CIFAR-10's pictures take few of them and a tiny network."""
+    if not (SHARED / "tfds").is_dir():
+        pytest.skip("CIFAR-10's pictures (../shared/tfds) are not on this machine")
+
+    def shrink(study):
+        config_of = study.cifar_config
+
+        def tiny_config(arguments):
+            config = config_of(arguments)
+            config.model.update(TINY)
+            config.search.data.eval_split = config.target.data.eval_split = "test[:256]"
+            return config
+
+        monkeypatch.setattr(study, "cifar_config", tiny_config)
+        monkeypatch.setattr(study, "use_compilation_cache", lambda _: None)
+
+    return shrink
+
+
+CIFAR = ("--pictures=600", "--epochs=1", "--seeds", "0")
+
+
+def test_the_ablation_takes_the_best_rate_of_its_sweep(command, tiny, monkeypatch):
+    tiny(ablation)
+    monkeypatch.setattr(ablation, "HELD_OUT", 256)
+    monkeypatch.setattr(ablation, "DEPTHS", {28: TINY["num_blocks"]})
+    kept = [v for v in ablation.VARIANTS if v.title in ("plain SGD", "RepOptimizer (SGD)")]
+    monkeypatch.setattr(ablation, "VARIANTS", kept)
+    monkeypatch.setattr(ablation, "SWEEPS", {"plain SGD": (1e-9, 0.1), "RepOptimizer": (0.1,)})
+    found, files = command(ablation, *CIFAR)
+    assert files == {"study.json", "study.png"}
+    assert [r["variant"] for r in found["variants"]] == ["plain SGD", "RepOptimizer (SGD)"]
+    tried = {r["learning_rate"]: r["top1"] for r in found["sweep"] if r["optimizer"] == "plain SGD"}
+    best = max(tried, key=tried.get)
+    assert found["variants"][0]["learning_rate"] == best
+    assert [r["top1"] for r in found["depth"]] == [r["top1"] for r in found["variants"]]
+
+
+def test_the_study_of_small_networks_has_every_length_of_the_search(command, tiny, monkeypatch):
+    tiny(small_models)
+    for name, value in {"NUM_BLOCKS": TINY["num_blocks"], "WIDTHS": TINY["widths"]}.items():
+        monkeypatch.setattr(small_models, name, value)
+    monkeypatch.setattr(small_models, "OTHERS", small_models.OTHERS[-2:])
+    found, files = command(small_models, *CIFAR, "--lengths", "1")
+    assert files == {"study.json", "study.png", "small_models_scales.png"}
+    lengths = [r["search_epochs"] for r in found["variants"] if "search_epochs" in r]
+    assert lengths == [0, 1, 1]
+
+
+def test_the_study_of_widths_measures_every_network_and_setting(command, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    configured = quantization_width.configuration
+
+    def tiny_configuration(*arguments):
+        config = configured(*arguments)
+        config.model.num_blocks = TINY["num_blocks"]
+        config.parts = ("repvgg", "plain")
+        return config
+
+    monkeypatch.setattr(quantization_width, "configuration", tiny_configuration)
+    networks = {name: quantization_width.NETWORKS[name] for name in ("repvgg", "plain")}
+    monkeypatch.setattr(quantization_width, "NETWORKS", networks)
+    flags = ("--widths", "1", "--seeds", "0", "--epochs=1", "--pictures=32", "--rounds=1")
+    found, files = command(quantization_width, *flags)
+    assert files == {"study.json", "study.png"}
+    assert [r["network"] for r in found["runs"]] == ["repvgg", "plain"]
+    for run in found["runs"]:
+        assert len(run["int8"]) == 6
+        for numbers in run["int8"].values():
+            np.testing.assert_allclose(numbers["drop"], run["float"]["top1"] - numbers["top1"])
