@@ -141,7 +141,8 @@ def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathl
     done, stated = workdir / "summary.json", workdir / "variant.json"
     statement = json.loads(config.to_json_best_effort()) | dataclasses.asdict(variant)
     statement = json.loads(json.dumps(statement))
-    if stated.exists() and json.loads(stated.read_text()) != statement:
+    present = json.loads(stated.read_text()) if stated.exists() else None
+    if present != statement and (stated.exists() or done.exists()):
         raise ValueError(f"{workdir} holds a training with other settings; use another --workdir")
     write_json(stated, statement)
     if not done.exists():

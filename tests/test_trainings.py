@@ -1,6 +1,5 @@
 """The variants of the ablation are what their titles say."""
 
-import json
 import pathlib
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
+import trainings  # noqa: E402
 from small_run import small_config  # noqa: E402
 from trainings import Variant, changed, initial_scales, measure, part_of, row  # noqa: E402
 
@@ -78,19 +78,26 @@ def test_every_optimizer_of_the_table_has_a_sweep():
     assert {variant.rate for variant in ablation.VARIANTS} == ablation.SWEEPS.keys()
 
 
-def test_a_finished_training_is_read_and_one_of_other_settings_refused(tmp_path, scales):
+def test_a_finished_training_is_read_and_one_of_other_settings_refused(
+    tmp_path, scales, monkeypatch
+):
     summary = {"eval/top1": 50.0, "train/loss": 1.0, "seconds": 2.0}
     summary["train/images_per_second"] = 3.0
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(trainings, "part_of", lambda *_: None)
+    monkeypatch.setattr(trainings, "train", lambda *_: (None, summary))
     variant = Variant("some")
-    for _ in range(2):
-        assert measure(variant, small_config(), scales, tmp_path)["top1"] == 50
+    measure(variant, small_config(), scales, tmp_path)
+    monkeypatch.delattr(trainings, "train")
+    assert measure(variant, small_config(), scales, tmp_path)["top1"] == 50
     for other in (
         (variant, small_config(seed=1)),
         (Variant("some", identity="one"), small_config()),
     ):
         with pytest.raises(ValueError, match="holds a training with other settings"):
             measure(*other, scales, tmp_path)
+    (tmp_path / "variant.json").unlink()
+    with pytest.raises(ValueError, match="holds a training with other settings"):
+        measure(variant, small_config(), scales, tmp_path)
 
 
 def test_a_row_is_mean_and_standard_deviation_over_the_seeds():
