@@ -254,3 +254,11 @@ def test_other_wrong_arguments_are_refused(graph, int8, calibration, tmp_path):
     save_onnx(tmp_path / "bare.onnx", bare)
     with pytest.raises(ValueError, match=r"bare.onnx' cannot be used: file must be one that repop"):
         OnnxNetwork(tmp_path / "bare.onnx")
+
+
+def test_a_graph_that_onnxruntime_cannot_run_is_refused_in_a_sentence(graph):
+    broken = onnx.ModelProto()
+    broken.CopyFrom(graph)
+    broken.graph.node[0].op_type = "Nonsense"
+    with pytest.raises(ValueError, match="^graph must be one that onnxruntime can run: .*Nonsense"):
+        OnnxNetwork(broken)

@@ -53,7 +53,7 @@ class OnnxNetwork:
       outputs: tensors to return. None: the logits alone.
 
     Raises:
-      ValueError: the graph is none of this project's.
+      ValueError: the graph is none of this project's, or onnxruntime cannot run it.
     """
 
     def __init__(
@@ -77,7 +77,13 @@ class OnnxNetwork:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
         providers = ["CPUExecutionProvider"]
-        self._session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                graph.SerializeToString(), options, providers
+            )
+        except Exception as error:  # its exceptions have no class of their own in common
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"graph must be one that onnxruntime can run: {reason}") from None
         self._outputs = list(outputs) if outputs is not None else ["logits"]
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
