@@ -56,7 +56,7 @@ SWEEPS = {  # learning rates of a batch
     "plain AdamW": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
-HELD_OUT = 5000
+MOST_HELD_OUT, LEAST_HELD_OUT = 30_000, 5000
 DEPTH = 28  # of RepOpt-VGG-B1 and of configs/cifar10.py
 DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1), 44: (6, 10, 26, 1)}
 
@@ -69,7 +69,8 @@ def searched_for(config, workdir) -> Scales:
 def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[dict]]:
     """The best learning rate of every key of `SWEEPS`, and all that was tried."""
     config = config.copy_and_resolve_references()
-    config.target.data.eval_split = f"train[-{HELD_OUT}:]"
+    held_out = min(MOST_HELD_OUT, 50_000 - arguments.pictures)
+    config.target.data.eval_split = f"train[-{held_out}:]"
     best, tried = {}, []
     for key, rates in SWEEPS.items():
         variant = next(v for v in VARIANTS if v.rate == key)
@@ -143,8 +144,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a quarter of the steps")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "ablation.json")
     arguments = parser.parse_args()
-    if arguments.pictures > 50_000 - HELD_OUT:
-        parser.error(f"--pictures must be at most {50_000 - HELD_OUT}, got {arguments.pictures}")
+    most = 50_000 - LEAST_HELD_OUT
+    if arguments.pictures > most:
+        parser.error(f"--pictures must be at most {most}, got {arguments.pictures}")
     if arguments.quick:
         arguments.seeds, arguments.epochs = [0], arguments.epochs / 4
     workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"

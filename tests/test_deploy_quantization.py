@@ -260,5 +260,7 @@ def test_a_graph_that_onnxruntime_cannot_run_is_refused_in_a_sentence(graph):
     broken = onnx.ModelProto()
     broken.CopyFrom(graph)
     broken.graph.node[0].op_type = "Nonsense"
-    with pytest.raises(ValueError, match="^graph must be one that onnxruntime can run: .*Nonsense"):
+    with pytest.raises(
+        ValueError, match=r"^graph must be one that onnxruntime can run: .*Nonsense"
+    ):
         OnnxNetwork(broken)

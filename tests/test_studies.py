@@ -68,7 +68,7 @@ CIFAR = ("--pictures=600", "--epochs=1", "--seeds", "0")
 
 def test_the_ablation_takes_the_best_rate_of_its_sweep(command, tiny, monkeypatch):
     tiny(ablation)
-    monkeypatch.setattr(ablation, "HELD_OUT", 256)
+    monkeypatch.setattr(ablation, "MOST_HELD_OUT", 256)
     monkeypatch.setattr(ablation, "DEPTHS", {28: TINY["num_blocks"]})
     kept = [v for v in ablation.VARIANTS if v.title in ("plain SGD", "RepOptimizer (SGD)")]
     monkeypatch.setattr(ablation, "VARIANTS", kept)
