@@ -52,7 +52,7 @@ VARIANTS = (
 )
 SWEEPS = {  # learning rates of a batch
     "plain SGD": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
-    "RepOptimizer": (0.02, 0.05, 0.1, 0.2),
+    "RepOptimizer": (0.02, 0.05, 0.1, 0.2, 0.4),
     "plain AdamW": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
