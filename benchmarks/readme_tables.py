@@ -122,11 +122,74 @@ def quantization(data: dict) -> str:
     table = markdown(("", *(titles[name] for name in networks)), rows)
     budget, versions = data["budget"], data["versions"]
     flags = f"--epochs={budget['epochs']:g} --search-epochs={budget['search_epochs']:g}"
-    flags += f" '--train-split={budget['train_split']}'"
+    flags += f" '--train-split={budget['train_split']}' '--eval-split={budget['eval_split']}'"
     seeds = sorted({r["seed"] for r in runs})
     flags += f" --seeds {' '.join(map(str, seeds))}"
     facts = f"{data['cpu']}, {data['cores']} cores, onnxruntime {versions['onnxruntime']}"
     return f"{table}\n\n`python benchmarks/quantization.py {flags}`: {facts}."
+
+
+def quantization_width(data: dict) -> str:
+    """Points of top-1 lost to INT8 by width and network."""
+    titles = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
+
+    def cell(values, digits=1):
+        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+    rows = []
+    for width in sorted({r["width"] for r in data["runs"]}):
+        for network, title in titles.items():
+            own = [r for r in data["runs"] if (r["width"], r["network"]) == (width, network)]
+            lost = [
+                cell([r["int8"][f"{scale}, {how}"]["drop"] for r in own])
+                for scale, how in (
+                    ("tensor", "minmax"), ("tensor", "percentile"), ("channel", "minmax")
+                )
+            ]  # fmt: skip
+            spread = cell([r["kernels"]["largest over std"] for r in own], 0)
+            top1 = cell([r["float"]["top1"] for r in own])
+            rows.append((f"{width}x, {title}", top1, *lost, spread))
+    header = (
+        "width, network", "float top-1 %", "lost per tensor, minmax", "per tensor, percentile",
+        "per channel, minmax", "largest weight by standard deviation",
+    )  # fmt: skip
+    given, versions = data["arguments"], data["versions"]
+    facts = f"{data['cpu']}, {data['cores']} cores, jax {versions['jax']}, onnxruntime "
+    facts += f"{versions['onnxruntime']}, commit {data['commit'][:7]}, "
+    facts += f"{len({r['seed'] for r in data['runs']})} seeds"
+    command = f"`python benchmarks/quantization_width.py --epochs={given['epochs']:g}`"
+    return f"{markdown(header, rows)}\n\n{command}: {facts}."
+
+
+def step_time_cpu(data: dict) -> str:
+    """Time by the target's, images per second, and compile time of every variant."""
+    settings = data["steps"]
+    names = [f"{s['model'].removeprefix('RepOpt-VGG-')}, {s['size']} px" for s in settings]
+    by = [{r["variant"]: r for r in s["rows"]} for s in settings]
+    header = ["training step"]
+    for name in names:
+        header += [f"{name}: images/s", "time by the target's", "compile s"]
+    rows = []
+    for variant in by[0]:
+        row = [variant]
+        for found in by:
+            r = found[variant]
+            row += [r["images_per_second"], f"{r['time_to_target']:.2f}"]
+            row.append(f"{r['compile_seconds']:.1f}" if "compile_seconds" in r else "")
+        rows.append(row)
+    parts = [
+        f"{u['model'].removeprefix('RepOpt-VGG-')}: update with multipliers {u['time']:.3f} of "
+        f"plain SGD's time, {100 * u['extra_state_to_parameters']:.3f} % of the parameters' "
+        f"memory; compiling {s['compile']['time']:.2f} of plain SGD's time."
+        for u, s in zip(data["updates"], settings, strict=True)
+    ]
+    versions = data["environment"]["versions"]
+    facts = f"batch {settings[0]['batch']}, {settings[0]['dtype']}, {data['rounds']} rounds in "
+    facts += f"turns; {data['environment']['device']}, {data['environment']['cores']} cores, "
+    facts += f"jax {versions['jax']}, torch {versions['torch']}"
+    command = f"`python benchmarks/step_time.py --rounds {data['rounds']}`"
+    return f"{markdown(header, rows)}\n\n{' '.join(parts)}\n\n{command}: {facts}."
 
 
 TABLES = {
@@ -134,6 +197,8 @@ TABLES = {
     "small_models": small_models,
     "input_pipeline": input_pipeline,
     "quantization": quantization,
+    "quantization_width": quantization_width,
+    "step_time_cpu": step_time_cpu,
 }
 
 

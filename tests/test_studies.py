@@ -12,8 +12,10 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
+import input_pipeline  # noqa: E402
 import quantization_width  # noqa: E402
 import small_models  # noqa: E402
+import step_time  # noqa: E402
 
 TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 
@@ -114,3 +116,34 @@ def test_the_study_of_widths_measures_every_network_and_setting(command, monkeyp
         assert len(run["int8"]) == 6
         for numbers in run["int8"].values():
             np.testing.assert_allclose(numbers["drop"], run["float"]["top1"] - numbers["top1"])
+
+
+def measured(monkeypatch, tmp_path, benchmark, *flags):
+    """What a benchmark that has no working directory writes."""
+    output = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *flags, f"--output={output}"])
+    benchmark.main()
+    return json.loads(output.read_text())
+
+
+def test_the_benchmark_of_the_step_compares_with_plain_sgd(monkeypatch, tmp_path):
+    monkeypatch.setattr(step_time, "op_shares", lambda run: {})  # profiling takes half a minute
+    flags = ("--models", "RepOpt-VGG-A0", "--sizes", "32", "--batches", "2", "--rounds", "1")
+    flags += ("--variants", "target", "target, plain SGD", "--compilations", "1", "--no_torch")
+    found = measured(monkeypatch, tmp_path, step_time, *flags)
+    (setting,), (update,) = found["steps"], found["updates"]
+    assert [row["variant"] for row in setting["rows"]] == ["target", "target, plain SGD"]
+    target, plain = setting["rows"]
+    # Two vectors of float32 for each of the 22 blocks, of 4,496 channels together.
+    assert target["optimizer_bytes"] - plain["optimizer_bytes"] == 2 * 4 * 4496
+    assert update["extra_state_to_parameters"] == pytest.approx(35_968 / 33_255_520, abs=1e-6)
+
+
+def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path):
+    if not (SHARED / "tfds").is_dir():
+        pytest.skip("ImageNet's pictures (../shared/tfds) are not on this machine")
+    found = measured(monkeypatch, tmp_path, input_pipeline, "--pictures=32", "--rounds=1")
+    variants = {(row["augment"], row["variant"]) for row in found["rows"]}
+    for augment in ("weak", "raug15"):
+        for how in ("antialiased", "fast"):
+            assert {(augment, f"{a}, {how}") for a in ("bare loop", "train_batches")} <= variants
