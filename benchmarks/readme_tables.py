@@ -39,7 +39,7 @@ def made_of(environment: dict, arguments: dict) -> str:
 
 
 def ablation(data: dict) -> str:
-    """The variants, and the effect against depth."""
+    """The variants, the effect against depth, and the sweep of learning rates."""
     rows = [
         (
             r["variant"],
@@ -58,9 +58,17 @@ def ablation(data: dict) -> str:
         ("top-1 % by depth", *(f"{n} layers" for n in layers)),
         [(title, *(by[title, n] for n in layers)) for title in titles],
     )
+    tried: dict[str, list[str]] = {}
+    for r in data["sweep"]:
+        found = f"{r['learning_rate']:g}: {r['top1']:.1f}"
+        tried.setdefault(r["optimizer"], []).append(found)
+    sweep = markdown(
+        ("sweep of one seed on held-out pictures", "learning rate: top-1 %"),
+        [(optimizer, ", ".join(found)) for optimizer, found in tried.items()],
+    )
     facts = made_of(data["environment"], data["arguments"])
     command = f"`python benchmarks/ablation.py --epochs={data['arguments']['epochs']:g}`"
-    return f"{table}\n\n{depth}\n\n{command}: {facts}"
+    return f"{table}\n\n{depth}\n\n{sweep}\n\n{command}: {facts}"
 
 
 def small_models(data: dict) -> str:
@@ -91,9 +99,11 @@ def input_pipeline(data: dict) -> str:
         ("ImageNet pictures per second of one core", *augments),
         [(variant, *(cell(variant, augment) for augment in augments)) for variant in variants],
     )
-    return (
-        f"{table}\n\n`python benchmarks/input_pipeline.py`: {data['cpu']}, {data['rounds']} rounds."
-    )
+    two = [f"{r['variant']} ({r['augment']}) {r['speed_up']:.2f}x" for r in data["two_threads"]]
+    threads = f"\n\nTwo threads on two cores against one: {', '.join(two)}." if two else ""
+    flags = " --two_threads" if two else ""
+    command = f"`python benchmarks/input_pipeline.py{flags}`"
+    return f"{table}{threads}\n\n{command}: {data['cpu']}, {data['rounds']} rounds."
 
 
 def quantization(data: dict) -> str:
