@@ -144,7 +144,8 @@ def circumstances() -> dict:
     """Commit, packages and machine."""
     git = ["git", "-C", str(REPOSITORY)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "--untracked-files=no"]
+    changed = subprocess.run(status, capture_output=True, text=True)
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
     cpu_info = pathlib.Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
