@@ -1,6 +1,6 @@
 """The paper's Table 4 on CIFAR-10 pictures: what each half of the method, and each scale, is worth.
 
-    python benchmarks/ablation.py            (about an hour on two idle CPU cores)
+    python benchmarks/ablation.py --epochs=4 (an hour and a half on one CPU core)
     python benchmarks/ablation.py --quick    (one seed, a quarter of the steps, half of the rates)
 
 A narrow network of RepOpt-VGG-B1's depth; the scales are searched on the pictures of classes 0
