@@ -13,16 +13,24 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
 import input_pipeline  # noqa: E402
+import quantization  # noqa: E402
 import quantization_width  # noqa: E402
 import small_models  # noqa: E402
 import step_time  # noqa: E402
+import trainings  # noqa: E402
+
+from repopt_jax.training import run as training_run  # noqa: E402
+from repopt_jax.training.devices import make_mesh  # noqa: E402
 
 TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation():
-    """A tiny network is not worth what XLA does for it."""
+def quick_compilation(monkeypatch):
+    """A tiny network is worth neither eight devices nor what XLA does for a program."""
+    one = make_mesh(devices=jax.devices()[:1])
+    for module in (trainings, training_run):
+        monkeypatch.setattr(module, "make_mesh", lambda *_: one)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -108,12 +116,14 @@ def test_the_study_of_widths_measures_every_network_and_setting(command, monkeyp
     monkeypatch.setattr(quantization_width, "configuration", tiny_configuration)
     networks = {name: quantization_width.NETWORKS[name] for name in ("repvgg", "plain")}
     monkeypatch.setattr(quantization_width, "NETWORKS", networks)
+    settings = ((False, "minmax"), (False, "percentile"), (True, "minmax"))
+    monkeypatch.setattr(quantization, "SETTINGS", settings)
     flags = ("--widths", "1", "--seeds", "0", "--epochs=1", "--pictures=32", "--rounds=1")
     found, files = command(quantization_width, *flags)
     assert files == {"study.json", "study.png"}
     assert [r["network"] for r in found["runs"]] == ["repvgg", "plain"]
     for run in found["runs"]:
-        assert len(run["int8"]) == 6
+        assert len(run["int8"]) == len(settings)
         for numbers in run["int8"].values():
             np.testing.assert_allclose(numbers["drop"], run["float"]["top1"] - numbers["top1"])
 
