@@ -195,8 +195,8 @@ class RepOptGhost(nnx.Module):
     Raises:
       ValueError: `width` is not above 0, or `dropout` not in [0, 1).
 
-    >>> net = RepOptGhost(0.1, num_classes=10, rngs=nnx.Rngs(0))
-    >>> net(jnp.ones((2, 32, 32, 3))).shape
+    >>> net = nnx.eval_shape(lambda: RepOptGhost(0.1, num_classes=10, rngs=nnx.Rngs(0)))
+    >>> jax.eval_shape(lambda net, x: net(x), net, jnp.ones((2, 32, 32, 3))).shape
     (2, 10)
     >>> len(net.blocks()), list(net.blocks()["blocks/0/0/ghost1/cheap_conv"])
     (32, ['conv', 'identity'])
