@@ -56,7 +56,7 @@ SWEEPS = {  # learning rates of a batch
     "plain AdamW": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
-MOST_HELD_OUT, LEAST_HELD_OUT = 30_000, 5000
+MOST_HELD_OUT, LEAST_HELD_OUT = 30_000, 5000  # pictures by which the sweep judges
 DEPTH = 28  # of RepOpt-VGG-B1 and of configs/cifar10.py
 DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1), 44: (6, 10, 26, 1)}
 

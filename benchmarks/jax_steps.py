@@ -1,16 +1,15 @@
 """Training steps and optimizer updates of the project, compiled and ready to be timed."""
 
-import math
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 import repopt_jax
 from repopt_jax.training.step import StepOptions, init_state, train_step
+from repopt_jax.training.usage import forward_flops, peak_memory
 
 # What is compared: kind of network, and whether its optimizer multiplies gradients.
 VARIANTS = {
@@ -51,12 +50,9 @@ def build(name, kind, multiplied, dtype):
 def multiply_adds(name, size):
     """Of one picture forward through the plain network: its convolutions and dense layer."""
     model = nnx.eval_shape(lambda: repopt_jax.create_model(name, rngs=nnx.Rngs(0)))
-    total, side = math.prod(model.linear.kernel.shape), size
-    blocks = [model.stage0, *model.stage1, *model.stage2, *model.stage3, *model.stage4]
-    for block in blocks:
-        side = -(-side // np.max(block.conv.strides))
-        total += side**2 * math.prod(block.conv.kernel.shape)
-    return int(total)
+    model.eval()
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    return forward_flops(graphdef, params, stats, (size, size, 3)) // 2
 
 
 def bytes_of(tree):
@@ -118,7 +114,7 @@ class JaxStep:
 
     def peak_bytes(self):
         """Most memory the device held so far, for all that ran in this process. None: unknown."""
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return peak_memory()
 
 
 class UpdateStep:

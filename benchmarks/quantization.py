@@ -114,6 +114,14 @@ def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dic
     return found
 
 
+def measured(name: str, seed: int, config: ConfigDict, workdir, arguments, budget: dict) -> dict:
+    """What `measure` finds, or has found in `workdir` with the same budget."""
+    done = workdir / f"{name}-int8.json"  # beside the run that it is made of
+    if not done.exists() or json.loads(done.read_text())["budget"] != budget:
+        write_json(done, {"budget": budget, **measure(name, seed, config, workdir, arguments)})
+    return {k: v for k, v in json.loads(done.read_text()).items() if k != "budget"}
+
+
 def table(runs: list[dict]) -> str:
     """Means over the seeds, and standard deviations where there are several."""
     own = {name: [r for r in runs if r["network"] == name] for name in NETWORKS}
@@ -191,12 +199,7 @@ def main() -> None:
             run.run(config, workdir)
         except RunStopped as stopped:
             sys.exit(f"{stopped}")
-        for name in NETWORKS:
-            done = workdir / f"{name}-int8.json"  # beside the run that it is made of
-            if not done.exists() or json.loads(done.read_text())["budget"] != budget:
-                found = measure(name, seed, config, workdir, arguments)
-                write_json(done, {"budget": budget, **found})
-            runs.append({k: v for k, v in json.loads(done.read_text()).items() if k != "budget"})
+        runs += [measured(name, seed, config, workdir, arguments, budget) for name in NETWORKS]
         what = __doc__.splitlines()[0]
         write_json(
             arguments.output, {"what": what, "budget": budget, **circumstances(), "runs": runs}

@@ -14,13 +14,12 @@ Resumable: the same command goes on where it stopped.
 """
 
 import argparse
-import json
 import pathlib
 import runpy
 import statistics
 import sys
 
-from quantization import NETWORKS, REPOSITORY, circumstances, measure
+from quantization import NETWORKS, REPOSITORY, circumstances, measured
 
 from repopt_jax.training import run
 from repopt_jax.training.loop import RunStopped
@@ -115,6 +114,7 @@ def main() -> None:
     results = REPOSITORY / "benchmarks/results/quantization_width.json"
     parser.add_argument("--output", type=pathlib.Path, default=results)
     arguments = parser.parse_args()
+    budget = {"pictures": arguments.pictures, "rounds": arguments.rounds}  # else in the workdir
     runs = []
     for width in arguments.widths:
         for seed in arguments.seeds:
@@ -125,10 +125,8 @@ def main() -> None:
             except RunStopped as stopped:
                 sys.exit(f"{stopped}")
             for network in NETWORKS:
-                done = workdir / f"{network}-int8.json"
-                if not done.exists():
-                    write_json(done, measure(network, seed, config, workdir, arguments))
-                runs.append({"width": width, **json.loads(done.read_text())})
+                found = measured(network, seed, config, workdir, arguments, budget)
+                runs.append({"width": width, **found})
         given = {k: getattr(arguments, k) for k in ("config", "epochs", "widths", "pictures")}
         what = __doc__.splitlines()[0]
         found = {"what": what, "arguments": given, **circumstances(), "runs": runs}

@@ -15,12 +15,20 @@ import sys
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 RESULTS = pathlib.Path(__file__).parent / "results"
+# As benchmarks/quantization.py names them, which needs onnx.
+NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
 
 
 def markdown(header, rows) -> str:
     """A table; the first column is words, the others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def over_seeds(values: list[float], digits: int = 1) -> str:
+    """Mean and, of several values, standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def with_deviation(row: dict) -> str:
@@ -109,15 +117,12 @@ def input_pipeline(data: dict) -> str:
 def quantization(data: dict) -> str:
     """Float, INT8 and spread of the kernels by network."""
     runs = data["runs"]
-    titles = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
-    networks = [name for name in titles if any(r["network"] == name for r in runs)]
+    networks = [name for name in NETWORKS if any(r["network"] == name for r in runs)]
     settings = list(runs[0]["int8"])
 
     def cells(read, digits=1):
         for name in networks:
-            values = [read(r) for r in runs if r["network"] == name]
-            deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            yield f"{statistics.mean(values):.{digits}f}{deviation}"
+            yield over_seeds([read(r) for r in runs if r["network"] == name], digits)
 
     rows = [("float top-1 %", *cells(lambda r: r["float"]["top1"]))]
     for setting in settings:
@@ -129,7 +134,7 @@ def quantization(data: dict) -> str:
     least = cells(lambda r: r["kernels"]["least SNR dB"])
     rows.append(("INT8 weights' signal to noise, worst layer (dB)", *least))
     rows.append(("INT8 speed-up", *cells(lambda r: r["speed-up"], 2)))
-    table = markdown(("", *(titles[name] for name in networks)), rows)
+    table = markdown(("", *(NETWORKS[name] for name in networks)), rows)
     budget, versions = data["budget"], data["versions"]
     flags = f"--epochs={budget['epochs']:g} --search-epochs={budget['search_epochs']:g}"
     flags += f" '--train-split={budget['train_split']}' '--eval-split={budget['eval_split']}'"
@@ -141,24 +146,14 @@ def quantization(data: dict) -> str:
 
 def quantization_width(data: dict) -> str:
     """Points of top-1 lost to INT8 by width and network."""
-    titles = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
-
-    def cell(values, digits=1):
-        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{deviation}"
-
+    settings = ("tensor, minmax", "tensor, percentile", "channel, minmax")
     rows = []
     for width in sorted({r["width"] for r in data["runs"]}):
-        for network, title in titles.items():
+        for network, title in NETWORKS.items():
             own = [r for r in data["runs"] if (r["width"], r["network"]) == (width, network)]
-            lost = [
-                cell([r["int8"][f"{scale}, {how}"]["drop"] for r in own])
-                for scale, how in (
-                    ("tensor", "minmax"), ("tensor", "percentile"), ("channel", "minmax")
-                )
-            ]  # fmt: skip
-            spread = cell([r["kernels"]["largest over std"] for r in own], 0)
-            top1 = cell([r["float"]["top1"] for r in own])
+            lost = [over_seeds([r["int8"][s]["drop"] for r in own]) for s in settings]
+            spread = over_seeds([r["kernels"]["largest over std"] for r in own], 0)
+            top1 = over_seeds([r["float"]["top1"] for r in own])
             rows.append((f"{width}x, {title}", top1, *lost, spread))
     header = (
         "width, network", "float top-1 %", "lost per tensor, minmax", "per tensor, percentile",

@@ -41,10 +41,8 @@ OTHERS = (
     Variant("RepVGG (BatchNorm in every branch)", part="repvgg"),
     Variant("plain SGD", part="plain"),
 )
-NUM_BLOCKS, WIDTHS = (
-    (2, 4, 14, 1),
-    (12, 12, 24, 48, 160),
-)  # RepOpt-VGG-A0, a quarter as wide or less
+NUM_BLOCKS = (2, 4, 14, 1)  # of RepOpt-VGG-A0
+WIDTHS = (12, 12, 24, 48, 160)
 
 
 def draw(results: dict, path: pathlib.Path) -> None:

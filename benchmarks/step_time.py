@@ -39,19 +39,18 @@ from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_add
 from op_shares import op_shares
 
 from repopt_jax.sizes import SIZES, stage_widths
+from repopt_jax.training.usage import peak_flops
 
 HERE = pathlib.Path(__file__).parent
 ON_CPU = jax.default_backend() == "cpu"
-# Dense bfloat16 operations per second by the makers' data sheets; float32 runs as TF32, half.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12}
 
 
 def peak(dtype):
     """Operations per second of the device. None: not known."""
-    kind = jax.devices()[0].device_kind
-    words = kind.replace("-", " ").split()
-    found = [value for name, value in PEAKS.items() if name in words]
-    return found[0] / (1 if dtype == "bfloat16" else 2) if found else None
+    device = jax.devices()[0]
+    found = peak_flops(device.device_kind)
+    as_tf32 = device.platform == "gpu" and dtype == "float32"  # at half the speed of bfloat16
+    return found / 2 if found and as_tf32 else found
 
 
 def torch_steps(flags, name, images, labels, dtype):

@@ -28,9 +28,8 @@ from jax.experimental import multihost_utils
 from repopt_jax.training.damage import (
     DamagedError,
     failure_is_damage,
-    ignore_abandoned_reads,
     in_short,
-    warnings_of_orbax_only,
+    quieten_orbax,
 )
 from repopt_jax.training.manifests import (
     as_example,
@@ -69,11 +68,11 @@ def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
     """``<workdir>/checkpoints``, absolute.
 
     Raises:
-      ValueError: Orbax, which looks for its files by patterns, would not find them there again.
+      ValueError: Orbax looks for its files by patterns and would not find them there again.
     """
-    directory = epath.Path(workdir) / "checkpoints"
-    directory = directory if directory.is_absolute() else directory.absolute()
-    if any(character in str(directory) for character in "*?["):
+    path = epath.Path(workdir) / "checkpoints"
+    directory = path if path.is_absolute() else path.absolute()  # gs:// is
+    if set(str(directory)) & set("*?["):
         raise ValueError(f"workdir must have none of * ? [ in its path, got {directory.parent}")
     return directory
 
@@ -92,8 +91,7 @@ class Checkpoints:
       read_only: for evaluation beside a running training: changes no file and cannot save.
 
     Raises:
-      ValueError: for a ``keep_latest`` or ``save_every`` below 1, or a ``*``, ``?`` or ``[`` in
-        the path.
+      ValueError: for a ``keep_latest`` or ``save_every`` below 1; see `checkpoint_directory`.
       OSError: where the directory cannot be written.
 
     >>> import tempfile
@@ -122,8 +120,7 @@ class Checkpoints:
         for argument, value in {"keep_latest": keep_latest, "save_every": save_every}.items():
             if value < 1:
                 raise ValueError(f"{argument} must be at least 1; got {value}")
-        logging.getLogger("absl").addFilter(warnings_of_orbax_only)
-        ignore_abandoned_reads()
+        quieten_orbax()
         self.directory = checkpoint_directory(workdir)
         self._save_every, self._read_only = save_every, read_only
         if not read_only:
@@ -275,7 +272,7 @@ class Checkpoints:
 
     def _candidates(self, step: int | str | None) -> list[int]:
         steps = self.steps()
-        if step is None or step == "latest":
+        if step in (None, "latest"):
             return steps[::-1]
         if step == "best":
             ranked = self._keep.by_metric(steps)

@@ -33,13 +33,19 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-def warnings_of_orbax_only(record: logging.LogRecord) -> bool:
+def quieten_orbax():
+    """Leave out what Orbax logs and prints of failures that it raises as exceptions anyway."""
+    logging.getLogger("absl").addFilter(_warnings_of_orbax_only)
+    _ignore_abandoned_reads()
+
+
+def _warnings_of_orbax_only(record: logging.LogRecord) -> bool:
     """A filter of log records."""
     # It tells every file at INFO, and at ERROR four tracebacks of what it raises anyway.
     return record.levelno == logging.WARNING or "orbax" not in record.pathname
 
 
-def ignore_abandoned_reads():
+def _ignore_abandoned_reads():
     """Leave out the tracebacks of reads that Orbax abandons when another one has failed.
 
     They come from threads of TensorStore, at any time later, that find the event loop closed; the

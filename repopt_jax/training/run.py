@@ -225,7 +225,7 @@ def _with_bn_groups(
 
 def _claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Write the configuration, or refuse a directory with another one."""
-    checkpoint_directory(workdir)
+    checkpoint_directory(workdir)  # refuses some, before anything is written
     path = workdir / "config.json"
     wanted = _flat(json.loads(config.to_json_best_effort()))
     if path.exists():
