@@ -17,13 +17,14 @@ import argparse
 import pathlib
 import sys
 
+from environment import environment
 from trainings import (
+    PACKAGES,
     RESULTS,
     Variant,
     add_arguments,
     changed,
     cifar_config,
-    environment,
     initial_scales,
     measure,
     over_seeds,
@@ -174,7 +175,7 @@ def main() -> None:
         "variants": rows,
         "depth": against_depth(arguments, config, rates, workdir),
         "sweep": tried,
-        "environment": environment(),
+        "environment": environment(*PACKAGES),
     }
     write_json(arguments.output, results)
     draw(results, arguments.output.with_suffix(".png"))

@@ -18,12 +18,10 @@ apart with --two_threads, is in wall time, best round by best round, and needs t
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import platform
 import random
 import statistics
 import time
@@ -34,12 +32,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pillow_transforms
+from environment import environment
 
 from repopt_jax.data import Dataset, load_dataset, train_batches
 from repopt_jax.data.augment import preset
 from repopt_jax.data.sources import read_items
 
 HERE = pathlib.Path(__file__).parent
+PACKAGES = (
+    "numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "torch", "tensorflow"
+)  # fmt: skip
 SIZE, BATCH = 224, 32
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
 STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
@@ -214,35 +216,6 @@ def scaling(pictures, augment, rounds, epochs=4):
     return rows
 
 
-def cpu_model():
-    """The processor's name as the kernel gives it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line]
-    return names[0].split(":")[1].strip() if names else platform.machine()
-
-
-def versions():
-    """Versions of what takes part, None where absent."""
-    names = (
-        "numpy",
-        "pillow",
-        "simplejpeg",
-        "opencv-python-headless",
-        "grain",
-        "torch",
-        "tensorflow",
-    )
-    found = {}
-    for name in names:
-        for candidate in (name, f"{name}-cpu"):
-            try:
-                found[name] = importlib.metadata.version(candidate)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                found[name] = None
-    return found
-
-
 def main():
     """Measures, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -292,10 +265,7 @@ def main():
         "image_size": SIZE,
         "batch_size": BATCH,
         "rounds": flags.rounds,
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions(),
+        "environment": environment(*PACKAGES),
         "rows": rows,
         "two_threads": two_threads,
     }

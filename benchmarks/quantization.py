@@ -14,18 +14,15 @@ Resumable: the same command goes on where it stopped; a network that is done is 
 
 import argparse
 import functools
-import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
-import platform
 import runpy
 import statistics
-import subprocess
 import sys
 
 import numpy as np
+from environment import REPOSITORY, environment
 from ml_collections import ConfigDict
 from onnx import numpy_helper
 
@@ -40,7 +37,7 @@ from repopt_jax.training import run
 from repopt_jax.training.loop import RunStopped
 from repopt_jax.training.report import format_table, write_json
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
 NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
 SETTINGS = tuple(itertools.product((False, True), CALIBRATIONS))
 
@@ -148,28 +145,6 @@ def table(runs: list[dict]) -> str:
     return format_table(rows, [f"means of {seeds} seeds", *(NETWORKS[name] for name in own)])
 
 
-def circumstances() -> dict:
-    """Commit, packages and machine."""
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    status = [*git, "status", "--porcelain", "--untracked-files=no"]
-    changed = subprocess.run(status, capture_output=True, text=True)
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
-    cpu_info = pathlib.Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    features = next((line.split() for line in lines if line.startswith("flags")), [])
-    return {
-        "commit": commit.stdout.strip() or None,
-        "uncommitted changes": bool(changed.stdout.strip()),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "vnni": any(flag in features for flag in ("avx512_vnni", "avx_vnni")),
-    }
-
-
 def main() -> None:
     """Train, quantize, print and write what is not done yet."""
     parser = argparse.ArgumentParser(
@@ -200,10 +175,9 @@ def main() -> None:
         except RunStopped as stopped:
             sys.exit(f"{stopped}")
         runs += [measured(name, seed, config, workdir, arguments, budget) for name in NETWORKS]
-        what = __doc__.splitlines()[0]
-        write_json(
-            arguments.output, {"what": what, "budget": budget, **circumstances(), "runs": runs}
-        )
+        found = {"what": __doc__.splitlines()[0], "budget": budget}
+        found |= {"environment": environment(*PACKAGES), "runs": runs}
+        write_json(arguments.output, found)
     print(table(runs))
     print(f"\nwritten to {arguments.output}")
 

@@ -19,7 +19,8 @@ import runpy
 import statistics
 import sys
 
-from quantization import NETWORKS, REPOSITORY, circumstances, measured
+from environment import REPOSITORY, environment
+from quantization import NETWORKS, PACKAGES, measured
 
 from repopt_jax.training import run
 from repopt_jax.training.loop import RunStopped
@@ -129,7 +130,8 @@ def main() -> None:
                 runs.append({"width": width, **found})
         given = {k: getattr(arguments, k) for k in ("config", "epochs", "widths", "pictures")}
         what = __doc__.splitlines()[0]
-        found = {"what": what, "arguments": given, **circumstances(), "runs": runs}
+        found = {"what": what, "arguments": given}
+        found |= {"environment": environment(*PACKAGES), "runs": runs}
         write_json(arguments.output, found)
         draw(runs, arguments.output.with_suffix(".png"))
     print(table(runs))

@@ -36,13 +36,18 @@ def with_deviation(row: dict) -> str:
     return f"{row['top1']:.1f} ± {row['top1_deviation']:.1f}"
 
 
+def machine(environment: dict) -> str:
+    """Processor and cores."""
+    return f"{environment['cpu']}, {environment['cores']} cores"
+
+
 def made_of(environment: dict, arguments: dict) -> str:
     """In what circumstances a study was made."""
     versions = environment["versions"]
     return (
         f"{arguments['pictures']:,} CIFAR-10 pictures, those of 5 classes for the search and the "
         f"others for the rest, batch 128, {len(arguments['seeds'])} seeds; "
-        f"{environment['machine']}, jax {versions['jax']}, commit {environment['commit']}."
+        f"{machine(environment)}, jax {versions['jax']}, commit {environment['commit']}."
     )
 
 
@@ -111,7 +116,8 @@ def input_pipeline(data: dict) -> str:
     threads = f"\n\nTwo threads on two cores against one: {', '.join(two)}." if two else ""
     flags = " --two_threads" if two else ""
     command = f"`python benchmarks/input_pipeline.py{flags}`"
-    return f"{table}{threads}\n\n{command}: {data['cpu']}, {data['rounds']} rounds."
+    facts = f"{machine(data['environment'])}, {data['rounds']} rounds"
+    return f"{table}{threads}\n\n{command}: {facts}."
 
 
 def quantization(data: dict) -> str:
@@ -135,12 +141,12 @@ def quantization(data: dict) -> str:
     rows.append(("INT8 weights' signal to noise, worst layer (dB)", *least))
     rows.append(("INT8 speed-up", *cells(lambda r: r["speed-up"], 2)))
     table = markdown(("", *(NETWORKS[name] for name in networks)), rows)
-    budget, versions = data["budget"], data["versions"]
+    budget, versions = data["budget"], data["environment"]["versions"]
     flags = f"--epochs={budget['epochs']:g} --search-epochs={budget['search_epochs']:g}"
     flags += f" '--train-split={budget['train_split']}' '--eval-split={budget['eval_split']}'"
     seeds = sorted({r["seed"] for r in runs})
     flags += f" --seeds {' '.join(map(str, seeds))}"
-    facts = f"{data['cpu']}, {data['cores']} cores, onnxruntime {versions['onnxruntime']}"
+    facts = f"{machine(data['environment'])}, onnxruntime {versions['onnxruntime']}"
     return f"{table}\n\n`python benchmarks/quantization.py {flags}`: {facts}."
 
 
@@ -159,9 +165,9 @@ def quantization_width(data: dict) -> str:
         "width, network", "float top-1 %", "lost per tensor, minmax", "per tensor, percentile",
         "per channel, minmax", "largest weight by standard deviation",
     )  # fmt: skip
-    given, versions = data["arguments"], data["versions"]
-    facts = f"{data['cpu']}, {data['cores']} cores, jax {versions['jax']}, onnxruntime "
-    facts += f"{versions['onnxruntime']}, commit {data['commit'][:7]}, "
+    given, versions = data["arguments"], data["environment"]["versions"]
+    facts = f"{machine(data['environment'])}, jax {versions['jax']}, onnxruntime "
+    facts += f"{versions['onnxruntime']}, commit {data['environment']['commit']}, "
     facts += f"{len({r['seed'] for r in data['runs']})} seeds"
     command = f"`python benchmarks/quantization_width.py --epochs={given['epochs']:g}`"
     return f"{markdown(header, rows)}\n\n{command}: {facts}."
@@ -191,7 +197,7 @@ def step_time_cpu(data: dict) -> str:
     ]
     versions = data["environment"]["versions"]
     facts = f"batch {settings[0]['batch']}, {settings[0]['dtype']}, {data['rounds']} rounds in "
-    facts += f"turns; {data['environment']['device']}, {data['environment']['cores']} cores, "
+    facts += f"turns; {machine(data['environment'])}, "
     facts += f"jax {versions['jax']}, torch {versions['torch']}"
     command = f"`python benchmarks/step_time.py --rounds {data['rounds']}`"
     return f"{markdown(header, rows)}\n\n{' '.join(parts)}\n\n{command}: {facts}."

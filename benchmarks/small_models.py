@@ -15,13 +15,14 @@ import argparse
 import pathlib
 import sys
 
+from environment import environment
 from trainings import (
+    PACKAGES,
     RESULTS,
     Variant,
     add_arguments,
     changed,
     cifar_config,
-    environment,
     initial_scales,
     over_seeds,
     search,
@@ -109,7 +110,7 @@ def main() -> None:
         rows.append(found if length is None else {**found, "search_epochs": length})
     keys = ("pictures", "epochs", "seeds", "lengths")
     given = {key: getattr(arguments, key) for key in keys}
-    results = {"arguments": given, "variants": rows, "environment": environment()}
+    results = {"arguments": given, "variants": rows, "environment": environment(*PACKAGES)}
     write_json(arguments.output, results)
     draw(results, arguments.output.with_suffix(".png"))
     plot_scales_by_epoch(

@@ -16,14 +16,11 @@ A variant that does not fit into the device's memory is left out, with the reaso
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import time
 
 # Both libraries share the device: neither may take it all beforehand.
@@ -35,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from environment import environment
 from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_adds
 from op_shares import op_shares
 
@@ -42,6 +40,7 @@ from repopt_jax.sizes import SIZES, stage_widths
 from repopt_jax.training.usage import peak_flops
 
 HERE = pathlib.Path(__file__).parent
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin")
 ON_CPU = jax.default_backend() == "cpu"
 
 
@@ -225,36 +224,6 @@ def print_steps(result):
     print("where the target's time goes:", result.get("op_shares"))
 
 
-def environment():
-    """Machine, device, commit and versions."""
-    device = jax.devices()[0].device_kind
-    if ON_CPU:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-        device = names[0] if names else platform.machine()
-    versions = {}
-    for package in ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-
-    def git(*arguments):
-        command = ["git", "-C", str(HERE), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    return {
-        "device": device,
-        "cores": len(os.sched_getaffinity(0)),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "changed": bool(
-            git("status", "--porcelain", "--untracked-files=no", "--", "../repopt_jax")
-        ),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def parse():
     """The flags, with defaults that fit the device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -280,7 +249,7 @@ def main():
     flags = parse()
     result = {
         "what": __doc__.splitlines()[0],
-        "environment": environment(),
+        "environment": environment(*PACKAGES),
         "rounds": flags.rounds,
         "updates": [],
         "steps": [],

@@ -5,14 +5,10 @@ resumed where it stopped; one that is finished is not done again.
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import runpy
 import statistics
-import subprocess
 
 import jax
 from flax import nnx
@@ -26,6 +22,7 @@ from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import write_json
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # that take part
 SEARCH_CLASSES, TARGET_CLASSES = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -193,22 +190,4 @@ def row(variant: Variant, runs: list[dict], rate: float) -> dict:
         "top1_by_seed": top1,
         "seconds": statistics.median(run["seconds"] for run in runs),
         "images_per_second": statistics.median(run["images_per_second"] for run in runs),
-    }
-
-
-def environment() -> dict:
-    """Machine, devices, commit and versions."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "machine": f"{os.cpu_count()} {platform.machine()} cores",
-        "devices": [device.device_kind for device in jax.devices()],
     }

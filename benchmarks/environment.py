@@ -1,0 +1,48 @@
+"""With what and where a figure was measured, as every JSON file of results tells it."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def environment(*packages: str) -> dict:
+    """Commit, Python, versions of `packages`, processor, and JAX's devices where JAX is in use."""
+    made = (":!README.md", ":!benchmarks/results")  # of results, which may be newer
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *made)
+    info = pathlib.Path("/proc/cpuinfo")  # on Linux
+    lines = [line.split(":") for line in info.read_text().splitlines()] if info.exists() else []
+    facts = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    affinity = getattr(os, "sched_getaffinity", None)
+    found = {
+        "commit": _git("rev-parse", "--short", "HEAD") or None,
+        "uncommitted_changes": bool(changed),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in packages},
+        "cpu": facts.get("model name", platform.machine()),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        # Whether the processor multiplies int8 and adds up in one instruction.
+        "vnni": bool({"avx512_vnni", "avx_vnni"} & set(facts.get("flags", "").split())),
+    }
+    if "jax" in sys.modules:
+        found["devices"] = [device.device_kind for device in sys.modules["jax"].devices()]
+    return found
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    """None: not installed."""
+    for name in (package, f"{package}-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
