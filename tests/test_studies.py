@@ -108,28 +108,55 @@ def test_the_study_of_small_networks_has_every_length_of_the_search(command, tin
     assert lengths == [0, 1, 1]
 
 
-def test_the_study_of_widths_measures_every_network_and_setting(command, monkeypatch):
-    configured = quantization_width.configuration
+@pytest.fixture
+def two_networks(monkeypatch):
+    """Studies of INT8 train two tiny networks without a search, and quantize them in three ways."""
 
-    def tiny_configuration(*arguments):
-        config = configured(*arguments)
-        config.model.num_blocks = TINY["num_blocks"]
-        config.parts = ("repvgg", "plain")
-        return config
+    def shrink(study):
+        configured = study.configuration
 
-    monkeypatch.setattr(quantization_width, "configuration", tiny_configuration)
-    networks = {name: quantization_width.NETWORKS[name] for name in ("repvgg", "plain")}
-    monkeypatch.setattr(quantization_width, "NETWORKS", networks)
-    settings = ((False, "minmax"), (False, "percentile"), (True, "minmax"))
-    monkeypatch.setattr(quantization, "SETTINGS", settings)
+        def tiny_configuration(*arguments):
+            config = configured(*arguments)
+            config.model.num_blocks = TINY["num_blocks"]
+            config.parts = ("repvgg", "plain")
+            return config
+
+        monkeypatch.setattr(study, "configuration", tiny_configuration)
+        networks = {name: study.NETWORKS[name] for name in ("repvgg", "plain")}
+        monkeypatch.setattr(study, "NETWORKS", networks)
+        settings = ((False, "minmax"), (False, "percentile"), (True, "minmax"))
+        monkeypatch.setattr(quantization, "SETTINGS", settings)
+
+    return shrink
+
+
+def check_int8(found):
+    assert [r["network"] for r in found["runs"]] == ["repvgg", "plain"]
+    for run in found["runs"]:
+        assert len(run["int8"]) == 3
+        for numbers in run["int8"].values():
+            np.testing.assert_allclose(numbers["drop"], run["float"]["top1"] - numbers["top1"])
+
+
+def test_the_study_of_widths_measures_every_network_and_setting(command, two_networks):
+    two_networks(quantization_width)
     flags = ("--widths", "1", "--seeds", "0", "--epochs=1", "--pictures=32", "--rounds=1")
     found, files = command(quantization_width, *flags)
     assert files == {"study.json", "study.png"}
-    assert [r["network"] for r in found["runs"]] == ["repvgg", "plain"]
-    for run in found["runs"]:
-        assert len(run["int8"]) == len(settings)
-        for numbers in run["int8"].values():
-            np.testing.assert_allclose(numbers["drop"], run["float"]["top1"] - numbers["top1"])
+    check_int8(found)
+
+
+def test_the_study_of_int8_goes_on_where_it_stopped(command, two_networks, monkeypatch):
+    if not (SHARED / "tfds").is_dir():
+        pytest.skip("CIFAR-10's pictures (../shared/tfds) are not on this machine")
+    two_networks(quantization)
+    flags = ("--train-split=train[:256]", "--eval-split=test[:64]", "--pictures=32", "--rounds=1")
+    flags += ("--epochs=1", "--seeds", "0")
+    found, _ = command(quantization, *flags)
+    check_int8(found)
+    monkeypatch.setattr(quantization, "measure", None)
+    monkeypatch.setattr(training_run, "train", None)
+    assert command(quantization, *flags)[0] == found
 
 
 def measured(monkeypatch, tmp_path, benchmark, *flags):
