@@ -211,20 +211,19 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     """
     import json
 
-    from etils import epath
     from safetensors.numpy import save
+
+    from repopt_jax.finished import finished_file
 
     tensors = {key: np.array(v, np.float32) for key, v in scales.flat().items()}
     metadata = {"format_version": FORMAT_VERSION, **scales.metadata}
-    target = epath.Path(path)
-    temporary = target.parent / f".{target.name}.partial"
     data = save(tensors, metadata)
     # safetensors writes metadata in any order; equal scales shall be equal files.
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    temporary.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-    temporary.replace(target)
+    with finished_file(path) as unfinished:
+        unfinished.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def load_scales(path: str | os.PathLike) -> Scales:

@@ -195,7 +195,7 @@ def test_a_workdir_that_the_system_refuses_to_make_is_told(tmp_path, monkeypatch
 
 def test_what_a_kill_left_of_a_configuration_does_not_bar_the_run(tmp_path, monkeypatch):
     """The very first file of a run is written under another name first."""
-    (tmp_path / "config.json.unfinished").write_text('{"parts"')
+    (tmp_path / ".config.unfinished.json").write_text('{"parts"')
     monkeypatch.setattr(run, "prepare", lambda *_: None)
 
     def start(*_):

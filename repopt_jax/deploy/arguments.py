@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -115,6 +117,25 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output")
+
+
+def check_output(path: str | os.PathLike, *, force: bool) -> None:
+    """Refuse, before any work, a file that could not be written or is there already.
+
+    Raises:
+      ValueError: `path` exists and `force` is not set, is a folder, or has no folder.
+
+    >>> check_output("nowhere/a.onnx", force=False)
+    Traceback (most recent call last):
+    ValueError: output must lie in an existing folder, got nowhere/a.onnx
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"output must be a file, got the folder {path}")
+    if path.exists() and not force:
+        raise ValueError(f"output must not exist unless --force is given, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"output must lie in an existing folder, got {path}")
 
 
 def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> ConfigDict:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from repopt_jax.deploy import arguments as flags
-from repopt_jax.deploy.finished import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +41,7 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     write = writers.get(pathlib.Path(arguments.output).suffix)
     if write is None:
         raise ValueError(f"output must end in one of {list(writers)}, got {arguments.output}")
-    check_output(arguments.output, force=arguments.force)
+    flags.check_output(arguments.output, force=arguments.force)
     trained = flags.trained(arguments, overrides)
     write(arguments.output, trained.model, trained.preprocessing, name=trained.name)
     _told(arguments.output, trained.name)
@@ -55,7 +54,7 @@ def quantize(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from repopt_jax.deploy.runtime import read_onnx
 
     _require(arguments.output, ".onnx")
-    check_output(arguments.output, force=arguments.force)
+    flags.check_output(arguments.output, force=arguments.force)
     graph, metadata = read_onnx(arguments.graph)
     batches = _calibration(arguments, overrides, metadata)
     int8 = quantize(
@@ -141,7 +140,7 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from repopt_jax.training.report import format_table
 
     _require(arguments.output, ".png", ".pdf")
-    check_output(arguments.output, force=arguments.force)
+    flags.check_output(arguments.output, force=arguments.force)
     graph, metadata = read_onnx(arguments.graph)
     int8 = images = None
     if arguments.int8 is not None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repopt_jax.deploy.finished import finished_file
 from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.finished import finished_file
 
 if TYPE_CHECKING:
     import onnx

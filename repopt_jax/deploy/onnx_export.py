@@ -19,10 +19,10 @@ import jax
 from flax import nnx
 
 import repopt_jax
-from repopt_jax.deploy.finished import finished_file
 from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.finished import finished_file
 from repopt_jax.models.layers import SqueezeExcite
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 
 import numpy as np
 
+from repopt_jax.finished import finished_file
 from repopt_jax.ghost_sizes import FAMILY as GHOST
 from repopt_jax.scales import load_scales, save_scales
 from repopt_jax.torch_files.scales import load_torch_scales, official_names, read_state_dict
@@ -101,17 +101,14 @@ def _require(target: pathlib.Path, *suffixes: str) -> None:
 
 def _write(target: pathlib.Path, tensors: dict, metadata: dict | None = None) -> None:
     """Write all or nothing."""
-    temporary = target.with_name(f".{target.name}.partial")
-    try:
+    with finished_file(target) as unfinished:
         if target.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
-            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata)
+            arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+            save_file(arrays, unfinished, metadata)
         else:
-            _save_pth(tensors, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _save_pth(tensors, unfinished)
 
 
 def _save_pth(tensors: dict, path: pathlib.Path) -> None:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from repopt_jax.finished import finished_file
+
 
 def _jsonable(value: Any) -> Any:
     """JSON has no NaN and no arrays: those become null and lists."""
@@ -56,9 +58,8 @@ def _replace(path: epath.Path, text: str):
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f"{path.name}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with finished_file(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

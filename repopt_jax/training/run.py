@@ -244,7 +244,7 @@ def _claim(workdir: epath.Path, config: ConfigDict) -> None:
     elif workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a directory, got the file {workdir}")
     # A kill while the configuration was being written leaves its unfinished file alone.
-    elif workdir.exists() and any(p.name != "config.json.unfinished" for p in workdir.iterdir()):
+    elif workdir.exists() and any(p.name != ".config.unfinished.json" for p in workdir.iterdir()):
         raise ValueError(f"workdir must be empty, absent or a run's own, got {workdir}")
     wait_for_all("before the configuration is written")
     write_json(path, json.loads(config.to_json_best_effort()))
