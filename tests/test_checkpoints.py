@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.manifests import by_path
 
 ROWS = P("data")
 
@@ -129,6 +130,17 @@ def test_abstract_example_says_the_sharding_and_an_uncommitted_array_stays_so(tm
     assert restored["w"].sharding == sharding()
     assert not restored["n"].committed
     jax.jit(lambda s: s["w"] * s["n"].astype(jnp.float32))(restored)  # runs on eight devices
+
+
+def test_without_an_example_everything_is_read_by_its_path(tmp_path):
+    state = everything()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    step, found = checkpoints.restore()
+    checkpoints.close()
+    assert step == 1
+    assert bits(found) == bits(by_path(state))
+    assert all(len(array.devices()) == 1 for array in found.values())
 
 
 def test_state_may_be_donated_right_after_an_asynchronous_save(tmp_path):

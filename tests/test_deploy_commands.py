@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,28 @@ def test_the_float_graph_has_the_accuracy_that_training_told(documented, folder,
     top1, _, drop, _, pictures = rows["digits-int8.onnx"][:5]
     assert pictures == "360" and float(drop) == pytest.approx(float(told[0]) - float(top1))
     assert abs(float(drop)) < 10
+
+
+def test_a_run_is_exported_without_its_pictures(documented, folder, command):
+    """As long as the configuration says how large they are."""
+    lost = "--config.target.data.name=folder --config.target.data.data_dir=/absent"
+    line = f"export lost.onnx --workdir=runs/digits {lost}"
+    assert command(f"{line} --config.target.data.image_size=8")[0] == 0
+    images = load_dataset("digits").eval.images
+    found = OnnxNetwork("lost.onnx")(images)
+    np.testing.assert_array_equal(found, OnnxNetwork("digits.onnx")(images))
+    status, _, told = command(f"{line} --force")
+    assert status == 2 and "must name a folder in data_dir='/absent'" in told
+
+
+def test_a_network_that_the_checkpoint_is_not_of_is_refused(documented, folder, command, tmp_path):
+    """Of the target, its scales tell; of the others, the shapes in the checkpoint."""
+    shutil.copytree(folder / "runs" / "digits", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "target").rename(tmp_path / "plain")
+    line = f"export other.onnx --workdir={tmp_path} --part=plain"
+    status, _, told = command(f"{line} --config.model.widths='(8,8,8,8,8)'")
+    assert status == 2 and "model must be that of the checkpoint of 'plain', where params/" in told
+    assert command(line)[0] == 0
 
 
 def test_averaged_weights_are_others(documented, folder, command):

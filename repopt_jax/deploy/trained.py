@@ -10,12 +10,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+from etils import epath
 from flax import nnx
 
 from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+    from repopt_jax.scales import Scales
+
+# Of the networks, by their paths in a checkpoint.
+LAST_BIASES = ("params/linear/bias/value", "params/classifier/bias/value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Trained:
     preprocessing: Preprocessing
 
 
-def run_config(workdir: str | os.PathLike) -> ConfigDict:
+def run_config(workdir: epath.PathLike) -> ConfigDict:
     """The configuration that a run has left in its working directory.
 
     Raises:
@@ -41,8 +47,8 @@ def run_config(workdir: str | os.PathLike) -> ConfigDict:
     """
     from repopt_jax.training.config import default_config
 
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
         raise ValueError(f"workdir must hold a run with its config.json, got {workdir}")
     config = default_config()
     try:
@@ -60,7 +66,7 @@ def data_section(config: ConfigDict, part: str) -> ConfigDict:
 
 def load_run(
     config: ConfigDict,
-    workdir: str | os.PathLike,
+    workdir: epath.PathLike,
     *,
     part: str = "target",
     checkpoint: Literal["latest", "best"] = "best",
@@ -69,9 +75,12 @@ def load_run(
 ) -> Trained:
     """The network of a run's checkpoint.
 
+    The pictures it was trained on need not be there, unless the configuration leaves them their own
+    size (`image_size` of None).
+
     Args:
       config: the run's configuration.
-      workdir: the run's directory.
+      workdir: the run's directory, local or ``gs://``.
       part: whose network.
       checkpoint: "latest", or "best" by top-1 accuracy.
       averaged: take the moving averages of the weights.
@@ -81,36 +90,73 @@ def load_run(
       ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
       OSError: the checkpoints are damaged.
     """
-    from repopt_jax.deploy.pictures import Pictures
     from repopt_jax.training.checkpoints import Checkpoints
-    from repopt_jax.training.parts import prepare
     from repopt_jax.training.run import check, for_evaluation
 
-    folder = pathlib.Path(workdir) / part
+    folder = epath.Path(workdir) / part
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
     config = for_evaluation(config, workdir)
-    _, scales, mesh = check(config, pathlib.Path(workdir))
-    prepared = prepare(config, part, mesh, scales)
+    _, scales, _ = check(config, epath.Path(workdir))
     checkpoints = Checkpoints(folder, read_only=True)
     try:
-        # Shapes suffice, and spare drawing a network; without shardings they mean one device.
-        restored = checkpoints.restore(jax.eval_shape(prepared.init), step=checkpoint)
+        restored = checkpoints.restore(step=checkpoint)
     finally:
         checkpoints.close()
     if restored is None:
         raise ValueError(f"part must have a checkpoint in {workdir}, got {part!r} without one")
-    _, state = restored
-    if averaged and state.ema is None:
+    _, arrays = restored
+    if averaged and not any(path.startswith("ema/") for path in arrays):
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    params, stats = state.ema if averaged else (state.params, state.stats)
-    data = prepared.section.data
-    height, width = Pictures(prepared.dataset, data.image_size).size
+    model = _filled(config, part, scales, arrays, averaged)
+    data = data_section(config, part)
+    height, width = _picture_size(data)
     preprocessing = Preprocessing(
         height, width, tuple(data.mean), tuple(data.std), inside=preprocess
     )
-    model = nnx.merge(prepared.eval_graphdef, params, stats)
     return Trained(model, config.model.name, preprocessing)
+
+
+def _filled(
+    config: ConfigDict,
+    part: str,
+    scales: Scales | None,
+    arrays: dict[str, jax.Array],
+    averaged: bool,
+) -> nnx.Module:
+    """The network of a part with the arrays of its checkpoint, in evaluation mode."""
+    from repopt_jax.training.manifests import by_path
+    from repopt_jax.training.parts import builder
+
+    # The checkpoint knows the number of classes, so that the data need not be there.
+    (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)
+    model = nnx.eval_shape(builder(config, part, scales, num_classes=classes, bn_group=1))
+    model.eval()
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    places = ("ema/0", "ema/1") if averaged else ("params", "stats")
+    filled = []
+    for place, state in zip(places, states, strict=True):
+        wanted = {f"{place}/{path}": leaf for path, leaf in by_path(state).items()}
+        for path, leaf in wanted.items():
+            shape = arrays[path].shape if path in arrays else None
+            if shape != leaf.shape:
+                raise ValueError(
+                    f"model must be that of the checkpoint of {part!r}, where {path} has the shape "
+                    f"{shape}, got one with {leaf.shape}"
+                )
+        filled.append(
+            jax.tree.unflatten(jax.tree.structure(state), [arrays[path] for path in wanted])
+        )
+    return nnx.merge(graphdef, *filled)
+
+
+def _picture_size(data: ConfigDict) -> tuple[int, int]:
+    """Height and width; only pictures that keep their own size need be looked at."""
+    from repopt_jax.deploy.pictures import configured_pictures
+
+    if data.image_size is not None:
+        return data.image_size, data.image_size
+    return configured_pictures(data).size
 
 
 def load_weights_file(

@@ -34,6 +34,7 @@ from repopt_jax.training.damage import (
 from repopt_jax.training.manifests import (
     as_example,
     by_path,
+    examples_of,
     is_key,
     make_manifest,
     require_match,
@@ -217,7 +218,7 @@ class Checkpoints:
         return True
 
     def restore(
-        self, example_state: Any, data_iterator: Any = None, step: int | str | None = None
+        self, example_state: Any = None, data_iterator: Any = None, step: int | str | None = None
     ) -> tuple[int, Any] | None:
         """Read a checkpoint onto the devices of an example.
 
@@ -226,7 +227,8 @@ class Checkpoints:
 
         Args:
           example_state: pytree that says the result's structure, types and shardings by arrays or
-            ``jax.ShapeDtypeStruct``; the latter without a sharding mean the first device.
+            ``jax.ShapeDtypeStruct``; the latter without a sharding mean the first device. None:
+            a dict of all that was saved, by slash-joined paths, on the first device.
           data_iterator: is moved to where it was at the save; None leaves the data alone.
           step: a number, ``"best"`` or ``"latest"``; None means the latest.
 
@@ -287,6 +289,7 @@ class Checkpoints:
     def _read(self, step: int, example, data_iterator):
         with failure_is_damage():
             manifest = self._read_json(step, "manifest")
+        example = examples_of(manifest) if example is None else example
         examples, tree = by_path(example), jax.tree.structure(example)
         where = self.directory / str(step)
         require_match(manifest, examples, where)

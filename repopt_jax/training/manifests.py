@@ -129,6 +129,21 @@ def require_undamaged(manifest: dict[str, Any], arrays: dict[str, jax.Array]):
             raise ValueError(f"the numbers of {path} are not those that were written")
 
 
+def examples_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a checkpoint holds, by path.
+
+    >>> examples_of(make_manifest({"params/bias": jnp.zeros(3, jnp.bfloat16)}))
+    {'params/bias': ShapeDtypeStruct(shape=(3,), dtype=bfloat16)}
+    """
+    found = {}
+    for path, described in manifest["types"].items():
+        name, _, shape = described.partition("[")
+        generator = manifest["generators"].get(path)
+        dtype = jax.random.key(0, impl=generator).dtype if generator else name
+        found[path] = jax.ShapeDtypeStruct(json.loads("[" + shape), dtype)
+    return found
+
+
 def to_read(example: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """What to ask Orbax for: the example's shape, type and sharding; a random key's data.
 

@@ -122,17 +122,8 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
       ValueError: anything in `config` or `scales` that does not fit.
       FileNotFoundError: the data set is not there.
     """
-    if name not in PARTS:
-        raise ValueError(f"parts must be among {PARTS}, got {name!r}")
     section_name = "search" if name == "search" else "target"
     section = config[section_name]
-    dtype = DTYPES.get(config.dtype)
-    if dtype is None:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
-        raise ValueError("dtype 'float64' needs JAX_ENABLE_X64=1 in the environment")
-    if config.identity not in ("searched", "one"):
-        raise ValueError(f"identity must be 'searched' or 'one', got {config.identity!r}")
     if not 0 <= section.ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {section.ema_decay}")
     if not 0 <= section.label_smoothing < 1:
@@ -144,7 +135,7 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
         raise ValueError(f"random_erasing must be in [0, 1], got {section.random_erasing}")
     if section.eval_batch_size < 1:
         raise ValueError(f"eval_batch_size must be at least 1, got {section.eval_batch_size}")
-    _check_tuples(config, section)
+    _check_normalization(section)
     group = samples_per_group(section.batch_size, section.accumulation, section.bn_group, mesh)
     if group < 2 and (section.mix.mixup or section.mix.cutmix):
         raise ValueError(
@@ -161,38 +152,12 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
             epochs=section.epochs,
             **section.schedule,
         )
-    size = {key: value for key, value in config.model.items() if value is not None}
-    types = {
-        "dtype": dtype,
-        "param_dtype": jnp.float64 if dtype == jnp.float64 else jnp.float32,
-    }
-
-    def create(kind: str, **options: Any) -> nnx.Module:
-        options |= {"num_classes": dataset.num_classes, "bn_group": group, **size, **types}
-        with _told_where("model"):
-            return create_model(kind=kind, **options)
-
-    if name in ("target", "csla"):
-        plain = nnx.eval_shape(lambda: create("target", rngs=nnx.Rngs(0)))
-        scales = Scales.initial(plain) if scales is None else scales
-        scales.check(plain)
-
-    def build() -> nnx.Module:
-        # Another generator than JAX's default because it compiles eight times as fast, which
-        # for a network of 28 layers is seconds.
-        rngs = nnx.Rngs(params=jax.random.key(config.seed, impl="rbg"))
-        if name == "csla":
-            starts = scales if config.identity == "searched" else _identity_at_one(plain, scales)
-            return create("csla", scales=starts, rngs=rngs)
-        model = create(KINDS.get(name, name), rngs=rngs)
-        if name == "target":
-            init_target(model, scales, identity=config.identity, rngs=rngs)
-        return model
-
+    build = builder(config, name, scales, num_classes=dataset.num_classes, bn_group=group)
     model = nnx.eval_shape(build)
     params = nnx.state(model, nnx.Param)
     rule = update_rule(section.optimizer.name)
     if name == "target":
+        scales = Scales.initial(model) if scales is None else scales
         mults = grad_mults(params, model.blocks(), scales, rule)
     else:
         mults = jax.tree.map(lambda _: None, params)
@@ -216,7 +181,7 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
         options=StepOptions(
             mean=tuple(section.data.mean),
             std=tuple(section.data.std),
-            dtype=dtype,
+            dtype=DTYPES[config.dtype],
             label_smoothing=section.label_smoothing,
             accumulation=section.accumulation,
             ema_decay=section.ema_decay,
@@ -236,6 +201,65 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
     return part
 
 
+def builder(
+    config: ConfigDict, name: str, scales: Scales | None, *, num_classes: int, bn_group: int
+) -> Callable[[], nnx.Module]:
+    """Check what the configuration says of a part's network; the function that draws it anew.
+
+    Args:
+      config: the whole configuration.
+      name: one of `PARTS`.
+      scales: as for `prepare`.
+      num_classes: outputs of the last layer.
+      bn_group: samples per BatchNorm group in training.
+
+    Raises:
+      ValueError: as `prepare`.
+    """
+    if name not in PARTS:
+        raise ValueError(f"parts must be among {PARTS}, got {name!r}")
+    dtype = DTYPES.get(config.dtype)
+    if dtype is None:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("dtype 'float64' needs JAX_ENABLE_X64=1 in the environment")
+    if config.identity not in ("searched", "one"):
+        raise ValueError(f"identity must be 'searched' or 'one', got {config.identity!r}")
+    for key in ("num_blocks", "widths", "strides"):
+        value = config.model[key]
+        if value is not None and not all(isinstance(n, int) and n > 0 for n in value):
+            raise ValueError(f"model.{key} must be whole numbers above 0, got {value}")
+    size = {key: value for key, value in config.model.items() if value is not None}
+    types = {
+        "dtype": dtype,
+        "param_dtype": jnp.float64 if dtype == jnp.float64 else jnp.float32,
+    }
+
+    def create(kind: str, **options: Any) -> nnx.Module:
+        options |= {"num_classes": num_classes, "bn_group": bn_group, **size, **types}
+        with _told_where("model"):
+            return create_model(kind=kind, **options)
+
+    if name in ("target", "csla"):
+        plain = nnx.eval_shape(lambda: create("target", rngs=nnx.Rngs(0)))
+        scales = Scales.initial(plain) if scales is None else scales
+        scales.check(plain)
+
+    def build() -> nnx.Module:
+        # Another generator than JAX's default because it compiles eight times as fast, which
+        # for a network of 28 layers is seconds.
+        rngs = nnx.Rngs(params=jax.random.key(config.seed, impl="rbg"))
+        if name == "csla":
+            starts = scales if config.identity == "searched" else _identity_at_one(plain, scales)
+            return create("csla", scales=starts, rngs=rngs)
+        model = create(KINDS.get(name, name), rngs=rngs)
+        if name == "target":
+            init_target(model, scales, identity=config.identity, rngs=rngs)
+        return model
+
+    return build
+
+
 def _identity_at_one(model: nnx.Module, scales: Scales) -> dict[str, dict[str, np.ndarray]]:
     blocks = model.blocks()
     return {
@@ -253,11 +277,7 @@ def _told_where(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _check_tuples(config: ConfigDict, section: ConfigDict) -> None:
-    for key in ("num_blocks", "widths", "strides"):
-        value = config.model[key]
-        if value is not None and not all(isinstance(n, int) and n > 0 for n in value):
-            raise ValueError(f"model.{key} must be whole numbers above 0, got {value}")
+def _check_normalization(section: ConfigDict) -> None:
     for key in ("mean", "std"):
         value = section.data[key]
         good = len(value) == 3 and all(isinstance(x, float | int) for x in value)
