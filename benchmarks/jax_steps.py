@@ -131,17 +131,19 @@ class UpdateStep:
         self.gradients = jax.tree.map(lambda x: jnp.full_like(x, 1e-6), self.params)
         self.state = jax.tree.map(jnp.copy, tx.init(self.params))
 
-        def update(gradients, state, params):
+        def update(params, state, gradients):
             updates, state = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
-        step = jax.jit(update, donate_argnums=(1, 2))
-        lowered = step.lower(self.gradients, self.state, self.params)
+        # In the order of the results: JAX gives each of those the first donated array of its shape,
+        # and momentum written over the parameters would first need a copy of them.
+        step = jax.jit(update, donate_argnums=(0, 1))
+        lowered = step.lower(self.params, self.state, self.gradients)
         self.compiled = lowered.compile()
         self.program_bytes = program_bytes(self.compiled)
 
     def run(self, count):
         """Run updates and wait for their end."""
         for _ in range(count):
-            self.params, self.state = self.compiled(self.gradients, self.state, self.params)
+            self.params, self.state = self.compiled(self.params, self.state, self.gradients)
         jax.block_until_ready(self.params)
