@@ -168,8 +168,12 @@ def quantization_width(data: dict) -> str:
     given, versions = data["arguments"], data["environment"]["versions"]
     facts = f"{machine(data['environment'])}, jax {versions['jax']}, onnxruntime "
     facts += f"{versions['onnxruntime']}, commit {data['environment']['commit']}, "
-    facts += f"{len({r['seed'] for r in data['runs']})} seeds"
-    command = f"`python benchmarks/quantization_width.py --epochs={given['epochs']:g}`"
+    seeds = sorted({r["seed"] for r in data["runs"]})
+    facts += f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    flags = "" if given["config"] == "digits" else f" --config={given['config']}"
+    flags += f" --epochs={given['epochs']:g} --widths {' '.join(map(str, given['widths']))}"
+    flags += f" --seeds {' '.join(map(str, seeds))}"
+    command = f"`python benchmarks/quantization_width.py{flags}`"
     return f"{markdown(header, rows)}\n\n{command}: {facts}."
 
 
@@ -209,6 +213,7 @@ TABLES = {
     "input_pipeline": input_pipeline,
     "quantization": quantization,
     "quantization_width": quantization_width,
+    "quantization_width_cifar10": quantization_width,
     "step_time_cpu": step_time_cpu,
 }
 
