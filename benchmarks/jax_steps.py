@@ -129,7 +129,7 @@ class UpdateStep:
         model, tx = build(name, "target", multiplied, jnp.float32)
         self.params = nnx.state(model, nnx.Param)
         self.gradients = jax.tree.map(lambda x: jnp.full_like(x, 1e-6), self.params)
-        self.state = jax.tree.map(jnp.copy, tx.init(self.params))
+        self.state = tx.init(self.params)
 
         def update(params, state, gradients):
             updates, state = tx.update(gradients, state, params)

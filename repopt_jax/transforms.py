@@ -112,7 +112,8 @@ def scale_by_grad_mult(
         for path, mult in mults.items():
             if path in names and not _is_masked(names[path]):
                 check_fits(path, mult, jnp.shape(names[path]))
-        return ScaleByGradMultState(jax.tree.map(jnp.asarray, mults))
+        # Copies: a step that is given the state to reuse its memory deletes what is in it.
+        return ScaleByGradMultState(jax.tree.map(jnp.array, mults))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

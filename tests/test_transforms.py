@@ -128,6 +128,16 @@ def test_constants_reach_the_step_as_arguments():
     assert update._cache_size() == 1
 
 
+def test_a_step_that_takes_the_state_leaves_the_constants_to_the_next_init():
+    params, mults = make_params(), mults_of(make_params())
+    tx = by_mult(mults)
+    step = jax.jit(lambda state, grads: tx.update(grads, state), donate_argnums=0)
+    state = tx.init(params)
+    step(state, params)
+    assert all(array.is_deleted() for array in jax.tree.leaves(state))
+    assert_trees_equal(tx.init(params), by_mult(mults).init(params))
+
+
 @pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
 def test_no_recompilation_on_the_second_step(make):
     params = make_params()

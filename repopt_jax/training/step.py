@@ -88,12 +88,10 @@ def init_state(
     """
     model.train()
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-    # The averages are copies because a donated buffer may not appear twice, and the optimizer's
-    # state because the multipliers in it are the transformation's own.
+    # Copies, because a donated buffer may not appear twice.
     averages = jax.tree.map(jnp.copy, (params, stats)) if ema else None
-    opt_state = jax.tree.map(jnp.copy, tx.init(params))
     step = jnp.zeros((), jnp.int32)
-    return graphdef, TrainState(step, params, stats, opt_state, averages)
+    return graphdef, TrainState(step, params, stats, tx.init(params), averages)
 
 
 def normalize(
