@@ -102,7 +102,7 @@ def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dic
     found["float"]["megabytes"] = (workdir / f"{name}.onnx").stat().st_size / 1e6
     graphs = {
         "float": OnnxNetwork(graph),
-        "int8": OnnxNetwork(workdir / f"{name}-tensor-minmax.onnx"),
+        "int8": OnnxNetwork(workdir / f"{name}-tensor-minmax.onnx", saturating=True),
     }
     images = np.concatenate(batches)[:32]
     speeds = pictures_per_second(graphs, images, rounds=arguments.rounds)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -144,7 +145,10 @@ def test_averaged_weights_are_others(documented, folder, command):
         "export mean.onnx --workdir=runs/digits --checkpoint=latest --averaged"
     )
     assert status == 0 and out.startswith("wrote mean.onnx: RepOpt-VGG, ")
-    latest = load_stablehlo("digits.stablehlo").call(jnp.asarray(images))
+    written = load_stablehlo("digits.stablehlo")
+    text = jax.jit(written.call).lower(jnp.asarray(images)).as_text()
+    assert "stablehlo.convolution" in text and "rsqrt" not in text  # BatchNorm is folded
+    latest = written.call(jnp.asarray(images))
     averaged = OnnxNetwork("mean.onnx")(images)
     assert np.abs(averaged - latest).max() > 0.01
     labels = load_dataset("digits").eval.labels
@@ -201,6 +205,21 @@ WRONG = [
     ("eval digits.onnx --config=nowhere.py", "nowhere.py"),
     ("benchmark digits.onnx --batch-size=0", "batch-size must be at least 1, got 0"),
     ("report digits.onnx a.txt", "output must end in .png or .pdf, got a.txt"),
+    (
+        "export a.onnx --workdir=runs/digits --std 1 1 1 --kind=hs",
+        "--kind and --std must be given ",
+    ),
+    ("export a.onnx --weights=vgg.pth --averaged", "--averaged must be given with --workdir only"),
+    ("export /proc/a.onnx --workdir=runs/digits", "must lie in a folder that can be written, got"),
+    (
+        f"export a.onnx --workdir=runs/digits --config={REPOSITORY}/README.md",
+        "configuration cannot",
+    ),
+    ("quantize digits.onnx digits.onnx --data=digits --force", "be another file than the graph"),
+    ("quantize digits.onnx a.onnx --data=digits --percentile=99", "with --calibration=percentile"),
+    ("eval digits.onnx --workdir=runs/digits --eval-split=no", "--eval-split must be given with"),
+    ("report digits.onnx a.png --data=digits", "--data must be given with --int8 only"),
+    ("report digits.onnx a.png --data=digits --int8=vgg.onnx", "int8 must be a graph that quant"),
     ("fly digits.onnx", "invalid choice: 'fly'"),
 ]
 

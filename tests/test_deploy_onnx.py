@@ -217,6 +217,11 @@ def test_stablehlo_files_of_another_version_are_refused(tmp_path):
         archive.writestr("network.bin", b"")
     with pytest.raises(ValueError, match=r"path must have the format version 1, .* has 99$"):
         load_stablehlo(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", '{"format_version": "1"}')
+        archive.writestr("network.bin", b"cut off")
+    with pytest.raises(ValueError, match="path must be an undamaged file"):
+        load_stablehlo(path)
     path.write_text("no archive")
     with pytest.raises(ValueError, match="path must be a file written by export_stablehlo"):
         load_stablehlo(path)

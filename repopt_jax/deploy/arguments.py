@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -46,15 +47,17 @@ def make_parser() -> Parser:
     export = commands.add_parser("export", help="write a trained network to a file")
     export.add_argument("output", help="file to write, .onnx or .stablehlo")
     _add_run(export)
-    export.add_argument("--checkpoint", choices=("best", "latest"), default="best")
-    export.add_argument("--averaged", action="store_true", help="moving averages of the weights")
+    export.add_argument("--checkpoint", choices=("best", "latest"), help="of a run, default best")
+    export.add_argument(
+        "--averaged", action="store_true", default=None, help="moving averages of a run's weights"
+    )
     export.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file, not a run")
     export.add_argument("--model", metavar="NAME", help="that the weights must be of")
     export.add_argument("--kind", help="that the weights must be of")
     export.add_argument("--strides", type=int, nargs=5, help="of the weights' stages, default 2")
-    export.add_argument("--image-size", type=int, default=224, help="for the weights")
-    export.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN)
-    export.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
+    export.add_argument("--image-size", type=int, help="for the weights, default 224")
+    export.add_argument("--mean", type=float, nargs=3, help="for the weights, default ImageNet's")
+    export.add_argument("--std", type=float, nargs=3, help="for the weights, default ImageNet's")
     export.add_argument(
         "--no-preprocess",
         action="store_true",
@@ -68,7 +71,7 @@ def make_parser() -> Parser:
     _add_pictures(quantize)
     quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
     quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
-    quantize.add_argument("--percentile", type=float, default=PERCENTILE)
+    quantize.add_argument("--percentile", type=float, help=f"default {PERCENTILE}")
     quantize.add_argument("--pictures", type=int, default=CALIBRATION_PICTURES, metavar="N")
     quantize.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
     quantize.add_argument("--reduce-range", action="store_true", help="for x86 without VNNI")
@@ -103,7 +106,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--workdir", metavar="DIR")
     group.add_argument("--config", metavar="FILE", help="default: what the run has left in DIR")
-    group.add_argument("--part", default="target", help="default: target")
+    group.add_argument("--part", help="default: target")
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +126,8 @@ def check_output(path: str | os.PathLike, *, force: bool) -> None:
     """Refuse, before any work, a file that could not be written or is there already.
 
     Raises:
-      ValueError: `path` exists and `force` is not set, is a folder, or has no folder.
+      ValueError: `path` exists and `force` is not set, is a folder, or its folder is not there or
+        cannot be written.
 
     >>> check_output("nowhere/a.onnx", force=False)
     Traceback (most recent call last):
@@ -136,6 +140,12 @@ def check_output(path: str | os.PathLike, *, force: bool) -> None:
         raise ValueError(f"output must not exist unless --force is given, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"output must lie in an existing folder, got {path}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"output must lie in a folder that can be written, got {path} ({error.strerror})"
+        ) from None
 
 
 def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> ConfigDict:
@@ -161,9 +171,10 @@ def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> Co
         return values.config
     except (flags.Error, OSError) as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from None
-    except (AttributeError, KeyError) as error:
+    except Exception as error:  # a configuration file is a program, which may fail in any way
         raise ValueError(
-            f"the configuration cannot be read with {list(overrides)}: {error}"
+            f"the configuration cannot be read with {list(overrides)}: "
+            f"{type(error).__name__}: {error}"
         ) from None
 
 
@@ -178,22 +189,24 @@ def trained(arguments: argparse.Namespace, overrides: Sequence[str]) -> Trained:
     preprocess = not arguments.no_preprocess
     if arguments.weights is not None:
         _refuse_overrides(overrides)
+        refuse(arguments, "--workdir", "config", "part", "checkpoint", "averaged")
         return load_weights_file(
             arguments.weights,
             name=arguments.model,
             kind=arguments.kind,
             strides=arguments.strides,
-            image_size=arguments.image_size,
-            mean=arguments.mean,
-            std=arguments.std,
+            image_size=arguments.image_size or 224,
+            mean=arguments.mean or IMAGENET_MEAN,
+            std=arguments.std or IMAGENET_STD,
             preprocess=preprocess,
         )
+    refuse(arguments, "--weights", "model", "kind", "strides", "image_size", "mean", "std")
     return load_run(
         configuration(arguments, overrides),
         arguments.workdir,
-        part=arguments.part,
-        checkpoint=arguments.checkpoint,
-        averaged=arguments.averaged,
+        part=arguments.part or "target",
+        checkpoint=arguments.checkpoint or "best",
+        averaged=bool(arguments.averaged),
         preprocess=preprocess,
     )
 
@@ -212,10 +225,12 @@ def pictures(
     if by_run == (arguments.data is not None):
         raise ValueError("pictures must be named by either --data or --workdir")
     if by_run:
-        section = data_section(configuration(arguments, overrides), arguments.part)
+        refuse(arguments, "--data", "data_dir", "train_split", "eval_split", "resize")
+        section = data_section(configuration(arguments, overrides), arguments.part or "target")
         found = configured_pictures(section)
     else:
         _refuse_overrides(overrides)
+        refuse(arguments, "--workdir", "part")
         keys = ("data_dir", "train_split", "eval_split")
         dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
         square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
@@ -228,6 +243,13 @@ def pictures(
 def _refuse_overrides(overrides: Sequence[str]) -> None:
     if overrides:
         raise ValueError(f"--config.FIELD needs --workdir or --config, got {list(overrides)}")
+
+
+def refuse(arguments: argparse.Namespace, needed: str, *names: str) -> None:
+    """Raise ValueError for flags that would not be looked at without another one."""
+    given = [f"--{n.replace('_', '-')}" for n in names if getattr(arguments, n) is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} must be given with {needed} only")
 
 
 def progress(label: str, batches: Iterable[Any], total: int | None = None) -> Any:

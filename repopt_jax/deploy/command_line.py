@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Write a trained network to an ONNX or StableHLO file."""
+    from repopt_jax.deploy.folding import fold
     from repopt_jax.deploy.onnx_export import export_onnx
     from repopt_jax.deploy.stablehlo_export import export_stablehlo
 
@@ -43,26 +44,30 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError(f"output must end in one of {list(writers)}, got {arguments.output}")
     flags.check_output(arguments.output, force=arguments.force)
     trained = flags.trained(arguments, overrides)
-    write(arguments.output, trained.model, trained.preprocessing, name=trained.name)
+    write(arguments.output, fold(trained.model), trained.preprocessing, name=trained.name)
     _told(arguments.output, trained.name)
 
 
 def quantize(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Write the INT8 graph of a float one."""
     from repopt_jax.deploy.onnx_export import save_onnx
-    from repopt_jax.deploy.quantization import quantize
+    from repopt_jax.deploy.quantization import PERCENTILE, quantize
     from repopt_jax.deploy.runtime import read_onnx
 
     _require(arguments.output, ".onnx")
     flags.check_output(arguments.output, force=arguments.force)
+    if arguments.calibration != "percentile":
+        flags.refuse(arguments, "--calibration=percentile", "percentile")
     graph, metadata = read_onnx(arguments.graph)
+    if os.path.exists(arguments.output) and os.path.samefile(arguments.output, arguments.graph):
+        raise ValueError(f"output must be another file than the graph, got {arguments.output}")
     batches = _calibration(arguments, overrides, metadata)
     int8 = quantize(
         graph,
         flags.progress("calibration", batches),
         per_channel=arguments.per_channel,
         calibration=arguments.calibration,
-        percentile=arguments.percentile,
+        percentile=PERCENTILE if arguments.percentile is None else arguments.percentile,
         reduce_range=arguments.reduce_range,
         float_layers=arguments.float_layers,
     )
@@ -112,7 +117,7 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError(f"benchmark takes no configuration, got {list(overrides)}")
     if arguments.batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {arguments.batch_size}")
-    networks = _networks(arguments.graphs, arguments.threads)
+    networks = _networks(arguments.graphs, threads=arguments.threads, saturating=True)
     first = next(iter(networks.values())).preprocessing
     shape = (arguments.batch_size, first.height, first.width, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -129,7 +134,7 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         for path in networks
     ]
     print(format_table(rows, ("graph", "pictures/s", "least", "most", "speed-up", "MB")))
-    threads = arguments.threads or os.cpu_count()
+    threads = arguments.threads or "all"
     print(f"medians of {arguments.rounds} rounds, batch {arguments.batch_size}, {threads} threads")
 
 
@@ -144,10 +149,15 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     graph, metadata = read_onnx(arguments.graph)
     int8 = images = None
     if arguments.int8 is not None:
-        int8, _ = read_onnx(arguments.int8)
+        int8, facts = read_onnx(arguments.int8)
+        if "quantization" not in facts:
+            raise ValueError(f"int8 must be a graph that quantize wrote, got {arguments.int8}")
         images = np.concatenate(_calibration(arguments, overrides, metadata))
-    elif overrides:
-        raise ValueError(f"pictures are used with --int8 only, got {list(overrides)}")
+    else:
+        names = ("workdir", "config", "part", "data", "data_dir", "train_split", "eval_split")
+        flags.refuse(arguments, "--int8", *names, "resize")
+        if overrides:
+            raise ValueError(f"pictures are used with --int8 only, got {list(overrides)}")
     reports = layer_reports(graph, int8, images)
     print(format_table(*table(reports)))
     plot(arguments.output, reports, metadata["model"])
@@ -171,11 +181,11 @@ def _calibration(arguments, overrides, metadata) -> list[np.ndarray]:
     return pictures.calibration(arguments.pictures, arguments.seed)
 
 
-def _networks(paths: Sequence[str], threads: int | None = None) -> dict:
+def _networks(paths: Sequence[str], **options) -> dict:
     """The graphs by path, which take pictures of one size."""
     from repopt_jax.deploy.runtime import OnnxNetwork
 
-    networks = {path: OnnxNetwork(path, threads=threads) for path in paths}
+    networks = {path: OnnxNetwork(path, **options) for path in paths}
     sizes = {(n.preprocessing.height, n.preprocessing.width) for n in networks.values()}
     if len(sizes) > 1:
         raise ValueError(f"graphs must take pictures of one size, got {sorted(sizes)}")

@@ -104,7 +104,7 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
     """Read what `export_stablehlo` wrote.
 
     Raises:
-      ValueError: it is no such file, or of another version of the format.
+      ValueError: it is no such file, is damaged, or of another version of the format.
       FileNotFoundError: there is none.
     """
     try:
@@ -120,7 +120,10 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
             f"path must have the format version {FORMAT_VERSION}, {os.fspath(path)!r} has "
             f"{metadata.get('format_version')}"
         )
-    exported = jax.export.deserialize(bytearray(network))
+    try:
+        exported = jax.export.deserialize(bytearray(network))
+    except Exception as error:  # of many classes, such as struct.error
+        raise ValueError(f"path must be an undamaged file, {os.fspath(path)!r} is not") from error
     return StableHLO(jax.jit(exported.call), Preprocessing.from_metadata(metadata), metadata)
 
 
