@@ -5,7 +5,8 @@ authors of RepOptimizers (ours has not been run): RepOpt-GhostNet-0.5x 66.50, Re
 (here the part "rep").
 Command: python train.py --config=configs/ghostnet.py --workdir=runs/ghost \
   --config.scales=RepOptGhostNet_0_5x_scales.pth
-Data: TFDS imagenet2012, prepared once by `tfds build imagenet2012 --file_format=array_record`.
+Data: TFDS imagenet2012, prepared once by `tfds build imagenet2012 --file_format=array_record
+--manual_dir=DIR_OF_THE_TAR_FILES`.
 Other widths: --config=configs/ghostnet.py:RepOpt-GhostNet-1.0x, or --config.model.width=0.75 beside
 --config=configs/ghostnet.py:RepOpt-GhostNet. Without --config.scales the scales are searched on
 CIFAR-100 first. BatchNorm sees groups of 128 images, as on the official 8 GPUs.

@@ -4,7 +4,8 @@ Paper: RepOptimizers, arXiv 2205.15242, table 1. Published top-1 (ours has not b
 RepOpt-VGG-B1 78.62, B2 79.68, L1 79.82, L2 80.47.
 Command: python train.py --config=configs/imagenet.py:RepOpt-VGG-B1 --workdir=runs/b1 \
   --config.scales=RepOpt-VGG-B1-scales.pth
-Data: TFDS imagenet2012, prepared once by `tfds build imagenet2012 --file_format=array_record`.
+Data: TFDS imagenet2012, prepared once by `tfds build imagenet2012 --file_format=array_record
+--manual_dir=DIR_OF_THE_TAR_FILES`.
 Without --config.scales the scales are searched on CIFAR-100 first. BatchNorm sees groups of 32
 images, as on the official 8 GPUs.
 """

@@ -1,6 +1,7 @@
 """Saving and restoring: exact, onto other devices, and past damaged or unfinished checkpoints."""
 
 import dataclasses
+import json
 import os
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from repopt_jax.training import checkpoints as checkpoints_module
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.manifests import by_path
 
@@ -279,9 +281,31 @@ def test_state_of_another_tree_is_refused_naming_the_paths(tmp_path):
 def test_position_of_the_data_that_was_not_saved_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, numbers(1))
-    with pytest.raises(ValueError, match=r"data_iterator must be None: .* of 0 processes"):
+    with pytest.raises(ValueError, match=r"data_iterator must be None: .* has no position of the"):
         checkpoints.restore(numbers(1), iter(grain_dataset()))
     checkpoints.close()
+
+
+def test_a_position_that_all_processes_share_is_taken_up_by_any_number(tmp_path, monkeypatch):
+    """Saved by two; positions that differ are of use to two processes only."""
+    iterator = iter(grain_dataset())
+    first = [next(iterator) for _ in range(3)]
+    position = json.dumps(iterator.get_state())
+    expected = next(iterator)
+    iterator = iter(grain_dataset())
+    apart = [position, json.dumps(iterator.get_state())]
+    for step, positions in enumerate(([position] * 2, apart), 1):
+        monkeypatch.setattr(checkpoints_module, "_positions", lambda _, found=positions: found)
+        checkpoints = Checkpoints(tmp_path / str(step))
+        checkpoints.save(step, numbers(step), iterator)
+        if step == 1:
+            checkpoints.restore(numbers(step), iterator)
+            np.testing.assert_equal(next(iterator), expected)
+            assert len(first) == 3
+        else:
+            with pytest.raises(ValueError, match=r"positions of 2 processes that read apart"):
+                checkpoints.restore(numbers(step), iterator)
+        checkpoints.close()
 
 
 def test_wrong_arguments_are_named(tmp_path):

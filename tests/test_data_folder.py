@@ -59,6 +59,15 @@ def test_wrong_folders_are_named(folder):
         load(folder, train_split="empty", eval_split="empty")
 
 
+def test_stray_folders_do_not_shift_labels(folder):
+    """Hidden ones are no classes, and a class without pictures is refused."""
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    assert load(folder).num_classes == 2 and load(folder).train[0]["label"] == 0
+    (folder / "train" / "aardvark").mkdir()
+    with pytest.raises(ValueError, match=r"pictures of every class, got none in .*aardvark'$"):
+        load(folder)
+
+
 def test_pictures_of_several_sizes_need_an_image_size(folder):
     for make in (train_batches, eval_batches):
         seed = {"seed": 0} if make is train_batches else {}

@@ -135,6 +135,8 @@ def test_missing_sets_and_splits_name_the_way_out(tfds_dir, tmp_path):
     command = f"tfds build imagenet_resized/8x8 --data_dir={tmp_path} --file_format=array_record"
     with pytest.raises(FileNotFoundError, match=command):
         load_dataset("imagenet_resized/8x8", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"tfds build imagenet2012 .* --manual_dir=DIR_OF_"):
+        load_dataset("imagenet2012", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"eval_split must select from .* got 'tset'"):
         load_dataset("cifar10_jpeg", data_dir=tfds_dir, eval_split="tset")
 
@@ -147,7 +149,19 @@ def test_a_set_stored_as_tfrecord_names_the_command(tfds_dir, tmp_path):
         (folder / name).write_bytes((source / name).read_bytes())
     info = (source / "dataset_info.json").read_text()
     (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    command = f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record "
+    command += "--num_workers=1`"
     with pytest.raises(
-        ValueError, match=r"must be stored as array_record, got tfrecord: run `tfds"
+        ValueError, match=f"must be stored as array_record, got tfrecord: run {command}"
     ):
         load_dataset("cifar10_jpeg", data_dir=str(tmp_path))
+    # What the command makes of it: ArrayRecord files beside the others, and another line here.
+    added = '"alternativeFileFormats": ["array_record"],'
+    info = info.replace("array_record", "tfrecord").replace("{", "{" + added, 1)
+    (folder / "dataset_info.json").write_text(info)
+    for path in source.glob("*.array_record*"):
+        (folder / path.name).symlink_to(path)
+    found = load_dataset("cifar10_jpeg", data_dir=str(tmp_path), cache=False)
+    whole = load_dataset("cifar10_jpeg", data_dir=tfds_dir, cache=False)
+    assert len(found.train) == len(whole.train)
+    assert found.train[7]["image"] == whole.train[7]["image"]

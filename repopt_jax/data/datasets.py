@@ -24,6 +24,9 @@ _CACHE_BYTES = 2 * 2**30
 
 _DIGITS_SEED = 0
 
+# TFDS 4.9 declares none of the three, and its command cannot do without them.
+TFDS_COMMAND = "the command needs `pip install tensorflow apache-beam mlcroissant`"
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -144,7 +147,8 @@ def _load_folder(data_dir, train_split, eval_split) -> Dataset:
             raise FileNotFoundError(
                 f"{argument} must name a folder in data_dir={str(root)!r}, got {folder.name!r}"
             )
-        classes[argument] = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        folders_in = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+        classes[argument] = sorted(name for name in folders_in if not name.startswith("."))
     class_names = classes["train_split"]
     unknown = sorted(set(classes["eval_split"]) - set(class_names))
     if unknown:
@@ -159,6 +163,12 @@ def _load_folder(data_dir, train_split, eval_split) -> Dataset:
                 f"{argument} must hold pictures in one folder per class, got none in "
                 f"{str(folders[argument])!r}"
             )
+    empty = sorted(set(range(len(class_names))) - set(train.labels.tolist()))
+    if empty:  # else a stray folder would shift the labels of all classes after it
+        raise ValueError(
+            f"train_split must hold pictures of every class, got none in "
+            f"{str(folders['train_split'] / class_names[empty[0]])!r}"
+        )
     return Dataset("folder", len(class_names), train, evaluation)
 
 
@@ -178,19 +188,22 @@ def _load_tfds(name, data_dir, train_split, eval_split) -> Dataset:
     folder = epath.Path(builder.data_dir)  # may lie in a bucket
     # The folder is <root>/name/version or <root>/name/config/version.
     root = folder.parents[builder.info.full_name.count("/")]
-    prepare = f"`tfds build {name} --data_dir={root} --file_format=array_record`"
+    prepare = f"`tfds build {name} --data_dir={root} --file_format=array_record"
+    # ImageNet cannot be downloaded without an account.
+    prepare += " --manual_dir=DIR_OF_THE_TAR_FILES`" if builder.name == "imagenet2012" else "`"
     if not (folder / "dataset_info.json").exists():
         raise FileNotFoundError(
-            f"data set {name!r} is not prepared in {folder}: run {prepare} once "
-            "(only this command needs tensorflow installed)"
+            f"data set {name!r} is not prepared in {folder}: run {prepare} once ({TFDS_COMMAND})"
         )
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        # Knows of formats that were added later, which a set's own class does not.
+        builder = tfds.builder_from_directory(folder)
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise ValueError(
             f"data set {name!r} in {folder} must be stored as array_record, got "
             f"{builder.info.file_format.value}: run `tfds convert_format "
-            f"--dataset_version_dir={folder} --out_file_format=array_record "
-            "--out_path=DIR/NAME/VERSION` or prepare it in another data_dir (only these "
-            "commands need tensorflow installed)"
+            f"--dataset_version_dir={folder} --out_file_format=array_record --num_workers=1`, "
+            f"which adds such files beside the others ({TFDS_COMMAND})"
         )
     features = builder.info.features
     image_key, label_key = tfds_keys(builder)
@@ -237,7 +250,11 @@ def _keep_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
     renumber[classes] = np.arange(len(classes))
 
     def subset(source):
-        labels = [item["label"] for chunk in _chunks(source) for item in read_items(source, chunk)]
+        if hasattr(source, "labels"):
+            labels = source.labels
+        else:  # the records of a TFDS set have to be read
+            chunks = _chunks(source)
+            labels = [item["label"] for chunk in chunks for item in read_items(source, chunk)]
         labels = renumber[labels]
         indices = np.flatnonzero(labels >= 0)
         return SubsetSource(source, indices, labels[indices])

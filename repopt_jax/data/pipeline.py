@@ -165,7 +165,9 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
 
 def _read_options(threads: int | None) -> grain.ReadOptions:
     if threads is None:
-        threads = os.cpu_count() or 1
+        # Of the cores that this process may use, which Slurm and containers limit.
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        threads = own or os.cpu_count() or 1
     if threads < 0:
         raise ValueError(f"threads must be None or at least 0, got {threads}")
     # Two batches per thread: enough to hide a slow batch, small enough for big pictures.

@@ -69,27 +69,32 @@ class FolderSource:
     Args:
       folder: holds the class folders; files with other endings than a picture's are ignored.
       class_names: the class folders' names in the order of their labels.
+
+    Attributes:
+      labels: int32 (n,).
     """
 
     def __init__(self, folder: pathlib.Path, class_names: Sequence[str]):
         self._folder = folder
         self._class_names = class_names
         # A million paths: names and labels apart take a third of the memory of whole paths.
-        self._files, self._labels = [], []
-        for label, class_name in enumerate(class_names):
-            if not (folder / class_name).is_dir():
-                continue
-            with os.scandir(folder / class_name) as entries:
-                names = [entry.name for entry in entries]
+        self._files: list[str] = []
+        counts = []
+        for class_name in class_names:
+            names = []
+            if (folder / class_name).is_dir():
+                with os.scandir(folder / class_name) as entries:
+                    names = [entry.name for entry in entries]
             names = sorted(n for n in names if os.path.splitext(n)[1].lower() in _EXTENSIONS)
             self._files += names
-            self._labels += [label] * len(names)
+            counts.append(len(names))
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        label = self._labels[index]
+        label = int(self.labels[index])
         path = self._folder / self._class_names[label] / self._files[index]
         return {"image": path.read_bytes(), "label": label, "name": str(path)}
 

@@ -237,7 +237,7 @@ class Checkpoints:
 
         Raises:
           ValueError: for another tree than the saved one, an absent step, or a wanted data position
-            that was not saved, or was saved by another number of processes.
+            that was not saved, or differs between the processes of another number that saved it.
           OSError: where the wanted step, or every checkpoint, is damaged.
         """
         self.wait()
@@ -294,13 +294,19 @@ class Checkpoints:
         where = self.directory / str(step)
         require_match(manifest, examples, where)
         processes = manifest["data_processes"]
-        if data_iterator is not None and processes != jax.process_count():
-            raise ValueError(
-                f"data_iterator must be None: {where} has the position of {processes} processes, "
-                f"and there are {jax.process_count()}"
-            )
+        if data_iterator is not None and not processes:
+            raise ValueError(f"data_iterator must be None: {where} has no position of the data")
         with failure_is_damage():
             positions = self._read_json(step, "data") if data_iterator is not None else []
+        # Where all were at the same position of a common order, any number of them can go on.
+        if len(set(positions)) == 1:
+            positions = positions[:1] * jax.process_count()
+        if data_iterator is not None and len(positions) != jax.process_count():
+            raise ValueError(
+                f"data_iterator must be None: {where} has the positions of {processes} processes "
+                f"that read apart, and there are {jax.process_count()}"
+            )
+        with failure_is_damage():
             wanted = {path: to_read(leaf) for path, leaf in examples.items()}
             items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             arrays = self._manager.restore(step, args=items)["state"]

@@ -11,41 +11,38 @@ from jax.experimental import multihost_utils
 
 # Each says how many processes its launcher has started: Slurm's srun, Open MPI's mpirun.
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-# Each says where the first process of a TPU slice is: of one slice, of several.
-TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+# Each lists the hosts of a TPU slice, on GKE and where a user has said so.
+TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+# Says where the first process of several slices is.
+TPU_SLICES = "MEGASCALE_COORDINATOR_ADDRESS"
 
 
 def join_processes(
     coordinator: str | None = None, count: int | None = None, index: int | None = None
-) -> bool:
+) -> None:
     """Call `jax.distributed.initialize` if the arguments or the environment ask for it.
 
     To be called before anything else of jax. Without arguments, more than one task of Slurm's
-    ``srun`` or Open MPI's ``mpirun``, or more than one host of a TPU slice, ask for it.
+    ``srun`` or Open MPI's ``mpirun`` asks for it; and TPUs do: jax finds out who shares them.
 
     Args:
       coordinator: ``HOST:PORT`` of the first process. None: as the launcher says.
       count: number of processes. None: as the launcher says.
       index: number of this process, from 0. None: as the launcher says.
 
-    Returns:
-      Whether there are other processes.
-
     Raises:
       ValueError: if only some of the arguments are given, or `index` is not below `count`.
 
-    >>> join_processes()
-    False
+    >>> join_processes()  # alone here
     """
     # Its handler would swallow a SIGTERM that comes before the loop has installed its own.
     jax.config.update("jax_enable_preemption_service", False)
     given = {"coordinator": coordinator, "count": count, "index": index}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
-        if not _launched_together():
-            return False
-        jax.distributed.initialize()
-        return True
+        if _launched_together():
+            jax.distributed.initialize()
+        return
     if missing:
         raise ValueError(
             f"coordinator, count and index must be given together, missing: {', '.join(missing)}"
@@ -54,14 +51,19 @@ def join_processes(
         raise ValueError(f"index must be in 0..count-1 = {count - 1}, got {index}")
     # "deactivate": else under Slurm each process would take one device only.
     jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
-    return True
 
 
 def _launched_together() -> bool:
-    if any(int(os.environ.get(name, "1")) > 1 for name in COUNTS):
+    found = os.environ
+    if any(int(found.get(name, "1")) > 1 for name in COUNTS) or found.get(TPU_SLICES):
         return True
-    hosts, slices = (os.environ.get(name, "") for name in TPU_HOSTS)
-    return "," in hosts or bool(slices)
+    for name in TPU_HOSTS:
+        if name in found:
+            return "," in found[name]
+    # jax sets the first beside TPUs, the second elsewhere. Of a Cloud TPU VM's slice its metadata
+    # server knows, and nothing in the environment tells.
+    tpus = found.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in found
+    return tpus and (found.get("JAX_PLATFORMS") or "tpu").startswith("tpu")
 
 
 def agreed(values: Sequence[float]) -> list[float]:
