@@ -1,6 +1,7 @@
 """What cannot be run is refused in one sentence, before any work and before anything is written."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -56,10 +57,12 @@ CONFIGS = [
     ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
     ({"dtype": "float64"}, "dtype 'float64' needs JAX_ENABLE_X64"),
     ({"fsdp": 3}, "fsdp must divide the number of devices 8, got 3"),
-    ({"log_every": 0}, "log_every must be above 0, got 0"),
-    ({"eval_every": -1.0}, "eval_every must be above 0, got -1.0"),
-    ({"checkpoint.every": 0.0}, "checkpoint.every must be above 0, got 0.0"),
-    ({"checkpoint.keep": 0}, "checkpoint.keep must be above 0, got 0"),
+    ({"log_every": 0}, "log_every must be a number above 0, got 0"),
+    ({"eval_every": math.nan}, "eval_every must be a number above 0, got nan"),
+    ({"checkpoint.every": -1.0}, "checkpoint.every must be a number above 0, got -1.0"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep must be a number above 0, got 0"),
+    ({"checkpoint.minutes": -1.0}, "checkpoint.minutes must be a number of at least 0, got -1.0"),
+    ({"profile_steps": -3}, "profile_steps must be a number of at least 0, got -3"),
 ]
 
 # Fields of a part's section; of "target" above all, because a search would come before it.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from repopt_jax.training import report
 from repopt_jax.training.report import MetricsWriter, format_table, read_metrics, write_json
 
 
@@ -83,6 +84,36 @@ def test_tensorboard_gets_the_same_numbers_and_is_told_what_to_drop(tmp_path):
             ]
     assert sorted(values) == [(1, 1), (2, 2), (3, 3), (3, 3), (4, 4)]
     assert sorted(starts) == [0, 3]
+
+
+def test_an_evaluation_joins_the_record_of_its_step(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for metrics in ({"train/loss": 2.0, "seconds": 1.0}, {"eval/top1": 50.0, "seconds": 3.0}):
+        writer.write(1, metrics)
+    writer.write(2, {"train/loss": 1.0})
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first == {"step": 1, "train/loss": 2.0, "seconds": 3.0, "eval/top1": 50.0}
+    assert second == {"step": 2, "train/loss": 1.0}
+
+
+def test_files_in_a_bucket_grow_though_their_objects_cannot(tmp_path):
+    """Of what opens there for appending, nothing but the last line would be left."""
+
+    class Bucket(type(pathlib.Path())):
+        def __str__(self):
+            return "gs://bucket/metrics.jsonl"
+
+        def __fspath__(self):
+            return super().__str__()
+
+        def open(self, mode="r", *args, **kwargs):
+            return super().open(mode.replace("a", "w"), *args, **kwargs)
+
+    for path in (Bucket(tmp_path / "there"), tmp_path / "here"):
+        for line in ("1\n", "2\n", "3\n"):
+            report.append_text(path, line)
+    assert (tmp_path / "here").read_text() == "1\n2\n3\n"
+    assert (tmp_path / "there").read_text() == "1\n2\n3\n"
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def fake_step(monkeypatch):
 
     found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
     monkeypatch.setattr(loop, "jitted_steps", lambda: (step, None))
-    monkeypatch.setattr(loop, "evaluate_state", lambda part, state: found)
+    monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
     return losses
 
 
@@ -261,7 +261,7 @@ def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, mo
     monkeypatch.setattr(
         type(prepare(small_config(), "plain", make_mesh())), split, lambda _: Broken()
     )
-    monkeypatch.setattr(loop, "evaluate_state", lambda part, state: loop.evaluate(part, None, None))
+    monkeypatch.setattr(loop, "evaluate_state", lambda part, *_: loop.evaluate(part, None, None))
     with pytest.raises(RunStopped, match=r"^picture cat.jpg cannot be decoded$") as stopped:
         run.run(small_config(parts=("plain",)), tmp_path)
     assert stopped.value.exit_code == 2
@@ -299,23 +299,50 @@ def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
         run.run(config, tmp_path)
 
 
-def test_a_signal_during_an_evaluation_counts_at_the_next_step(tmp_path, monkeypatch, fake_step):
-    """What the message calls saved is saved."""
-    config = small_config(parts=("plain",), eval_every=0.1, checkpoint__every=9.0)
+def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
+    """The step is saved at once, and evaluated when the run goes on; the best is known then."""
+    config = small_config(parts=("plain",), eval_every=0.5, checkpoint__every=9.0)
+    real = loop.evaluate
 
-    def interrupting(part, state):
+    def interrupting(part, params, stats, stop):
         os.kill(os.getpid(), signal.SIGTERM)
-        return {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
+        found = real(part, params, stats, stop)
+        assert found is None
+        return found
 
-    monkeypatch.setattr(loop, "evaluate_state", interrupting)
-    with pytest.raises(RunStopped, match="plain is saved at step 2 of 33") as stopped:
+    monkeypatch.setattr(loop, "evaluate", interrupting)
+    with pytest.raises(RunStopped, match="plain is saved at step 6 of 33") as stopped:
         run.run(config, tmp_path)
     assert stopped.value.exit_code == 143
+    told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    assert told[-1]["step"] == 6 and "eval/top1" not in told[-1]
+    monkeypatch.setattr(loop, "evaluate", real)
+    run.run(config, tmp_path)
+    told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    evaluated = [r["step"] for r in told if "eval/top1" in r]
+    assert evaluated == [6, 12, 18, 24, 30, 33]
+    assert all("train/loss" in record for record in told)
+
+
+def test_a_step_is_saved_before_its_evaluation(tmp_path, monkeypatch, fake_step):
+    """A machine that is taken away meanwhile loses no step, nor which checkpoint is the best."""
+    config = small_config(parts=("plain",), eval_every=1.0, checkpoint__every=1.0)
+
+    def taken_away(*_):
+        raise KeyboardInterrupt
+
+    before = loop.evaluate_state
+    monkeypatch.setattr(loop, "evaluate_state", taken_away)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(config, tmp_path)
+    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
+    better = lambda *_: before() | {"eval/top1": next(top1)}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate_state", better)
+    summary = run.run(config, tmp_path)
+    assert summary["parts"]["plain"]["best_top1"] == 80
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert checkpoints.steps()[-1] == 2
+    assert checkpoints.best_step() == 11 and checkpoints.steps() == [11, 22, 33]
     checkpoints.close()
-    monkeypatch.undo()
-    assert [key for key in run.evaluate(config, tmp_path) if "latest" in key] == ["plain/latest"]
 
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch, fake_step):

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from repopt_jax.finished import finished_file
 from repopt_jax.training.damage import (
     DamagedError,
     failure_is_damage,
@@ -259,6 +260,24 @@ class Checkpoints:
                 f"away to start anew; the first failed with {next(iter(damaged.values()))}"
             )
         return None
+
+    def add_metrics(self, step: int, metrics: dict[str, float]):
+        """Add to the metrics of a checkpoint that was written before they were known.
+
+        Args:
+          step: of a checkpoint, which may still be being written.
+          metrics: numbers by name.
+
+        Raises:
+          OSError: where the checkpoint could not be written, or they could not be.
+        """
+        self.wait()
+        manifest = self._read_json(step, "manifest")
+        manifest["metrics"] |= {name: float(value) for name, value in metrics.items()}
+        self._keep.metrics[step] = manifest["metrics"]
+        if jax.process_index() == 0:
+            with finished_file(self.directory / str(step) / "manifest" / "metadata") as unfinished:
+                unfinished.write_text(json.dumps(seal(manifest)))
 
     def wait(self):
         """Block until the last save is complete. Raises OSError where it could not be written."""

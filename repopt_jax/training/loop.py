@@ -84,10 +84,20 @@ def jitted_steps() -> tuple[Any, Any]:
     )
 
 
-def evaluate(part: Part, params: PyTree, stats: PyTree) -> dict[str, float]:
-    """Loss, top-1 and top-5 (percent) over every evaluation picture exactly once."""
+def evaluate(
+    part: Part, params: PyTree, stats: PyTree, stop: StopSignal | None = None
+) -> dict[str, float] | None:
+    """Loss, top-1 and top-5 (percent) over every evaluation picture exactly once.
+
+    Returns None if `stop` has received a signal meanwhile; to agree on that costs several processes
+    the next batch's time, so they do it every tenth.
+    """
     total = EvalMetrics.empty()
-    for batch in _read(part.eval_batches()):
+    for number, batch in enumerate(_read(part.eval_batches())):
+        if stop is not None and (jax.process_count() == 1 or number % 10 == 0):
+            (stopping,) = agreed([stop.received is not None])
+            if stopping:
+                return None
         placed = put_batch(part.mesh, batch)
         total = total.merge(
             jitted_steps()[1](part.eval_graphdef, part.options, params, stats, placed)
@@ -105,11 +115,19 @@ def _read(batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.nda
         yield batch
 
 
-def evaluate_state(part: Part, state: TrainState) -> dict[str, float]:
+def evaluate_state(
+    part: Part, state: TrainState, stop: StopSignal | None = None
+) -> dict[str, float] | None:
     """`evaluate` of the raw parameters, and beside them of the averages if there are any."""
-    found = {f"eval/{k}": v for k, v in evaluate(part, state.params, state.stats).items()}
+    networks = {"eval": (state.params, state.stats)}
     if state.ema is not None:
-        found |= {f"eval_ema/{k}": v for k, v in evaluate(part, *state.ema).items()}
+        networks["eval_ema"] = state.ema
+    found = {}
+    for name, (params, stats) in networks.items():
+        numbers = evaluate(part, params, stats, stop)
+        if numbers is None:
+            return None
+        found |= {f"{name}/{k}": v for k, v in numbers.items()}
     return found
 
 
@@ -175,20 +193,60 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
 def _run_steps(
     part, state, first, batches, checkpoints, writer, progress, stop, profile
 ) -> tuple[int, TrainState]:
-    """Train up to the last step, or to the first one that a signal lets end; that one is saved."""
+    """Train up to the last step, or to the first one that a signal lets end; that one is saved.
+
+    A checkpoint comes before the evaluation of its step, which may take longer than a machine that
+    is about to be taken away has left; the evaluation is done, or done again, on resuming.
+    """
     step_fn, _ = jitted_steps()
     eval_every = part.steps_in(part.config.eval_every)
     save_every = part.steps_in(part.config.checkpoint.every)
     log_every = part.config.log_every
     before = read_metrics(writer.path)
-    # Agreed, because it decides about saves, and a file may reach other hosts late.
-    best, seconds = agreed(
+    # Agreed, because they decide about saves, and a file may reach other hosts late.
+    best, seconds, evaluated = agreed(
         [
             max((r["eval/top1"] for r in before if "eval/top1" in r), default=-math.inf),
             before[-1]["seconds"] if before else 0.0,
+            max((r["step"] for r in before if "eval/top1" in r), default=0),
         ]
     )
-    since = saved = time.perf_counter()
+    since = time.perf_counter()
+
+    def is_evaluated(step: int) -> bool:
+        return step == part.steps or step % eval_every == 0
+
+    def save(step: int, metrics: dict[str, float] | None = None) -> None:
+        _require_finite_state(part, step, state, checkpoints)
+        with told_in_a_sentence():
+            checkpoints.save(step, state, batches, metrics=metrics, force=True)
+
+    def evaluation(step: int, saved: bool) -> bool:
+        """Evaluate, write the result down and see to the best checkpoint; False at a signal."""
+        nonlocal best
+        with progress.paused():
+            found = evaluate_state(part, state, stop)
+            if found is None:
+                return False
+            if part.name == "search":
+                with told_in_a_sentence():
+                    save_along(part, state, step, found, writer.path.parent)
+        top1 = {"top1": found["eval/top1"]}
+        if saved:
+            with told_in_a_sentence():
+                checkpoints.add_metrics(step, top1)
+        elif top1["top1"] > best:  # the best checkpoint is that of the best evaluation
+            save(step, top1)
+        best = max(best, top1["top1"])
+        with told_in_a_sentence():
+            progress.say(_sentence(part.name, step, found))
+            record = {"epoch": step / part.steps_per_epoch, **found}
+            writer.write(step, record | {"seconds": seconds + time.perf_counter() - since})
+        return True
+
+    if first and is_evaluated(first) and evaluated < first and not evaluation(first, True):
+        return first, state
+    saved_at = time.perf_counter()
     recent: list[dict[str, jax.Array]] = []
     step = first
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -204,13 +262,12 @@ def _run_steps(
         recent.append(metrics)
         progress.step(step)
 
-        last = step == part.steps
-        due_eval = last or step % eval_every == 0
-        due_save = last or step % save_every == 0
+        due_eval = is_evaluated(step)
+        due_save = step == part.steps or step % save_every == 0
         due_report = due_eval or due_save or step % log_every == 0
         stopping = False
         if due_report or jax.process_count() == 1:  # a signal that comes later counts next time
-            overdue = 0 < 60 * part.config.checkpoint.minutes < time.perf_counter() - saved
+            overdue = 0 < 60 * part.config.checkpoint.minutes < time.perf_counter() - saved_at
             stopping, overdue = agreed([stop.received is not None, overdue])
             due_save = due_save or stopping or overdue
         if due_report or due_save:
@@ -218,7 +275,8 @@ def _run_steps(
             means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in metrics}
             recent.clear()
             means["train/lr"] = float(part.schedule(step - 1))
-            speed = progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
+            with told_in_a_sentence():
+                speed = progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
             record = {"epoch": step / part.steps_per_epoch, **means}
             record["train/images_per_second"] = speed
             if peak is not None:
@@ -229,26 +287,19 @@ def _run_steps(
             memory = peak_memory()
             if memory is not None:
                 record["device/peak_memory_gib"] = memory / 2**30
-            if due_eval:
-                with progress.paused():
-                    found = evaluate_state(part, state)
-                    if part.name == "search":
-                        with told_in_a_sentence():
-                            save_along(part, state, step, found, writer.path.parent)
-                record |= found
-                if found["eval/top1"] > best:  # the best checkpoint is that of the best evaluation
-                    best, due_save = found["eval/top1"], True
-                progress.say(_sentence(part.name, step, found))
+            if part.section.data.skip_bad:
+                record["data/bad_pictures"] = len(part.dataset.bad_pictures)
             record["seconds"] = seconds + time.perf_counter() - since
             with told_in_a_sentence():
                 writer.write(step, record)
         if due_save:
-            _require_finite_state(part, step, state, checkpoints)
-            top1 = {"top1": record["eval/top1"]} if due_eval else None
-            with told_in_a_sentence():
-                checkpoints.save(step, state, batches, metrics=top1, force=True)
-            saved = time.perf_counter()
+            save(step)
+            saved_at = time.perf_counter()
         if stopping:
+            break
+        if due_eval and not evaluation(step, due_save):
+            if not due_save:
+                save(step)
             break
     return step, state
 
@@ -302,5 +353,5 @@ def _summary(part: Part, records: list[dict[str, Any]]) -> dict[str, Any]:
         "epochs": part.steps / part.steps_per_epoch,
         "seconds": last["seconds"],
         "best_top1": max(r["eval/top1"] for r in evaluations),
-        **{k: v for k, v in last.items() if k.startswith(("eval", "train/"))},
+        **{k: v for k, v in last.items() if k.startswith(("eval", "train/", "data/"))},
     }

@@ -8,6 +8,8 @@ import time
 import jax
 from etils import epath
 
+from repopt_jax.training.report import append_text
+
 _log = logging.getLogger("repopt_jax")
 
 
@@ -34,8 +36,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record):
         line = self.format(record) + "\n"
-        with self.path.open("a") as file:
-            file.write(line)
+        append_text(self.path, line)
         if self.bar is None:
             sys.stderr.write(line)
         elif not getattr(record, "on_bar", False):

@@ -65,6 +65,8 @@ def _replace(path: epath.Path, text: str):
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """Read ``metrics.jsonl``; null becomes NaN, and a line cut off by a kill is left out.
 
+    What was measured at one step is one record, though an evaluation has a line of its own.
+
     Args:
       path: the file; an absent one gives an empty list.
     """
@@ -77,8 +79,26 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        records.append({k: math.nan if v is None else v for k, v in record.items()})
+        record = {k: math.nan if v is None else v for k, v in record.items()}
+        if records and records[-1]["step"] == record["step"]:
+            records[-1] |= record
+        else:
+            records.append(record)
     return records
+
+
+def append_text(path: epath.Path, text: str):
+    """Write at the end of a file.
+
+    Args:
+      path: local or ``gs://``. Objects in a bucket cannot grow; there the whole is written anew.
+      text: what to add.
+    """
+    if "://" in str(path):
+        path.write_text((path.read_text() if path.exists() else "") + text)
+        return
+    with path.open("a") as file:
+        file.write(text)
 
 
 class MetricsWriter:
@@ -139,8 +159,7 @@ class MetricsWriter:
             scalars[name] = number.item()
         if jax.process_index() != 0:
             return
-        with self.path.open("a") as file:
-            file.write(_line({"step": int(step)} | scalars))
+        append_text(self.path, _line({"step": int(step)} | scalars))
         if self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, int(step))

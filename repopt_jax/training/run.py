@@ -8,6 +8,7 @@ command resumes an interrupted run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -169,12 +170,16 @@ def check(
     names = list(config.parts)
     if not names:
         raise ValueError("parts must name at least one part, got none")
-    for name in ("log_every", "eval_every", "checkpoint.every", "checkpoint.keep"):
-        value = config
-        for key in name.split("."):
-            value = value[key]
-        if value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+    steps = config.checkpoint
+    positive = {"log_every": config.log_every, "eval_every": config.eval_every}
+    positive |= {"checkpoint.every": steps.every, "checkpoint.keep": steps.keep}
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a number above 0, got {value}")
+    not_negative = {"checkpoint.minutes": steps.minutes, "profile_steps": config.profile_steps}
+    for name, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least 0, got {value}")
     scales = load_scales(config.scales) if config.scales else None
     if scales is not None and "search" in names:
         names.remove("search")
