@@ -185,3 +185,12 @@ def test_directory_that_cannot_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=f"workdir must be writable, {tmp_path}/file/run/checkpoints"):
         Checkpoints(tmp_path / "file" / "run")
+
+
+def test_other_reads_that_failed_are_not_told_a_second_time(tmp_path, caplog):
+    """asyncio tells them when it forgets them, which depends on how fast the machine is."""
+    Checkpoints(tmp_path).close()
+    told = "Task exception was never retrieved\nfuture: <Task finished exception=ValueError('%s')>"
+    for error in ("Error reading a/.zarray in OCDBT database", "of somebody else"):
+        logging.getLogger("asyncio").error(told, error)
+    assert [record.args for record in caplog.records] == [("of somebody else",)]

@@ -36,6 +36,7 @@ def in_short(error: BaseException) -> str:
 def quieten_orbax():
     """Leave out what Orbax logs and prints of failures that it raises as exceptions anyway."""
     logging.getLogger("absl").addFilter(_warnings_of_orbax_only)
+    logging.getLogger("asyncio").addFilter(_no_read_abandoned)
     _ignore_abandoned_reads()
 
 
@@ -43,6 +44,13 @@ def _warnings_of_orbax_only(record: logging.LogRecord) -> bool:
     """A filter of log records."""
     # It tells every file at INFO, and at ERROR four tracebacks of what it raises anyway.
     return record.levelno == logging.WARNING or "orbax" not in record.pathname
+
+
+def _no_read_abandoned(record: logging.LogRecord) -> bool:
+    """A filter of log records: not of reads that failed beside the one whose error is raised."""
+    text = record.getMessage().lower()
+    of_orbax = any(name in text for name in ("orbax", "ocdbt", "tensorstore"))
+    return not (of_orbax and "exception was never retrieved" in text)
 
 
 def _ignore_abandoned_reads():
