@@ -41,13 +41,19 @@ def machine(environment: dict) -> str:
     return f"{environment['cpu']}, {environment['cores']} cores"
 
 
+def commit(environment: dict) -> str:
+    """Of what code a study was made."""
+    changed = " with changes" if environment.get("uncommitted_changes") else ""
+    return f"commit {environment['commit']}{changed}"
+
+
 def made_of(environment: dict, arguments: dict) -> str:
     """In what circumstances a study was made."""
     versions = environment["versions"]
     return (
         f"{arguments['pictures']:,} CIFAR-10 pictures, those of 5 classes for the search and the "
         f"others for the rest, batch 128, {len(arguments['seeds'])} seeds; "
-        f"{machine(environment)}, jax {versions['jax']}, commit {environment['commit']}."
+        f"{machine(environment)}, jax {versions['jax']}, {commit(environment)}."
     )
 
 
@@ -147,6 +153,7 @@ def quantization(data: dict) -> str:
     seeds = sorted({r["seed"] for r in runs})
     flags += f" --seeds {' '.join(map(str, seeds))}"
     facts = f"{machine(data['environment'])}, onnxruntime {versions['onnxruntime']}"
+    facts += f", {commit(data['environment'])}"
     return f"{table}\n\n`python benchmarks/quantization.py {flags}`: {facts}."
 
 
@@ -160,14 +167,15 @@ def quantization_width(data: dict) -> str:
             lost = [over_seeds([r["int8"][s]["drop"] for r in own]) for s in settings]
             spread = over_seeds([r["kernels"]["largest over std"] for r in own], 0)
             top1 = over_seeds([r["float"]["top1"] for r in own])
-            rows.append((f"{width}x, {title}", top1, *lost, spread))
+            deviation = over_seeds([r["kernels"]["std"] for r in own], 4)
+            rows.append((f"{width}x, {title}", top1, *lost, deviation, spread))
     header = (
         "width, network", "float top-1 %", "lost per tensor, minmax", "per tensor, percentile",
-        "per channel, minmax", "largest weight by standard deviation",
+        "per channel, minmax", "kernel standard deviation", "largest weight by it",
     )  # fmt: skip
     given, versions = data["arguments"], data["environment"]["versions"]
     facts = f"{machine(data['environment'])}, jax {versions['jax']}, onnxruntime "
-    facts += f"{versions['onnxruntime']}, commit {data['environment']['commit']}, "
+    facts += f"{versions['onnxruntime']}, {commit(data['environment'])}, "
     seeds = sorted({r["seed"] for r in data["runs"]})
     facts += f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
     flags = "" if given["config"] == "digits" else f" --config={given['config']}"
