@@ -20,6 +20,7 @@ import tempfile
 
 import jax
 import numpy as np
+from environment import environment
 from small_run import SETTINGS, command, interrupt, lines_written, small_config
 
 from repopt_jax.scales import load_scales
@@ -49,8 +50,10 @@ def kill_until_done(workdir, kills: int, total: int, rng: random.Random, **optio
         status, _ = interrupt(
             arguments, workdir, signal.SIGKILL, lines=lines, delay=delay, **options
         )
-        found.append({"kill": number, "steps told": lines_written(workdir), "status": status})
-        print(f"kill {number} of {kills}: after {lines_written(workdir)} of {total} steps told")
+        found.append({"kill": number, "lines": lines_written(workdir), "status": status})
+        print(
+            f"kill {number} of {kills}: after {lines_written(workdir)} of {total} lines of metrics"
+        )
     subprocess.run(command(workdir), check=True, capture_output=True, **options)
     return found
 
@@ -115,20 +118,21 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         undisturbed, killed = pathlib.Path(folder, "undisturbed"), pathlib.Path(folder, "killed")
         # Most of a start is compilation, which the interrupted run would do again and again.
-        environment = os.environ | {
+        variables = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        subprocess.run(command(undisturbed), check=True, capture_output=True, env=environment)
+        subprocess.run(command(undisturbed), check=True, capture_output=True, env=variables)
         total, rng = lines_written(undisturbed), random.Random(arguments.seed)
-        kills = kill_until_done(killed, arguments.kills, total, rng, env=environment)
+        kills = kill_until_done(killed, arguments.kills, total, rng, env=variables)
         different = differences(undisturbed, killed)
-    rows = [[kill["kill"], kill["steps told"], kill["status"]] for kill in kills]
-    print(format_table(rows, ["kill", "steps told", "exit status"]))
+    rows = [[kill["kill"], kill["lines"], kill["status"]] for kill in kills]
+    print(format_table(rows, ["kill", "lines of metrics", "exit status"]))
     verdict = f"different: {', '.join(different)}" if different else "identical to the last bit"
-    print(f"\n{len(kills)} kills, {total} steps: the two runs are {verdict}.")
+    print(f"\n{len(kills)} kills, {total} lines of metrics: the two runs are {verdict}.")
     if arguments.json:
-        write_json(arguments.json, {"kills": kills, "steps": total, "different": different})
+        found = {"environment": environment(), "kills": kills, "lines": total}
+        write_json(arguments.json, found | {"different": different})
     sys.exit(1 if different else 0)
 
 
