@@ -131,7 +131,11 @@ def main():
     verdict = f"different: {', '.join(different)}" if different else "identical to the last bit"
     print(f"\n{len(kills)} kills, {total} lines of metrics: the two runs are {verdict}.")
     if arguments.json:
-        found = {"environment": environment("jax", "orbax-checkpoint", "numpy"), "kills": kills, "lines": total}
+        found = {
+            "environment": environment("jax", "orbax-checkpoint", "numpy"),
+            "kills": kills,
+            "lines": total,
+        }
         write_json(arguments.json, found | {"different": different})
     sys.exit(1 if different else 0)
 
