@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 
 def parse(argv):
@@ -48,25 +48,35 @@ def parse(argv):
         frames = traceback.extract_tb(error.__traceback__)
         if not given or any(frame.name == "get_config" for frame in frames):
             raise  # a mistake in the file, whose author wants to see the line
-        hint = re.search('did you mean "(.*?)"', str(error), re.IGNORECASE)
         missing = re.search(r"\w+", str(error)).group()
         wrong = [x for x in given if missing in x.split(".")] or given
-        stop(
-            f"the configuration has no field {' '.join(wrong)}"
-            + (f"; did you mean {hint[1]!r} instead of {missing!r}?" if hint else ""),
-            2,
-        )
+        similar = re.search('did you mean "(.*?)"', str(error), re.IGNORECASE)
+        hint = f"; did you mean {similar[1]!r} instead of {missing!r}?" if similar else ""
+        field = wrong[0].split("config.", 1)[1]
+        if field in fields_of_a_section():
+            both = [f"--config.{section}.{field}" for section in ("search", "target")]
+            hint = f"; did you mean {' or '.join(both)}?"
+        stop(f"the configuration has no field {' '.join(wrong)}{hint}", 2)
     if unknown:
         stop(f"unknown arguments {unknown}; flags begin with --", 2)
     return argv[:1]
+
+
+def fields_of_a_section():
+    """The dotted fields that the search and the target have each of their own."""
+    from repopt_jax.training.config import default_config
+
+    section = default_config().target
+    inner = {f"{k}.{f}" for k, v in section.items() if isinstance(v, ConfigDict) for f in v}
+    return {*section, *inner}
 
 
 def main(_):
     """Dispatch on --mode; end with one sentence where the run cannot go on."""
     logging.set_verbosity(logging.WARNING)  # absl would tell which backends jax looks for
     from repopt_jax.training import run
-    from repopt_jax.training.loop import RunStopped
     from repopt_jax.training.processes import join_processes
+    from repopt_jax.training.stopping import RunStopped
     from repopt_jax.training.throughput import throughput
 
     given = flags.FLAGS

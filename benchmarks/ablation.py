@@ -34,9 +34,9 @@ from trainings import (
 )
 
 from repopt_jax.scales import Scales
-from repopt_jax.training.loop import RunStopped
 from repopt_jax.training.report import format_table, write_json
 from repopt_jax.training.searching import load_along
+from repopt_jax.training.stopping import RunStopped
 
 PLAIN = Variant("plain SGD", part="plain", rate="plain SGD")
 FULL = Variant("RepOptimizer (SGD)")

@@ -23,8 +23,8 @@ from environment import REPOSITORY, environment
 from quantization import NETWORKS, PACKAGES, measured
 
 from repopt_jax.training import run
-from repopt_jax.training.loop import RunStopped
 from repopt_jax.training.report import format_table, write_json
+from repopt_jax.training.stopping import RunStopped
 
 COLOURS = {"repvgg": "#0072B2", "target": "#D55E00", "plain": "#666666"}
 

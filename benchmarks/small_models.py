@@ -30,9 +30,9 @@ from trainings import (
 )
 
 from repopt_jax.training.figures import plot_scales_by_epoch
-from repopt_jax.training.loop import RunStopped
 from repopt_jax.training.report import format_table, write_json
 from repopt_jax.training.searching import load_along
+from repopt_jax.training.stopping import RunStopped
 
 FULL = Variant("search in full")
 OTHERS = (

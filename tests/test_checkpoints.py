@@ -295,7 +295,7 @@ def test_a_position_that_all_processes_share_is_taken_up_by_any_number(tmp_path,
     iterator = iter(grain_dataset())
     apart = [position, json.dumps(iterator.get_state())]
     for step, positions in enumerate(([position] * 2, apart), 1):
-        monkeypatch.setattr(checkpoints_module, "_positions", lambda _, found=positions: found)
+        monkeypatch.setattr(checkpoints_module, "positions_of", lambda _, found=positions: found)
         checkpoints = Checkpoints(tmp_path / str(step))
         checkpoints.save(step, numbers(step), iterator)
         if step == 1:

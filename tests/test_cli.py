@@ -30,6 +30,11 @@ WRONG_FLAGS = [
         "the configuration has no field --config.search.epoch; "
         "did you mean 'epochs' instead of 'epoch'?",
     ),
+    (
+        ["--config.data.data_dir=/data"],
+        "the configuration has no field --config.data.data_dir; "
+        "did you mean --config.search.data.data_dir or --config.target.data.data_dir?",
+    ),
     (["--config.serch.epochs=3"], "did you mean 'search' instead of 'serch'?"),
     (["--config.seed=first"], "flag --config.seed=first: invalid literal for int()"),
     (["--config.search.epochs=many"], "flag --config.search.epochs=many: could not convert"),

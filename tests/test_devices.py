@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from repopt_jax.scales import Scales
 from repopt_jax.training import devices
 from repopt_jax.training.devices import make_mesh, put_batch, samples_per_group, state_shardings
-from repopt_jax.training.loop import jitted_steps
 from repopt_jax.training.parts import prepare
+from repopt_jax.training.step import jitted_train_step
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -51,7 +51,7 @@ def train(count, fsdp):
     part = prepare(config, "target", mesh, scales_for(config, mesh))
     state, batches = part.init(), part.train_batches()
     batch = put_batch(mesh, next(batches))
-    step = jitted_steps()[0].lower(part.graphdef, part.tx, part.options, state, batch).compile()
+    step = jitted_train_step.lower(part.graphdef, part.tx, part.options, state, batch).compile()
     start = [np.asarray(x) for x in jax.tree.leaves(state.params)]
     for _ in range(STEPS):
         state, _ = step(state, batch)

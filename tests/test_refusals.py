@@ -13,7 +13,7 @@ from etils import epath
 
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training import run
-from repopt_jax.training.loop import RunStopped
+from repopt_jax.training.stopping import RunStopped
 from repopt_jax.training.throughput import throughput
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"

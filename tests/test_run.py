@@ -16,13 +16,13 @@ import pytest
 from flax import nnx
 
 from repopt_jax.scales import load_scales
-from repopt_jax.training import loop, run
+from repopt_jax.training import evaluation, loop, run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
-from repopt_jax.training.loop import RunStopped
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
 from repopt_jax.training.searching import load_along
+from repopt_jax.training.stopping import RunStopped
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -207,7 +207,7 @@ def fake_step(monkeypatch):
         return state._replace(step=state.step + 1), {"loss": jnp.asarray(loss)}
 
     found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
-    monkeypatch.setattr(loop, "jitted_steps", lambda: (step, None))
+    monkeypatch.setattr(loop, "jitted_train_step", step)
     monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
     return losses
 
@@ -242,7 +242,7 @@ def test_a_broken_state_is_not_saved_over_the_last_good_one(tmp_path):
 def test_an_error_of_the_computation_keeps_its_traceback(tmp_path, fake_step, monkeypatch):
     """It is no sentence about the user's input, though it is a ValueError as well."""
     broken = lambda *_: jnp.ones(2) + jnp.ones((2, 2))  # noqa: E731
-    monkeypatch.setattr(loop, "jitted_steps", lambda: (broken, None))
+    monkeypatch.setattr(loop, "jitted_train_step", broken)
     with pytest.raises(ValueError, match="rank_promotion"):
         run.run(small_config(parts=("plain",)), tmp_path)
 
@@ -261,7 +261,9 @@ def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, mo
     monkeypatch.setattr(
         type(prepare(small_config(), "plain", make_mesh())), split, lambda _: Broken()
     )
-    monkeypatch.setattr(loop, "evaluate_state", lambda part, *_: loop.evaluate(part, None, None))
+    monkeypatch.setattr(
+        loop, "evaluate_state", lambda part, *_: evaluation.evaluate(part, None, None)
+    )
     with pytest.raises(RunStopped, match=r"^picture cat.jpg cannot be decoded$") as stopped:
         run.run(small_config(parts=("plain",)), tmp_path)
     assert stopped.value.exit_code == 2
@@ -302,7 +304,7 @@ def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
 def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
     """The step is saved at once, and evaluated when the run goes on; the best is known then."""
     config = small_config(parts=("plain",), eval_every=0.5, checkpoint__every=9.0)
-    real = loop.evaluate
+    real = evaluation.evaluate
 
     def interrupting(part, params, stats, stop):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -310,13 +312,13 @@ def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
         assert found is None
         return found
 
-    monkeypatch.setattr(loop, "evaluate", interrupting)
+    monkeypatch.setattr(evaluation, "evaluate", interrupting)
     with pytest.raises(RunStopped, match="plain is saved at step 6 of 33") as stopped:
         run.run(config, tmp_path)
     assert stopped.value.exit_code == 143
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     assert told[-1]["step"] == 6 and "eval/top1" not in told[-1]
-    monkeypatch.setattr(loop, "evaluate", real)
+    monkeypatch.setattr(evaluation, "evaluate", real)
     run.run(config, tmp_path)
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     evaluated = [r["step"] for r in told if "eval/top1" in r]

@@ -20,10 +20,8 @@ import shutil
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from repopt_jax.finished import finished_file
 from repopt_jax.training.damage import (
@@ -44,26 +42,10 @@ from repopt_jax.training.manifests import (
     to_read,
     unseal,
 )
+from repopt_jax.training.positions import move_to, positions_of
 from repopt_jax.training.retention import KeepLatestAndBest
 
 _log = logging.getLogger(__name__)
-
-
-def _positions(iterator) -> list[str]:
-    """The iterator's state in every process, as text."""
-    state = iterator.get_state()
-    text = state.decode() if isinstance(state, bytes) else json.dumps(state)
-    if jax.process_count() == 1:
-        return [text]
-    raw = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(raw.size, np.int32))
-    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def _move(iterator, position: str):
-    as_bytes = isinstance(iterator.get_state(), bytes)  # Grain's DataLoader; its Dataset has dicts
-    iterator.set_state(position.encode() if as_bytes else json.loads(position))
 
 
 def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
@@ -200,7 +182,7 @@ class Checkpoints:
         self.wait()
         arrays = {p: jax.random.key_data(x) if is_key(x) else x for p, x in leaves.items()}
         self._require_space(sum(array.nbytes for array in arrays.values()))
-        positions = _positions(data_iterator) if data_iterator is not None else []
+        positions = positions_of(data_iterator) if data_iterator is not None else []
         manifest = make_manifest(leaves) | {
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
             "data_processes": len(positions),
@@ -331,7 +313,7 @@ class Checkpoints:
             arrays = self._manager.restore(step, args=items)["state"]
             require_undamaged(manifest, arrays)
         if positions:
-            _move(data_iterator, positions[jax.process_index()])
+            move_to(data_iterator, positions[jax.process_index()])
         generators = manifest["generators"]
         leaves = [as_example(arrays[p], leaf, generators.get(p)) for p, leaf in examples.items()]
         return jax.tree.unflatten(tree, leaves)

@@ -6,12 +6,10 @@ dispatched before the metrics of step n - 1 are read, so the device never waits 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,112 +21,18 @@ from flax import nnx
 
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import put_batch
+from repopt_jax.training.evaluation import evaluate_state
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, wait_for_all
 from repopt_jax.training.progress import Progress
 from repopt_jax.training.report import MetricsWriter, read_metrics
 from repopt_jax.training.searching import save_along
-from repopt_jax.training.step import EvalMetrics, TrainState, eval_step, train_step
+from repopt_jax.training.step import TrainState, jitted_train_step
+from repopt_jax.training.stopping import RunStopped, StopSignal, told_in_a_sentence
 from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
-
-
-class RunStopped(Exception):
-    """The run ended early for a reason that its message tells."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@contextlib.contextmanager
-def told_in_a_sentence() -> Iterator[None]:
-    """Wrong input and files that fail end the run with their message, and no traceback.
-
-    Only around what reads input and files: an error of the computation is a bug, and its
-    traceback is wanted.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise RunStopped(str(error), 2) from error
-
-
-class StopSignal:
-    """While entered, SIGTERM and SIGINT only set `received`; a second SIGINT interrupts."""
-
-    def __enter__(self) -> StopSignal:
-        self.received: signal.Signals | None = None
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, frame):
-        del frame
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-
-@functools.cache
-def jitted_steps() -> tuple[Any, Any]:
-    """The jitted training and evaluation step, shared by all parts of a process."""
-    return (
-        jax.jit(train_step, static_argnums=(0, 1, 2), donate_argnums=3),
-        jax.jit(eval_step, static_argnums=(0, 1)),
-    )
-
-
-def evaluate(
-    part: Part, params: PyTree, stats: PyTree, stop: StopSignal | None = None
-) -> dict[str, float] | None:
-    """Loss, top-1 and top-5 (percent) over every evaluation picture exactly once.
-
-    Returns None if `stop` has received a signal meanwhile; to agree on that costs several processes
-    the next batch's time, so they do it every tenth.
-    """
-    total = EvalMetrics.empty()
-    for number, batch in enumerate(_read(part.eval_batches())):
-        if stop is not None and (jax.process_count() == 1 or number % 10 == 0):
-            (stopping,) = agreed([stop.received is not None])
-            if stopping:
-                return None
-        placed = put_batch(part.mesh, batch)
-        total = total.merge(
-            jitted_steps()[1](part.eval_graphdef, part.options, params, stats, placed)
-        )
-    return {name: float(value) for name, value in total.compute().items()}
-
-
-def _read(batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    iterator = iter(batches)
-    while True:
-        with told_in_a_sentence():  # a picture may be broken
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch
-
-
-def evaluate_state(
-    part: Part, state: TrainState, stop: StopSignal | None = None
-) -> dict[str, float] | None:
-    """`evaluate` of the raw parameters, and beside them of the averages if there are any."""
-    networks = {"eval": (state.params, state.stats)}
-    if state.ema is not None:
-        networks["eval_ema"] = state.ema
-    found = {}
-    for name, (params, stats) in networks.items():
-        numbers = evaluate(part, params, stats, stop)
-        if numbers is None:
-            return None
-        found |= {f"{name}/{k}": v for k, v in numbers.items()}
-    return found
 
 
 def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, Any]]:
@@ -169,9 +73,8 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     )
     try:
         with StopSignal() as stop, progress:
-            step, state = _run_steps(
-                part, state, first, batches, checkpoints, writer, progress, stop, profile
-            )
+            loop = _Loop(part, state, first, batches, checkpoints, writer, progress, profile)
+            loop.run(stop)
             with told_in_a_sentence():
                 checkpoints.wait()
     finally:
@@ -182,158 +85,169 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     if received:  # even at the last step: a part after this one may not begin
         name = signal.Signals(int(received)).name
         raise RunStopped(
-            f"{name} received: {part.name} is saved at step {step} of {part.steps}; "
+            f"{name} received: {part.name} is saved at step {loop.step} of {part.steps}; "
             "the same command goes on from there",
             128 + int(received),
         )
     wait_for_all(f"at the end of {part.name}")
-    return state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
+    return loop.state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
 
 
-def _run_steps(
-    part, state, first, batches, checkpoints, writer, progress, stop, profile
-) -> tuple[int, TrainState]:
-    """Train up to the last step, or to the first one that a signal lets end; that one is saved.
+class _Loop:
+    """The steps of a part from where its state is; `state` and `step` move on.
 
     A checkpoint comes before the evaluation of its step, which may take longer than a machine that
     is about to be taken away has left; the evaluation is done, or done again, on resuming.
     """
-    step_fn, _ = jitted_steps()
-    eval_every = part.steps_in(part.config.eval_every)
-    save_every = part.steps_in(part.config.checkpoint.every)
-    log_every = part.config.log_every
-    before = read_metrics(writer.path)
-    # Agreed, because they decide about saves, and a file may reach other hosts late.
-    best, seconds, evaluated = agreed(
-        [
-            max((r["eval/top1"] for r in before if "eval/top1" in r), default=-math.inf),
-            before[-1]["seconds"] if before else 0.0,
-            max((r["step"] for r in before if "eval/top1" in r), default=0),
-        ]
-    )
-    since = time.perf_counter()
 
-    def is_evaluated(step: int) -> bool:
-        return step == part.steps or step % eval_every == 0
+    def __init__(self, part, state, step, batches, checkpoints, writer, progress, profile):
+        self.part, self.state, self.step, self.batches = part, state, step, batches
+        self.checkpoints, self.writer = checkpoints, writer
+        self.progress, self.profile = progress, profile
+        self.recent: list[dict[str, jax.Array]] = []  # metrics since the last report
+        before = read_metrics(writer.path)
+        evaluations = [r for r in before if "eval/top1" in r]
+        # Agreed, because they decide about saves, and a file may reach other hosts late.
+        self.best, seconds, self.evaluated_at = agreed(
+            [
+                max((r["eval/top1"] for r in evaluations), default=-math.inf),
+                before[-1]["seconds"] if before else 0.0,
+                max((r["step"] for r in evaluations), default=0),
+            ]
+        )
+        self.started = time.perf_counter() - seconds
 
-    def save(step: int, metrics: dict[str, float] | None = None) -> None:
-        _require_finite_state(part, step, state, checkpoints)
+    def run(self, stop: StopSignal) -> None:
+        """Train up to the last step, or to the first that a signal lets end; it is saved then."""
+        config = self.part.config
+        pending = self.step and self._ends(config.eval_every) and self.evaluated_at < self.step
+        if pending and not self._evaluate(stop, saved=True):
+            return
+        saved_at = time.perf_counter()
+        while self.step < self.part.steps:
+            self._train_step()
+            due_eval = self._ends(config.eval_every)
+            due_save = self._ends(config.checkpoint.every)
+            due_report = due_eval or due_save or self.step % config.log_every == 0
+            stopping = False
+            if due_report or jax.process_count() == 1:  # a signal that comes later counts next time
+                overdue = 0 < 60 * config.checkpoint.minutes < time.perf_counter() - saved_at
+                stopping, overdue = agreed([stop.received is not None, overdue])
+                due_save = due_save or stopping or overdue
+            if due_report or due_save:
+                self._report()
+            if due_save:
+                self._save()
+                saved_at = time.perf_counter()
+            if stopping:
+                return
+            if due_eval and not self._evaluate(stop, saved=due_save):
+                if not due_save:
+                    self._save()
+                return
+
+    def _ends(self, epochs: float) -> bool:
+        """Whether the last step ends a period of `epochs`, or the training."""
+        return self.step == self.part.steps or self.step % self.part.steps_in(epochs) == 0
+
+    def _train_step(self) -> None:
+        part = self.part
+        with told_in_a_sentence():  # a picture may be broken
+            batch = next(self.batches)
+        self.image_shape = batch["image"].shape[1:]
+        batch = put_batch(part.mesh, batch)
+        self.profile.step(self.step + 1, self.state)
+        self.state, metrics = jitted_train_step(
+            part.graphdef, part.tx, part.options, self.state, batch
+        )
+        if self.recent:
+            self._require_finite_loss(self.step, self.recent[-1])
+        self.step += 1
+        self.recent.append(metrics)
+        self.progress.step(self.step)
+
+    def _report(self) -> None:
+        """Write down the means since the last report."""
+        part = self.part
+        self._require_finite_loss(self.step, self.recent[-1])
+        names = self.recent[-1]
+        means = {f"train/{name}": np.mean([float(m[name]) for m in self.recent]) for name in names}
+        self.recent.clear()
+        means["train/lr"] = float(part.schedule(self.step - 1))
         with told_in_a_sentence():
-            checkpoints.save(step, state, batches, metrics=metrics, force=True)
+            speed = self.progress.report(self.step, loss=means["train/loss"], lr=means["train/lr"])
+        record = {"epoch": self.step / part.steps_per_epoch, **means}
+        record["train/images_per_second"] = speed
+        peak = peak_flops(jax.devices()[0].device_kind)
+        if peak is not None:
+            record["train/mfu"] = 3 * self._forward_flops * speed / (peak * part.mesh.size)
+        memory = peak_memory()
+        if memory is not None:
+            record["device/peak_memory_gib"] = memory / 2**30
+        if part.section.data.skip_bad:
+            record["data/bad_pictures"] = len(part.dataset.bad_pictures)
+        self._write(record)
 
-    def evaluation(step: int, saved: bool) -> bool:
+    @functools.cached_property
+    def _forward_flops(self) -> int:
+        """Of one picture."""
+        part, state = self.part, self.state
+        return forward_flops(part.eval_graphdef, state.params, state.stats, self.image_shape)
+
+    def _evaluate(self, stop: StopSignal, saved: bool) -> bool:
         """Evaluate, write the result down and see to the best checkpoint; False at a signal."""
-        nonlocal best
-        with progress.paused():
-            found = evaluate_state(part, state, stop)
+        with self.progress.paused():
+            found = evaluate_state(self.part, self.state, stop)
             if found is None:
                 return False
-            if part.name == "search":
+            if self.part.name == "search":
                 with told_in_a_sentence():
-                    save_along(part, state, step, found, writer.path.parent)
+                    save_along(self.part, self.state, self.step, found, self.writer.path.parent)
         top1 = {"top1": found["eval/top1"]}
         if saved:
             with told_in_a_sentence():
-                checkpoints.add_metrics(step, top1)
-        elif top1["top1"] > best:  # the best checkpoint is that of the best evaluation
-            save(step, top1)
-        best = max(best, top1["top1"])
+                self.checkpoints.add_metrics(self.step, top1)
+        elif top1["top1"] > self.best:  # the best checkpoint is that of the best evaluation
+            self._save(top1)
+        self.best = max(self.best, top1["top1"])
         with told_in_a_sentence():
-            progress.say(_sentence(part.name, step, found))
-            record = {"epoch": step / part.steps_per_epoch, **found}
-            writer.write(step, record | {"seconds": seconds + time.perf_counter() - since})
+            self.progress.say(_sentence(self.part.name, self.step, found))
+        self._write({"epoch": self.step / self.part.steps_per_epoch, **found})
         return True
 
-    if first and is_evaluated(first) and evaluated < first and not evaluation(first, True):
-        return first, state
-    saved_at = time.perf_counter()
-    recent: list[dict[str, jax.Array]] = []
-    step = first
-    peak = peak_flops(jax.devices()[0].device_kind)
-    flops = None
-    for step in range(first + 1, part.steps + 1):
-        with told_in_a_sentence():  # a picture may be broken
-            batch = next(batches)
-        batch = put_batch(part.mesh, batch)
-        profile.step(step, state)
-        state, metrics = step_fn(part.graphdef, part.tx, part.options, state, batch)
-        if recent:
-            _require_finite(part, step - 1, recent[-1], checkpoints)
-        recent.append(metrics)
-        progress.step(step)
+    def _write(self, record: dict[str, Any]) -> None:
+        with told_in_a_sentence():
+            seconds = time.perf_counter() - self.started
+            self.writer.write(self.step, record | {"seconds": seconds})
 
-        due_eval = is_evaluated(step)
-        due_save = step == part.steps or step % save_every == 0
-        due_report = due_eval or due_save or step % log_every == 0
-        stopping = False
-        if due_report or jax.process_count() == 1:  # a signal that comes later counts next time
-            overdue = 0 < 60 * part.config.checkpoint.minutes < time.perf_counter() - saved_at
-            stopping, overdue = agreed([stop.received is not None, overdue])
-            due_save = due_save or stopping or overdue
-        if due_report or due_save:
-            _require_finite(part, step, metrics, checkpoints)
-            means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in metrics}
-            recent.clear()
-            means["train/lr"] = float(part.schedule(step - 1))
-            with told_in_a_sentence():
-                speed = progress.report(step, loss=means["train/loss"], lr=means["train/lr"])
-            record = {"epoch": step / part.steps_per_epoch, **means}
-            record["train/images_per_second"] = speed
-            if peak is not None:
-                flops = flops or forward_flops(
-                    part.eval_graphdef, state.params, state.stats, batch["image"].shape[1:]
-                )
-                record["train/mfu"] = 3 * flops * speed / (peak * part.mesh.size)
-            memory = peak_memory()
-            if memory is not None:
-                record["device/peak_memory_gib"] = memory / 2**30
-            if part.section.data.skip_bad:
-                record["data/bad_pictures"] = len(part.dataset.bad_pictures)
-            record["seconds"] = seconds + time.perf_counter() - since
-            with told_in_a_sentence():
-                writer.write(step, record)
-        if due_save:
-            save(step)
-            saved_at = time.perf_counter()
-        if stopping:
-            break
-        if due_eval and not evaluation(step, due_save):
-            if not due_save:
-                save(step)
-            break
-    return step, state
+    def _save(self, metrics: dict[str, float] | None = None) -> None:
+        # The step's loss is that before its update, which may have broken what is to be saved.
+        if not _all_finite(self.state):
+            self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
+        with told_in_a_sentence():
+            self.checkpoints.save(self.step, self.state, self.batches, metrics=metrics, force=True)
 
+    def _require_finite_loss(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            self._stop_diverged(f"the loss of {self.part.name} is {loss} at step {step}")
 
-def _require_finite(part: Part, step: int, metrics: dict, checkpoints: Checkpoints) -> None:
-    loss = float(metrics["loss"])
-    if not math.isfinite(loss):
-        _stop_diverged(f"the loss of {part.name} is {loss} at step {step}", checkpoints)
+    def _stop_diverged(self, what: str) -> None:
+        with told_in_a_sentence():
+            self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = f"step {steps[-1]} in {self.checkpoints.directory}" if steps else "none yet"
+        raise RunStopped(
+            f"{what}; a smaller learning rate (schedule.base_lr) may help; "
+            f"last good checkpoint: {kept}",
+            1,
+        )
 
 
 @jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
-
-
-def _require_finite_state(
-    part: Part, step: int, state: TrainState, checkpoints: Checkpoints
-) -> None:
-    # The step's loss is that before its update, which may have broken what is to be saved.
-    if not _all_finite(state):
-        _stop_diverged(f"the update of {part.name} at step {step} is not finite", checkpoints)
-
-
-def _stop_diverged(what: str, checkpoints: Checkpoints) -> None:
-    with told_in_a_sentence():
-        checkpoints.wait()
-    steps = checkpoints.steps()
-    kept = f"step {steps[-1]} in {checkpoints.directory}" if steps else "none yet"
-    raise RunStopped(
-        f"{what}; a smaller learning rate (schedule.base_lr) may help; "
-        f"last good checkpoint: {kept}",
-        1,
-    )
 
 
 def _sentence(name: str, step: int, found: dict[str, float]) -> str:

@@ -19,13 +19,15 @@ from repopt_jax.scales import Scales, load_scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints, checkpoint_directory
 from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh, samples_per_group
+from repopt_jax.training.evaluation import evaluate_state
 from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
-from repopt_jax.training.loop import RunStopped, evaluate_state, told_in_a_sentence, train
+from repopt_jax.training.loop import train
 from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.searching import load_along, scales_of
 from repopt_jax.training.step import TrainState
+from repopt_jax.training.stopping import RunStopped, told_in_a_sentence
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

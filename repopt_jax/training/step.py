@@ -1,7 +1,7 @@
 """The training and evaluation steps: pure functions of a state and a batch.
 
 Nothing here knows the host loop. Models travel as ``(graphdef, params, stats)``, split once by
-`nnx.split`; the steps are jitted by their caller with the static arguments first.
+`nnx.split`, and come first because they are static where a step is jitted.
 """
 
 from __future__ import annotations
@@ -232,3 +232,7 @@ def eval_step(
         top5=100 * hits.any(-1).astype(jnp.float32),
         mask=batch["mask"],
     )
+
+
+jitted_train_step = jax.jit(train_step, static_argnums=(0, 1, 2), donate_argnums=3)
+jitted_eval_step = jax.jit(eval_step, static_argnums=(0, 1))

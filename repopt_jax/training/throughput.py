@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from repopt_jax.training.devices import put_batch
-from repopt_jax.training.loop import jitted_steps, told_in_a_sentence
 from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import format_table
+from repopt_jax.training.step import jitted_train_step
+from repopt_jax.training.stopping import told_in_a_sentence
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -48,7 +49,7 @@ def _time(part: Part) -> tuple[float, float]:
     batch = put_batch(part.mesh, next(part.train_batches()))
     arguments = (part.graphdef, part.tx, part.options)
     start = time.perf_counter()
-    step = jitted_steps()[0].lower(*arguments, state, batch).compile()
+    step = jitted_train_step.lower(*arguments, state, batch).compile()
     compile_seconds = time.perf_counter() - start
     times = []
     for _ in range(WARMUP_STEPS + TIMED_STEPS):
