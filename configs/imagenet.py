@@ -18,7 +18,7 @@ def get_config(name="RepOpt-VGG-B1"):
     config.model.name = name
     config.dtype = "bfloat16"
     config.log_every = 100
-    config.checkpoint.minutes = 15.0  # an epoch on one host takes longer
+    config.checkpoint.minutes = 15.0  # where an epoch takes longer
 
     search = config.search
     search.data.name = "cifar100"
