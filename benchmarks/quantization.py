@@ -7,7 +7,8 @@ the plain network with a RepOptimizer and with SGD on CIFAR-10; see configs/cifa
 checkpoint of each becomes an ONNX graph and INT8 graphs of every setting of
 repopt_jax/deploy/quantization.py. Prints top-1 accuracy in float and INT8, the spread of the
 kernels (of all weights of all convolutions, and the largest weight over that), and the speeds of
-the float and of an INT8 graph, measured in turns.
+the float and of an INT8 graph, measured in turns. Draws the noise of INT8 by layer: of all three
+networks beside the JSON file, and a full report of each in its working directory.
 
 Resumable: the same command goes on where it stopped; a network that is done is not done again.
 """
@@ -22,12 +23,13 @@ import statistics
 import sys
 
 import numpy as np
+import onnx
 from environment import REPOSITORY, environment
 from ml_collections import ConfigDict
 from onnx import numpy_helper
 
 from repopt_jax.deploy.evaluation import evaluate, pictures_per_second, speedup
-from repopt_jax.deploy.layer_report import layer_reports
+from repopt_jax.deploy.layer_report import LayerReport, layer_reports, plot
 from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
 from repopt_jax.deploy.pictures import Pictures, configured_pictures, unmasked
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
@@ -38,6 +40,7 @@ from repopt_jax.training.report import format_table, write_json
 from repopt_jax.training.stopping import RunStopped
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
+COLOURS = {"repvgg": "#0072B2", "target": "#D55E00", "plain": "#666666"}
 NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
 SETTINGS = tuple(itertools.product((False, True), CALIBRATIONS))
 
@@ -64,9 +67,9 @@ def configuration(arguments: argparse.Namespace, seed: int) -> ConfigDict:
     return config
 
 
-def spread(graph) -> dict[str, float]:
+def spread(graph, reports: list[LayerReport]) -> dict[str, float]:
     """Of the weights of all convolutions together, and the noise that int8 adds to them."""
-    layers = [report for report in layer_reports(graph) if len(report.shape) == 4]
+    layers = [report for report in reports if len(report.shape) == 4]
     weights = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
     everything = np.concatenate([weights[f"{r.name}/kernel"].ravel() for r in layers])
     return {
@@ -89,7 +92,6 @@ def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dic
         return evaluate(OnnxNetwork(model), unmasked(pictures.evaluation(100)))
 
     found = {"seed": seed, "network": name, "float": accuracy(graph), "int8": {}}
-    found["kernels"] = spread(graph)
     batches = pictures.calibration(arguments.pictures)
     for per_channel, calibration in SETTINGS:
         int8 = quantize(graph, batches, per_channel=per_channel, calibration=calibration)
@@ -100,12 +102,15 @@ def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dic
         found["int8"][setting_name(per_channel, calibration)] = numbers
         print(f"seed {seed}, {name}, {setting_name(per_channel, calibration)}: {numbers}")
     found["float"]["megabytes"] = (workdir / f"{name}.onnx").stat().st_size / 1e6
-    graphs = {
-        "float": OnnxNetwork(graph),
-        "int8": OnnxNetwork(workdir / f"{name}-tensor-minmax.onnx", saturating=True),
-    }
-    images = np.concatenate(batches)[:32]
-    speeds = pictures_per_second(graphs, images, rounds=arguments.rounds)
+    int8 = workdir / f"{name}-tensor-minmax.onnx"
+    images = np.concatenate(batches)
+    reports = layer_reports(graph, onnx.load(int8), images[:256])
+    plot(workdir / f"{name}-layers.png", reports, NETWORKS[name])
+    found["kernels"] = spread(graph, reports)
+    found["layers"] = {"weights dB": [r.snr for r in reports]}
+    found["layers"]["outputs dB"] = [r.output_snr for r in reports]
+    graphs = {"float": OnnxNetwork(graph), "int8": OnnxNetwork(int8, saturating=True)}
+    speeds = pictures_per_second(graphs, images[:32], rounds=arguments.rounds)
     found["pictures per second"] = {k: statistics.median(v) for k, v in speeds.items()}
     found["speed-up"] = speedup(speeds, "int8", "float")
     return found
@@ -145,6 +150,27 @@ def table(runs: list[dict]) -> str:
     return format_table(rows, [f"means of {seeds} seeds", *(NETWORKS[name] for name in own)])
 
 
+def draw(runs: list[dict], path: pathlib.Path) -> None:
+    """Signal to noise by layer: means over the seeds, from the least to the largest of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150)
+    titles = {"weights dB": "Weights, one scale per layer", "outputs dB": "Outputs, INT8 graph"}
+    for ax, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for name, network in NETWORKS.items():
+            values = np.array([r["layers"][key] for r in runs if r["network"] == name], float)
+            layers = range(1, values.shape[1] + 1)
+            ax.plot(layers, values.mean(0), "o-", color=COLOURS[name], markersize=3, label=network)
+            ax.fill_between(layers, values.min(0), values.max(0), color=COLOURS[name], alpha=0.2)
+        ax.set_xlabel("Layer")
+        ax.set_title(title, fontsize="medium")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="0.9", linewidth=0.8)
+    figure.axes[0].set_ylabel("Signal to noise (dB)")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Train, quantize, print and write what is not done yet."""
     parser = argparse.ArgumentParser(
@@ -160,9 +186,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=512, help="to calibrate with")
     parser.add_argument("--rounds", type=int, default=20, help="of the speed measurement")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/quantization"))
-    parser.add_argument(
-        "--output", default=str(REPOSITORY / "benchmarks/results/quantization.json")
-    )
+    results = REPOSITORY / "benchmarks/results/quantization.json"
+    parser.add_argument("--output", type=pathlib.Path, default=results)
     arguments = parser.parse_args()
     keys = ("epochs", "search_epochs", "data", "train_split", "eval_split", "pictures", "rounds")
     budget = {key: getattr(arguments, key) for key in keys}
@@ -178,6 +203,7 @@ def main() -> None:
         found = {"what": __doc__.splitlines()[0], "budget": budget}
         found |= {"environment": environment(*PACKAGES), "runs": runs}
         write_json(arguments.output, found)
+        draw(runs, arguments.output.with_suffix(".png"))
     print(table(runs))
     print(f"\nwritten to {arguments.output}")
 

@@ -20,13 +20,11 @@ import statistics
 import sys
 
 from environment import REPOSITORY, environment
-from quantization import NETWORKS, PACKAGES, measured
+from quantization import COLOURS, NETWORKS, PACKAGES, measured
 
 from repopt_jax.training import run
 from repopt_jax.training.report import format_table, write_json
 from repopt_jax.training.stopping import RunStopped
-
-COLOURS = {"repvgg": "#0072B2", "target": "#D55E00", "plain": "#666666"}
 
 
 def configuration(arguments, width: int, seed: int):

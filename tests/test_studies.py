@@ -152,8 +152,11 @@ def test_the_study_of_int8_goes_on_where_it_stopped(command, two_networks, monke
     two_networks(quantization)
     flags = ("--train-split=train[:256]", "--eval-split=test[:64]", "--pictures=32", "--rounds=1")
     flags += ("--epochs=1", "--seeds", "0")
-    found, _ = command(quantization, *flags)
+    found, files = command(quantization, *flags)
     check_int8(found)
+    assert files == {"study.json", "study.png"}
+    layers = found["runs"][0]["layers"]
+    assert len(layers["weights dB"]) == len(layers["outputs dB"]) == sum(TINY["num_blocks"]) + 2
     monkeypatch.setattr(quantization, "measure", None)
     monkeypatch.setattr(training_run, "train", None)
     assert command(quantization, *flags)[0] == found
