@@ -23,6 +23,7 @@ from repopt_jax import (
 )
 from repopt_jax.check_equivalence.layers import LAYERS
 
+pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 STEPS = 30
 
 

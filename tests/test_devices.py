@@ -22,6 +22,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from small_run import small_config  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 STEPS = 5
 CASES = {"one": (1, 1), "data": (8, 1), "fsdp2": (8, 2), "fsdp4": (8, 4)}
 

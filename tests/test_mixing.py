@@ -9,6 +9,7 @@ import pytest
 
 from repopt_jax.training.mixing import ERASED_AREA, ERASED_ASPECT, mix, partners, random_erasing
 
+pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 KEY = jax.random.key(3)
 GROUP = 4
 

@@ -15,6 +15,7 @@ from repopt_jax.models.layers import conv
 from repopt_jax.models.small_maps import conv_general_dilated
 from repopt_jax.training.devices import make_mesh
 
+pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 # height, width, size of the window, strides, padding
 SMALL = {

@@ -26,14 +26,11 @@ TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation(monkeypatch):
-    """A tiny network is worth neither eight devices nor what XLA does for a program."""
+def one_device(monkeypatch):
+    """A tiny network is not worth eight."""
     one = make_mesh(devices=jax.devices()[:1])
     for module in (trainings, training_run):
         monkeypatch.setattr(module, "make_mesh", lambda *_: one)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
