@@ -3,7 +3,6 @@
 The folder of its results is not part of the project; without it these tests skip.
 """
 
-import functools
 import json
 
 import jax
@@ -43,7 +42,7 @@ def relative(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
 
 
-def train(model, tx, batches, smoothing, **jit_options):
+def train(model, tx, batches, smoothing):
     """`model` after all golden batches in order, and their losses."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -52,7 +51,7 @@ def train(model, tx, batches, smoothing, **jit_options):
         value = cross_entropy(net(images), labels, smoothing).mean()
         return value, nnx.state(net, nnx.Not(nnx.Param))
 
-    @functools.partial(jax.jit, **jit_options)
+    @jax.jit
     def step(params, rest, opt_state, images, labels):
         (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, images, labels)
         updates, opt_state = tx.update(grads, opt_state, params)

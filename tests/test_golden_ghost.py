@@ -25,10 +25,6 @@ def batches(golden, x64):
         return {name: jnp.asarray(arrays[name]) for name in arrays}
 
 
-# What is measured is the equality of numbers, so that the compiler may save its time.
-QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
-
-
 def golden_scales(golden, model):
     """The scales of the target, which are those of the search network."""
     weights = read_state_dict(golden / "ghost_hs_init.pth")
@@ -53,7 +49,7 @@ def golden_scales(golden, model):
 def test_logits(weights, logits, golden, summary, batches, x64):
     model = load(golden, weights)
     model.eval()
-    assert relative(jax.jit(model, **QUICK)(batches["eval_images"]), summary[logits]) <= 1e-10
+    assert relative(jax.jit(model)(batches["eval_images"]), summary[logits]) <= 1e-10
 
 
 def test_multipliers(golden, x64):
@@ -72,7 +68,7 @@ def test_target_training_with_sgd(golden, summary, batches, x64):
     model, setup = load(golden, "ghost_target_init"), summary["setup"]
     params = nnx.state(model, nnx.Param)
     mults = repopt_jax.grad_mults(params, model.blocks(), golden_scales(golden, model))
-    model, losses = train(model, sgd(setup, mults), batches, setup["label_smoothing"], **QUICK)
+    model, losses = train(model, sgd(setup, mults), batches, setup["label_smoothing"])
     assert relative(losses, summary["ghost_target_losses"]) <= 1e-9
     assert_same_weights(model, golden, "ghost_target_after", 1e-9)
 
