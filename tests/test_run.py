@@ -3,10 +3,7 @@
 import contextlib
 import json
 import logging
-import math
-import os
 import pathlib
-import signal
 import sys
 
 import jax
@@ -16,13 +13,11 @@ import pytest
 from flax import nnx
 
 from repopt_jax.scales import load_scales
-from repopt_jax.training import evaluation, loop, run
+from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.parts import prepare
-from repopt_jax.training.report import read_metrics
 from repopt_jax.training.searching import load_along
-from repopt_jax.training.stopping import RunStopped
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -195,178 +190,3 @@ def test_the_workdir_holds_what_the_design_says(finished):
         files = {"metrics.jsonl", "train.log", "summary.json"}
         files |= {"scales"} if name == "search" else set()
         assert kept == {*files, "checkpoints", "tensorboard"}
-
-
-@pytest.fixture
-def fake_step(monkeypatch):
-    """The loop without the compilation of a step: its losses are those that the test appends."""
-    losses = []
-
-    def step(graphdef, tx, options, state, batch):
-        loss = losses[int(state.step)] if losses else 1.0
-        return state._replace(step=state.step + 1), {"loss": jnp.asarray(loss)}
-
-    found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
-    monkeypatch.setattr(loop, "jitted_train_step", step)
-    monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
-    return losses
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, fake_step):
-    """Also between two reports, one step late; the step after it is not saved."""
-    config = small_config(parts=("plain",), checkpoint__every=0.45, log_every=100)
-    fake_step += [1.0, 1.0, 1.0, 1.0, 1.0, math.nan, 1.0]
-    with pytest.raises(RunStopped, match=r"^the loss of plain is nan at step 6; ") as stopped:
-        run.run(config, tmp_path)
-    assert stopped.value.exit_code == 1
-    assert f"last good checkpoint: step 5 in {tmp_path / 'plain'}" in str(stopped.value)
-
-
-def test_a_broken_state_is_not_saved_over_the_last_good_one(tmp_path):
-    """The loss of a step is that before its update, and so was finite here."""
-    config = small_config(parts=("plain",), checkpoint__every=0.01, eval_every=100.0)
-    config.target.schedule.base_lr = config.target.optimizer.weight_decay = 1e38
-    with pytest.raises(RunStopped) as stopped:
-        run.run(config, tmp_path)
-    assert stopped.value.exit_code == 1
-    said = str(stopped.value)
-    assert said.startswith("the update of plain at step 3 is not finite; a smaller learning rate")
-    _, step, state = restored(config, tmp_path, "plain")
-    assert step == 2 and f"last good checkpoint: step 2 in {tmp_path / 'plain'}" in said
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
-    told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
-    assert all(math.isfinite(record["train/loss"]) for record in told)
-    assert not (tmp_path / "plain" / "summary.json").exists()
-
-
-def test_an_error_of_the_computation_keeps_its_traceback(tmp_path, fake_step, monkeypatch):
-    """It is no sentence about the user's input, though it is a ValueError as well."""
-    broken = lambda *_: jnp.ones(2) + jnp.ones((2, 2))  # noqa: E731
-    monkeypatch.setattr(loop, "jitted_train_step", broken)
-    with pytest.raises(ValueError, match="rank_promotion"):
-        run.run(small_config(parts=("plain",)), tmp_path)
-
-
-@pytest.mark.parametrize("split", ["train_batches", "eval_batches"])
-def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, monkeypatch, split):
-    class Broken:
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            raise ValueError("picture cat.jpg cannot be decoded")
-
-        get_state = dict
-
-    monkeypatch.setattr(
-        type(prepare(small_config(), "plain", make_mesh())), split, lambda _: Broken()
-    )
-    monkeypatch.setattr(
-        loop, "evaluate_state", lambda part, *_: evaluation.evaluate(part, None, None)
-    )
-    with pytest.raises(RunStopped, match=r"^picture cat.jpg cannot be decoded$") as stopped:
-        run.run(small_config(parts=("plain",)), tmp_path)
-    assert stopped.value.exit_code == 2
-
-
-def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
-    tmp_path, monkeypatch, fake_step
-):
-    """The same command then goes on with the next part."""
-    config = small_config(search__epochs=0.2, target__epochs=0.2)
-    config.search.schedule.warmup_epochs = config.target.schedule.warmup_epochs = 0.0
-
-    class Interrupted(loop.Progress):
-        def step(self, step):
-            super().step(step)
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    before = loop.Progress
-    monkeypatch.setattr(loop, "Progress", Interrupted)
-    with pytest.raises(RunStopped, match=r"^SIGTERM received: search is saved at step 2 of 2; "):
-        run.run(config, tmp_path)
-    assert not (tmp_path / "target").exists()
-    monkeypatch.setattr(loop, "Progress", before)
-    real = run.train
-
-    def only_the_search(part, workdir):
-        if part.name == "target":
-            raise RunStopped("the target begins", 0)
-        return real(part, workdir)  # reads its last checkpoint
-
-    monkeypatch.setattr(run, "train", only_the_search)
-    fake_step += [math.nan] * 9  # so that a step of the search would show
-    with pytest.raises(RunStopped, match="the target begins"):
-        run.run(config, tmp_path)
-
-
-def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
-    """The step is saved at once, and evaluated when the run goes on; the best is known then."""
-    config = small_config(parts=("plain",), eval_every=0.5, checkpoint__every=9.0)
-    real = evaluation.evaluate
-
-    def interrupting(part, params, stats, stop):
-        os.kill(os.getpid(), signal.SIGTERM)
-        found = real(part, params, stats, stop)
-        assert found is None
-        return found
-
-    monkeypatch.setattr(evaluation, "evaluate", interrupting)
-    with pytest.raises(RunStopped, match="plain is saved at step 6 of 33") as stopped:
-        run.run(config, tmp_path)
-    assert stopped.value.exit_code == 143
-    told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
-    assert told[-1]["step"] == 6 and "eval/top1" not in told[-1]
-    monkeypatch.setattr(evaluation, "evaluate", real)
-    run.run(config, tmp_path)
-    told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
-    evaluated = [r["step"] for r in told if "eval/top1" in r]
-    assert evaluated == [6, 12, 18, 24, 30, 33]
-    assert all("train/loss" in record for record in told)
-
-
-def test_a_step_is_saved_before_its_evaluation(tmp_path, monkeypatch, fake_step):
-    """A machine that is taken away meanwhile loses no step, nor which checkpoint is the best."""
-    config = small_config(parts=("plain",), eval_every=1.0, checkpoint__every=1.0)
-
-    def taken_away(*_):
-        raise KeyboardInterrupt
-
-    before = loop.evaluate_state
-    monkeypatch.setattr(loop, "evaluate_state", taken_away)
-    with pytest.raises(KeyboardInterrupt):
-        run.run(config, tmp_path)
-    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
-    better = lambda *_: before() | {"eval/top1": next(top1)}  # noqa: E731
-    monkeypatch.setattr(loop, "evaluate_state", better)
-    summary = run.run(config, tmp_path)
-    assert summary["parts"]["plain"]["best_top1"] == 80
-    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert checkpoints.best_step() == 11 and checkpoints.steps() == [11, 22, 33]
-    checkpoints.close()
-
-
-def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch, fake_step):
-    """Though it came where no checkpoint was due."""
-    config = small_config(parts=("plain",), eval_every=0.25, checkpoint__every=9.0)
-    top1 = iter([20.0, 50.0, 80.0, 70.0, *[60.0] * 20])
-    monkeypatch.setattr(
-        loop,
-        "evaluate_state",
-        lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0},
-    )
-    summary = run.run(config, tmp_path)
-    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert summary["parts"]["plain"]["best_top1"] == 80
-    assert checkpoints.best_step() == 9
-    checkpoints.close()
-
-
-def test_checkpoints_by_time(tmp_path, fake_step):
-    config = small_config(parts=("plain",), eval_every=99.0, checkpoint__every=99.0)
-    config.checkpoint.update({"minutes": 1e-9, "keep": 99})
-    run.run(config, tmp_path)
-    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert checkpoints.steps() == list(range(1, 34))
-    checkpoints.close()

@@ -16,7 +16,6 @@ last two are JSON.
 import contextlib
 import json
 import logging
-import shutil
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from repopt_jax.training.damage import (
     in_short,
     quieten_orbax,
 )
+from repopt_jax.training.disk import require_space, require_writable
 from repopt_jax.training.manifests import (
     as_example,
     by_path,
@@ -108,7 +108,7 @@ class Checkpoints:
         self.directory = checkpoint_directory(workdir)
         self._save_every, self._read_only = save_every, read_only
         if not read_only:
-            self._require_writable()
+            require_writable(self.directory)
         self._here: int | None = None  # the step saved or restored last
         self._keep = KeepLatestAndBest(keep_latest, keep_best, best_metric)
         self._manager = ocp.CheckpointManager(
@@ -181,7 +181,7 @@ class Checkpoints:
 
         self.wait()
         arrays = {p: jax.random.key_data(x) if is_key(x) else x for p, x in leaves.items()}
-        self._require_space(sum(array.nbytes for array in arrays.values()))
+        require_space(self.directory, sum(array.nbytes for array in arrays.values()))
         positions = positions_of(data_iterator) if data_iterator is not None else []
         manifest = make_manifest(leaves) | {
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
@@ -333,27 +333,3 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.directory} "
                 f"({in_short(error)})"
             ) from error
-
-    def _require_writable(self):
-        if jax.process_index() != 0:
-            return
-        probe = self.directory / ".writable"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink()
-        except Exception as error:  # cloud file systems have errors of their own
-            raise OSError(
-                f"workdir must be writable, {self.directory} is not ({in_short(error)})"
-            ) from error
-
-    def _require_space(self, needed: int):
-        try:
-            free = shutil.disk_usage(self.directory).free
-        except OSError:  # not a local disk
-            return
-        if free < needed:
-            raise OSError(
-                f"{self.directory} has {free / 1e6:.0f} MB left on its disk and a checkpoint takes "
-                f"{needed / 1e6:.0f} MB"
-            )
