@@ -237,7 +237,7 @@ def parse():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1 if ON_CPU else 20, help="per round")
-    parser.add_argument("--compilations", type=int, default=3)
+    parser.add_argument("--compilations", type=int, default=9)
     parser.add_argument("--no_torch", action="store_true")
     label = "cpu" if ON_CPU else jax.devices()[0].device_kind.lower().replace(" ", "_")
     parser.add_argument("--output", default=str(HERE / "results" / f"step_time_{label}.json"))
