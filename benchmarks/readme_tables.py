@@ -185,7 +185,7 @@ def quantization_width(data: dict) -> str:
     return f"{markdown(header, rows)}\n\n{command}: {facts}."
 
 
-def step_time_cpu(data: dict) -> str:
+def step_time(data: dict) -> str:
     """Time by the target's, images per second, and compile time of every variant."""
     settings = data["steps"]
     names = [f"{s['model'].removeprefix('RepOpt-VGG-')}, {s['size']} px" for s in settings]
@@ -211,7 +211,10 @@ def step_time_cpu(data: dict) -> str:
     facts = f"batch {settings[0]['batch']}, {settings[0]['dtype']}, {data['rounds']} rounds in "
     facts += f"turns; {machine(data['environment'])}, "
     facts += f"jax {versions['jax']}, torch {versions['torch']}"
-    command = f"`python benchmarks/step_time.py --rounds {data['rounds']}`"
+    command = f"`python benchmarks/step_time.py --rounds {data['rounds']}"
+    if settings[0]["dtype"] == "bfloat16":  # torch's takes seven times as long: one model is enough
+        command += f" --models {settings[0]['model']} --dtypes bfloat16"
+    command += "`"
     return f"{markdown(header, rows)}\n\n{' '.join(parts)}\n\n{command}: {facts}."
 
 
@@ -222,7 +225,9 @@ TABLES = {
     "quantization": quantization,
     "quantization_width": quantization_width,
     "quantization_width_cifar10": quantization_width,
-    "step_time_cpu": step_time_cpu,
+    "step_time_cpu": step_time,
+    "step_time_cpu_amd": step_time,
+    "step_time_cpu_amd_bfloat16": step_time,
 }
 
 
