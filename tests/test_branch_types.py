@@ -23,7 +23,6 @@ from repopt_jax import (
 )
 from repopt_jax.check_equivalence.layers import LAYERS
 
-pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 STEPS = 30
 
 
@@ -202,6 +201,7 @@ def test_the_mask_of_a_placement_is_what_embed_makes_of_ones(kind):
             np.testing.assert_array_equal(mask, branch.embed(ones, shape))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_update_stores_a_mask():
     """Padded masks are stored once for all kernels of a shape, and read by each of them."""
     block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}

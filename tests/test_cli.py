@@ -12,11 +12,11 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 def train_py(*flags, folder, devices=1):
     """Run train.py in `folder`."""
-    options = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    xla_flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "train.py"), *flags],
         cwd=folder,
-        env=options,
+        env=os.environ | {"XLA_FLAGS": xla_flags},
         capture_output=True,
         text=True,
         timeout=300,

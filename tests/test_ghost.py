@@ -1,5 +1,7 @@
 """RepOpt-GhostNet and the networks made from it; equality with the official code is elsewhere."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +24,16 @@ from repopt_jax.training.step import StepOptions, loss_function
 NAME = "RepOpt-GhostNet"
 
 
+@functools.cache
+def traced(name, kind, **options):
+    """A network without values; to trace one takes seconds."""
+    return nnx.eval_shape(lambda: create_model(name, kind, rngs=nnx.Rngs(0), **options))
+
+
 def shapes(kind="target", name=NAME, num_classes=3, **options):
-    """A network without values."""
+    """A network without values that its test may change."""
     options = options or {"width": 0.1}
-    return nnx.eval_shape(
-        lambda: create_model(name, kind, num_classes=num_classes, rngs=nnx.Rngs(0), **options)
-    )
+    return nnx.clone(traced(name, kind, num_classes=num_classes, **options))
 
 
 def small(kind="target", seed=0, dtype=np.float32, **options):

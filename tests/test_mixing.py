@@ -9,9 +9,9 @@ import pytest
 
 from repopt_jax.training.mixing import ERASED_AREA, ERASED_ASPECT, mix, partners, random_erasing
 
-pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 KEY = jax.random.key(3)
 GROUP = 4
+BOTH = functools.partial(mix, mixup=0.8, cutmix=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,21 @@ def test_random_erasing_fills_one_rectangle_of_the_stated_size_with_noise():
     assert noise.std() == pytest.approx(1, abs=0.05)
 
 
-def test_eight_devices_draw_what_one_draws(images):
+@pytest.fixture
+def spread(images):
+    """The pictures on eight devices."""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
-    both = functools.partial(mix, mixup=0.8, cutmix=1.0)
-    for function in (
-        lambda x: both(KEY, x, GROUP)[0],
-        lambda x: random_erasing(KEY, x, 0.5),
-    ):
-        np.testing.assert_array_equal(jax.jit(function)(spread), jax.jit(function)(images))
-    text = jax.jit(lambda x: both(KEY, x, GROUP)[0]).lower(spread).compile().as_text()
+    return jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: BOTH(KEY, x, GROUP)[0], lambda x: random_erasing(KEY, x, 0.5)]
+)
+def test_eight_devices_draw_what_one_draws(function, images, spread):
+    np.testing.assert_array_equal(jax.jit(function)(spread), jax.jit(function)(images))
+
+
+@pytest.mark.usefixtures("optimized")
+def test_devices_that_hold_whole_groups_exchange_no_pictures(spread):
+    text = jax.jit(lambda x: BOTH(KEY, x, GROUP)[0]).lower(spread).compile().as_text()
     assert "all-gather" not in text and "permute" not in text and "all-to-all" not in text

@@ -34,7 +34,7 @@ FLAGS = (
 def environment(folder, devices):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_ENABLE_X64": "1"}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
     return dict(os.environ) | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 

@@ -142,6 +142,8 @@ def test_shared_layer_stays_shared():
     assert search.first is search.again[0]
     assert len(search_layers(search)) == 1
     assert isinstance(model.first, nnx.Linear)  # the plain network is not changed
+    with pytest.raises(ValueError, match="its layer is that of another block"):
+        search_network(model, {"first": FULL, "again/0": FULL}, rngs=nnx.Rngs(0))
 
 
 def stacked(rngs):

@@ -15,7 +15,6 @@ from repopt_jax.models.layers import conv
 from repopt_jax.models.small_maps import conv_general_dilated
 from repopt_jax.training.devices import make_mesh
 
-pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 # height, width, size of the window, strides, padding
 SMALL = {
@@ -103,6 +102,7 @@ def test_every_transformation_equals_jax_own(x64):
     assert_close(found, wanted)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_narrow_types_are_rounded_no_more_than_by_jax(dtype, x64):
     x, kernel = arguments(2, 2, 3, dtype, batch=32)
@@ -150,6 +150,7 @@ def test_other_platforms_keep_their_three_convolutions(platform):
     assert operations(native, *args, platform=platform) == wanted
 
 
+@pytest.mark.usefixtures("optimized")
 def test_eight_devices_compute_it_apart(x64):
     """Images over devices, kernel over output channels: the kernel's gradient alone is a sum."""
     mesh = make_mesh(2)

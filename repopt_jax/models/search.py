@@ -95,12 +95,12 @@ class SearchLayer(nnx.Module):
         return layer(*args, **kwargs)
 
 
-def _swap(model: nnx.Module, layer: Any, other: Any) -> None:
-    """Put `other` wherever `model` refers to `layer`: shared layers stay shared."""
+def _swap(model: nnx.Module, layers: Mapping[int, tuple[Any, Any]]) -> None:
+    """Put the second of a pair wherever `model` refers to the first: shared layers stay shared."""
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
-            if value is layer:
-                setattr(module, name, other)
+            if id(value) in layers:
+                setattr(module, name, layers[id(value)][1])
 
 
 def search_network(
@@ -136,14 +136,18 @@ def search_network(
     if kind not in ("hs", "csla"):
         raise ValueError(f"kind of a search network must be 'hs' or 'csla', got {kind!r}")
     model = nnx.clone(model)
+    swapped = {}
     for path, block in blocks.items():
         vectors = None if scales is None else scales[path]
         layer = layer_at(model, path)
+        if id(layer) in swapped:
+            raise ValueError(f"block {path!r}: its layer is that of another block")
         try:
-            swapped = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
+            new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
         except ValueError as error:
             raise ValueError(f"block {path!r}: {error}") from None
-        _swap(model, layer, swapped)
+        swapped[id(layer)] = layer, new  # both, so that no other object gets the same id
+    _swap(model, swapped)
     return model
 
 
