@@ -7,15 +7,17 @@ Times the training step of the target (with and without multipliers), of both se
 of RepVGG, each compiled by XLA, and beside them the same network in PyTorch where it is installed,
 eager and compiled. Also the optimizer's update alone, and which operations a step's time goes to.
 
-Every round runs all variants in turn. Times are medians over the rounds, ratios are medians of
-the rounds' ratios to the target. On CPU the ratio of CPU seconds stands beside that of seconds:
-other work on the machine disturbs it less. Both libraries get all cores. Defaults: A0 and B1 at
-64 px on CPU; on GPU B1 at 224 px in bfloat16 and batches of 32 to 512, with the share of the
-device's peak arithmetic (MFU), counting 6 operations per multiply-add of the forward pass.
+Every round runs all variants in turn, every other one from the last to the first. Times are
+medians over the rounds, ratios are medians of the rounds' ratios to the target. On CPU the ratio
+of CPU seconds stands beside that of seconds: other work on the machine disturbs it less. Both
+libraries get all cores. Defaults: A0 and B1 at 64 px on CPU; on GPU B1 at 224 px in bfloat16 and
+batches of 32 to 512, with the share of the device's peak arithmetic (MFU), counting 6 operations
+per multiply-add of the forward pass.
 A variant that does not fit into the device's memory is left out, with the reason.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -96,10 +98,10 @@ def started(makers, warmup):
 
 
 def timed(steps, rounds, count):
-    """Seconds and CPU seconds per step of every variant in every round."""
+    """Seconds and CPU seconds per step of every variant in every round, there and back in turn."""
     times = {name: {"wall": [], "cpu": []} for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
+    for i in range(rounds):
+        for name, step in list(steps.items())[:: -1 if i % 2 else 1]:
             wall, cpu = time.perf_counter(), time.process_time()
             step.run(count)
             times[name]["wall"].append((time.perf_counter() - wall) / count)
@@ -165,9 +167,13 @@ def compare_steps(flags, name, size, batch, dtype):
 def compare_compilation(multiplied, plain, rounds):
     """Seconds to trace and compile the target's step with multipliers, by those without."""
     pairs = []
-    for _ in range(rounds):
-        (_, *one), (_, *other) = (compile_timed(step.lower) for step in (multiplied, plain))
-        pairs.append([a / b for a, b in zip(one, other, strict=True)])
+    for i in range(rounds):
+        times = {}
+        # Neither is always the one that follows the other, or pays for the other's garbage.
+        for step in (plain, multiplied) if i % 2 else (multiplied, plain):
+            gc.collect()
+            _, *times[step] = compile_timed(step.lower)
+        pairs.append([a / b for a, b in zip(times[multiplied], times[plain], strict=True)])
     wall, cpu = zip(*pairs, strict=True)
     return {"time": round(statistics.median(wall), 4), "cpu_time": round(statistics.median(cpu), 4)}
 
