@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the time goes to compiling programs that run once. With "0" the claims hold as well.
 hurried = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-# XLA ends a process that has a flag which it does not know, and later releases may drop these.
+# XLA ends a process that has a flag which it does not know, such as these in jaxlib 0.12.
 if hurried and importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
     flags.append("--xla_cpu_parallel_codegen_split_count=1")
