@@ -83,7 +83,9 @@ def spread(images):
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x: BOTH(KEY, x, GROUP)[0], lambda x: random_erasing(KEY, x, 0.5)]
+    "function",
+    [lambda x: BOTH(KEY, x, GROUP)[0], lambda x: random_erasing(KEY, x, 0.5)],
+    ids=["mix", "random_erasing"],
 )
 def test_eight_devices_draw_what_one_draws(function, images, spread):
     np.testing.assert_array_equal(jax.jit(function)(spread), jax.jit(function)(images))

@@ -96,7 +96,7 @@ class SearchLayer(nnx.Module):
 
 
 def _swap(model: nnx.Module, layers: Mapping[int, tuple[Any, Any]]) -> None:
-    """Put the second of a pair wherever `model` refers to the first: shared layers stay shared."""
+    """Swap layers, ``id(old) -> (old, new)``, wherever `model` has them: shared ones stay so."""
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
             if id(value) in layers:
@@ -122,8 +122,8 @@ def search_network(
       rngs: draws the branches' weights.
 
     Raises:
-      ValueError: unknown kind, a path without a layer, or a layer or branch for which there is
-        no equivalence; see `check_layer` and `check_block`.
+      ValueError: unknown kind, a path without a layer, two paths of one layer, or a layer or
+        branch for which there is no equivalence; see `check_layer` and `check_block`.
 
     >>> from flax import nnx
     >>> import repopt_jax
