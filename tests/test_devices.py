@@ -151,6 +151,29 @@ def test_a_mesh_needs_an_fsdp_that_divides_the_devices(fsdp):
         make_mesh(fsdp)
 
 
+class SliceDevice:
+    """What a mesh asks of a device of one of several slices, such as a GPU of another host."""
+
+    platform, device_kind, client = "gpu", "a GPU", None
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index, self.process_index = number, slice_index, slice_index
+
+
+def test_hosts_of_gpus_share_a_mesh_and_the_state_is_split_within_each():
+    """jax takes each host's GPUs for a slice of their own, and `jax.make_mesh` refuses several."""
+    hosts = [SliceDevice(i, i // 4) for i in range(8)]
+    for fsdp in (1, 2, 4):
+        mesh = make_mesh(fsdp, hosts)
+        assert dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
+        assert mesh.axis_types == make_mesh(fsdp).axis_types
+        assert {device.id for device in mesh.devices.flat} == set(range(8))
+        for row in mesh.devices:
+            assert len({device.slice_index for device in row}) == 1
+    with pytest.raises(ValueError, match=r"^fsdp must .* devices 4 of each of 2 slices, got 8$"):
+        make_mesh(8, hosts)
+
+
 def test_a_group_is_what_a_device_holds_at_a_time_or_divides_it():
     mesh = make_mesh()
     assert samples_per_group(256, 1, None, mesh) == 32

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     """A mesh over all devices.
 
     Args:
-      fsdp: over how many devices to split the state; must divide the number of devices.
+      fsdp: over how many devices to split the state; must divide the number of devices, and of
+        those of a slice where there are several: of TPUs, or what jax takes for one of GPUs, a
+        host. The state is never split across them.
       devices: the devices. None: all.
 
     Raises:
@@ -38,10 +41,19 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     {'data': 1, 'fsdp': 1}
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"fsdp must divide the number of devices {len(devices)}, got {fsdp}")
-    shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    of_a_slice = len(devices) // slices
+    if fsdp < 1 or of_a_slice % fsdp:
+        among = f" of each of {slices} slices" if slices > 1 else ""
+        raise ValueError(f"fsdp must divide the number of devices {of_a_slice}{among}, got {fsdp}")
+    axes, types = ("data", "fsdp"), (AxisType.Auto,) * 2
+    shape = (of_a_slice // fsdp, fsdp)
+    if slices == 1:
+        return jax.make_mesh(shape, axes, types, devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        shape, (slices, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, axes, axis_types=types)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
