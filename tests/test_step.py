@@ -138,6 +138,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(x64):
         assert abs(other - before).max() > 1e-4
 
 
+def test_accumulation_keeps_one_set_of_gradients():
+    """Not one per part: it is for batches that do not fit."""
+    model = Small(group=2)
+    options = StepOptions(MEAN, STD, accumulation=4)
+    state, step = training(model, optax.sgd(0.1), options)
+    text = step.lower(state, batch_of(16)).compile().as_text()
+    assert "f32[3,3,3,6]" in text
+    assert "f32[4,3,3,3,6]" not in text
+
+
 def test_the_statistics_see_the_parts_of_a_batch_one_after_the_other(x64):
     """As many small steps would: the running mean moves once a part."""
     options = StepOptions(MEAN, STD, jnp.float64, accumulation=2)

@@ -189,8 +189,16 @@ def train_step(
             for x in (images, labels)
         ]
         numbers = jnp.arange(options.accumulation)
-        stats, stacked = jax.lax.scan(part, state.stats, (*parts, numbers))
-        loss, correct, grads = jax.tree.map(lambda x: x.mean(0), stacked)
+
+        def add_part(carry, batch):
+            stats, total = carry
+            stats, (loss, correct, grads) = part(stats, batch)
+            return (stats, jax.tree.map(jnp.add, total, grads)), (loss, correct)
+
+        none = jax.tree.map(jnp.zeros_like, state.params)
+        (stats, total), means = jax.lax.scan(add_part, (state.stats, none), (*parts, numbers))
+        grads = jax.tree.map(lambda x: x / options.accumulation, total)
+        loss, correct = (x.mean() for x in means)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
