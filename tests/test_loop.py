@@ -48,6 +48,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, fake_step):
     assert f"last good checkpoint: step 5 in {tmp_path / 'plain'}" in str(stopped.value)
 
 
+def test_a_run_that_cannot_write_ends_with_a_sentence_and_closes_its_files(
+    tmp_path, fake_step, monkeypatch
+):
+    """All of them, though closing fails as well."""
+    closed = []
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    def failing(close):
+        def close_and_fail(self):
+            closed.append(type(self).__name__)
+            close(self)
+            fail()
+
+        return close_and_fail
+
+    monkeypatch.setattr(loop.MetricsWriter, "write", fail)
+    for kind in (loop.MetricsWriter, loop.Checkpoints, loop.Profile):
+        monkeypatch.setattr(kind, "close", failing(kind.close))
+    with pytest.raises(RunStopped, match=r"^No space left on device$") as stopped:
+        run.run(small_config(parts=("plain",)), tmp_path)
+    assert stopped.value.exit_code == 2
+    assert closed == ["Profile", "MetricsWriter", "Checkpoints"]
+
+
 def test_a_broken_state_is_not_saved_over_the_last_good_one(tmp_path):
     """The loss of a step is that before its update, and so was finite here."""
     config = small_config(parts=("plain",), checkpoint__every=0.01, eval_every=100.0)

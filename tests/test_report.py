@@ -86,6 +86,18 @@ def test_tensorboard_gets_the_same_numbers_and_is_told_what_to_drop(tmp_path):
     assert sorted(starts) == [0, 3]
 
 
+def test_tensorboard_on_a_full_disk_is_told_by_the_write_and_not_again_at_the_end(
+    tmp_path, monkeypatch
+):
+    """In the caller's thread, where it ends the run; a thread of its own would hang it."""
+    full = pathlib.Path("/dev/full")
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: full.open("wb"))
+    writer = MetricsWriter(tmp_path)
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.write(1, {"train/loss": 1.0})
+    writer.close()
+
+
 def test_an_evaluation_joins_the_record_of_its_step(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     for metrics in ({"train/loss": 2.0, "seconds": 1.0}, {"eval/top1": 50.0, "seconds": 3.0}):

@@ -149,6 +149,13 @@ def test_a_command_for_one_part_keeps_the_others_in_the_summary(finished):
     assert json.loads((workdir / "summary.json").read_text()) == summary
 
 
+def test_a_run_that_a_broken_picture_ended_may_go_on_without_it(finished):
+    """As the error advises: the working directory takes `skip_bad` later."""
+    _, workdir, summary, _ = finished
+    config = small_config(target__epochs=2.0, target__data__skip_bad=True)
+    assert run.run(config, workdir) == summary
+
+
 def test_a_part_whose_summary_was_not_written_is_taken_up_at_its_end(finished):
     """A kill may come between the last checkpoint and the summary."""
     config, workdir, summary, _ = finished

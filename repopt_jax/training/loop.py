@@ -10,6 +10,7 @@ import functools
 import math
 import signal
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -77,10 +78,9 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
             loop.run(stop)
             with told_in_a_sentence():
                 checkpoints.wait()
-    finally:
-        profile.close()
-        writer.close()
-        checkpoints.close()
+    finally:  # each of them, whatever else fails
+        with told_in_a_sentence(), closing(checkpoints), closing(writer):
+            profile.close()
     (received,) = agreed([stop.received or 0])
     if received:  # even at the last step: a part after this one may not begin
         name = signal.Signals(int(received)).name

@@ -5,8 +5,11 @@ what was measured (``train/loss``, ``train/lr``, ``eval/top1``, ...), and Tensor
 ``tensorboard``. Process 0 does all the writing.
 """
 
+import contextlib
 import json
 import math
+import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,13 +134,20 @@ class MetricsWriter:
         kept = [record for record in kept if record["step"] <= resumed_at]
         _replace(self.path, "".join(_line(record) for record in kept))
         if tensorboard:
-            from tensorboardX import SummaryWriter  # takes a second to import
+            # Not its SummaryWriter, which writes in a thread: the first failure ends the thread,
+            # and soon blocks the caller for ever.
+            from tensorboardX.proto.event_pb2 import SessionLog
+            from tensorboardX.record_writer import RecordWriter
 
-            # TensorBoard leaves out what an interrupted run wrote from purge_step on. The suffix
-            # keeps two runs that start within one second apart.
+            folder = self.path.parent / "tensorboard"
+            folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard leaves out what an interrupted run wrote from this step on. It also keeps
+            # two runs apart that start within one second.
             purge = 0 if resumed_at is None else resumed_at + 1
-            folder = str(self.path.parent / "tensorboard")
-            self._events = SummaryWriter(folder, purge_step=purge, filename_suffix=f".{purge}")
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{purge}"
+            self._events = RecordWriter(str(folder / name))
+            self._write_event(file_version="brain.Event:2")
+            self._write_event(step=purge, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: dict[str, Any]):
         """Append one line.
@@ -148,6 +158,7 @@ class MetricsWriter:
 
         Raises:
           ValueError: for a value that is no scalar, or the name ``step``.
+          OSError: where a file cannot be written.
         """
         if "step" in metrics:
             raise ValueError("metrics must not have the name 'step', which is the first argument")
@@ -161,13 +172,22 @@ class MetricsWriter:
             return
         append_text(self.path, _line({"step": int(step)} | scalars))
         if self._events is not None:
+            from tensorboardX.summary import scalar
+
             for name, value in scalars.items():
-                self._events.add_scalar(name, value, int(step))
+                self._write_event(step=int(step), summary=scalar(name, value))
+            self._events.flush()
+
+    def _write_event(self, **fields):
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def close(self):
-        """Write out what TensorBoard's writer still holds."""
+        """Close TensorBoard's file, of which every `write` has written all."""
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # the `write` that could not has said so
+                self._events.close()
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from repopt_jax.training.stopping import RunStopped, told_in_a_sentence
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Fields that may differ when a run is resumed, because they do not change its numbers.
+# Fields that may differ when a run is resumed, because they do not change its numbers so far.
 FREE_FIELDS = (
     "parts",
     "log_every",
@@ -43,6 +43,7 @@ FREE_FIELDS = (
     "remat",
     "threads",
     "data_dir",
+    "skip_bad",
     "eval_batch_size",
 )
 
