@@ -75,7 +75,7 @@ def main(_):
     """Dispatch on --mode; end with one sentence where the run cannot go on."""
     logging.set_verbosity(logging.WARNING)  # absl would tell which backends jax looks for
     from repopt_jax.training import run
-    from repopt_jax.training.processes import join_processes
+    from repopt_jax.training.processes import join_processes, leave_the_others
     from repopt_jax.training.stopping import RunStopped
     from repopt_jax.training.throughput import throughput
 
@@ -97,6 +97,10 @@ def main(_):
         stop(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         stop("interrupted", 130)
+    except Exception:  # not foreseen, so its traceback is wanted
+        traceback.print_exc()
+        leave_the_others(1)
+        sys.exit(1)
 
 
 def stop(sentence, exit_code):

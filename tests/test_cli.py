@@ -88,3 +88,26 @@ def test_eval_mode_without_a_run_ends_with_one_sentence(tmp_path):
 def test_help_tells_the_flags(tmp_path):
     done = train_py("--help", folder=tmp_path)
     assert "--config" in done.stdout and "--workdir" in done.stdout and "--mode" in done.stdout
+
+
+UNFORESEEN = f"""
+import runpy, sys
+from repopt_jax.training import processes, run
+def fail(*_):
+    raise RuntimeError("unforeseen")
+run.run = fail
+processes.leave_the_others = lambda status: print("left with status", status)
+sys.argv = ["train.py"]
+runpy.run_path({str(REPOSITORY / "train.py")!r}, run_name="__main__")
+"""
+
+
+def test_an_unforeseen_error_shows_its_traceback_and_does_not_wait_for_other_processes(tmp_path):
+    """They wait for this one in their next sum of gradients, and would for minutes."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNFORESEEN], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stdout == "left with status 1\n"
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert done.stderr.count("RuntimeError: unforeseen") == 1

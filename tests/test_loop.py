@@ -1,5 +1,6 @@
 """The loop of one part: what stops it, what it saves, and in which order."""
 
+import json
 import math
 import os
 import pathlib
@@ -121,6 +122,28 @@ def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, mo
     with pytest.raises(RunStopped, match=r"^picture cat.jpg cannot be decoded$") as stopped:
         run.run(small_config(parts=("plain",)), tmp_path)
     assert stopped.value.exit_code == 2
+
+
+def test_skipped_pictures_of_all_processes_are_counted_once_each(tmp_path, fake_step, monkeypatch):
+    """Each process reads its own pictures, in another epoch perhaps another's."""
+    config = small_config(parts=("plain",), target__data__skip_bad=True)
+
+    def one_more(text):
+        assert json.loads(text) == ["training picture 1", "training picture 5"]
+        return [text, '["training picture 5", "training picture 9"]']
+
+    monkeypatch.setattr(loop, "gathered", one_more)
+    build = run.prepare
+
+    def with_bad_pictures(*arguments):
+        part = build(*arguments)
+        part.dataset.bad_pictures.update({"training picture 1", "training picture 5"})
+        return part
+
+    monkeypatch.setattr(run, "prepare", with_bad_pictures)
+    run.run(config, tmp_path)
+    records = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    assert {record["data/bad_pictures"] for record in records} == {3}
 
 
 def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(

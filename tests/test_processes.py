@@ -38,12 +38,15 @@ def environment(folder, devices):
     return dict(os.environ) | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def start_two(workdir, env, *flags):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start_two(workdir, env, *flags):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    joined = (f"--coordinator_address=localhost:{port}", "--num_processes=2")
+    joined = (f"--coordinator_address=localhost:{free_port()}", "--num_processes=2")
     return [
         subprocess.Popen([*command(workdir, *flags, *joined), f"--process_id={i}"], **pipes)
         for i in range(2)
@@ -111,6 +114,31 @@ def test_only_the_first_process_writes_and_prints(story):
     assert "search" not in err
     summary = json.loads((story["together"] / "summary.json").read_text())
     assert summary["machine"]["devices"] == 2
+
+
+GATHER = """
+import sys
+from repopt_jax.training.processes import gathered, join_processes
+join_processes(sys.argv[1], 2, int(sys.argv[2]))
+print(gathered(["one", "another process"][int(sys.argv[2])]))
+"""
+
+
+def test_texts_of_both_processes_are_gathered_in_both(tmp_path):
+    address = f"localhost:{free_port()}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", GATHER, address, str(i)],
+            env=environment(tmp_path, 1),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    for out, err, status in outcomes(both):
+        assert status == 0, err
+        assert out.splitlines()[-1] == "['one', 'another process']"
 
 
 @pytest.mark.parametrize(

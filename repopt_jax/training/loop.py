@@ -1,12 +1,14 @@
 """The loop: trains one part from its first step, or its last checkpoint, to its end.
 
 The phases in order: state, restore, steps with evaluation and checkpoints, summary. Step n is
-dispatched before the metrics of step n - 1 are read, so the device never waits for the host.
+dispatched before the metrics of step n - 1 are read, so the device waits for the host only where
+something is written down: a report, an evaluation, a checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import signal
 import time
@@ -24,7 +26,7 @@ from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import put_batch
 from repopt_jax.training.evaluation import evaluate_state
 from repopt_jax.training.parts import Part
-from repopt_jax.training.processes import agreed, wait_for_all
+from repopt_jax.training.processes import agreed, gathered, wait_for_all
 from repopt_jax.training.progress import Progress
 from repopt_jax.training.report import MetricsWriter, read_metrics
 from repopt_jax.training.searching import save_along
@@ -170,9 +172,9 @@ class _Loop:
         """Write down the means since the last report."""
         part = self.part
         self._require_finite_loss(self.step, self.recent[-1])
-        names = self.recent[-1]
-        means = {f"train/{name}": np.mean([float(m[name]) for m in self.recent]) for name in names}
+        recent = jax.device_get(self.recent)
         self.recent.clear()
+        means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in recent[-1]}
         means["train/lr"] = float(part.schedule(self.step - 1))
         with told_in_a_sentence():
             speed = self.progress.report(self.step, loss=means["train/loss"], lr=means["train/lr"])
@@ -185,7 +187,8 @@ class _Loop:
         if memory is not None:
             record["device/peak_memory_gib"] = memory / 2**30
         if part.section.data.skip_bad:
-            record["data/bad_pictures"] = len(part.dataset.bad_pictures)
+            names = gathered(json.dumps(sorted(part.dataset.bad_pictures)))  # each reads its own
+            record["data/bad_pictures"] = len(set().union(*map(json.loads, names)))
         self._write(record)
 
     @functools.cached_property

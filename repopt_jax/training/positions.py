@@ -3,21 +3,14 @@
 import json
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from repopt_jax.training.processes import gathered
 
 
 def positions_of(iterator: Any) -> list[str]:
     """The iterator's state in every process, as text."""
     state = iterator.get_state()
     text = state.decode() if isinstance(state, bytes) else json.dumps(state)
-    if jax.process_count() == 1:
-        return [text]
-    raw = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(raw.size, np.int32))
-    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+    return gathered(text)
 
 
 def move_to(iterator: Any, position: str) -> None:

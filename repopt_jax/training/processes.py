@@ -80,6 +80,20 @@ def agreed(values: Sequence[float]) -> list[float]:
     return multihost_utils.process_allgather(np.asarray(values, np.float32)).max(0).tolist()
 
 
+def gathered(text: str) -> list[str]:
+    """Every process's text, which is not empty; the same list in all of them.
+
+    >>> gathered("alone")
+    ['alone']
+    """
+    if jax.process_count() == 1:
+        return [text]
+    raw = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(raw.size, np.int32))
+    rows = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
 def leave_the_others(exit_code: int):
     """End this process at once if there are others, for a reason that only this one may know.
 
