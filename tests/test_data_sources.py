@@ -1,7 +1,9 @@
 """Claims about opening data sets."""
 
 import json
+import os
 import pathlib
+import resource
 
 import numpy as np
 import pytest
@@ -94,6 +96,39 @@ def with_split(source, target, old, new, keep_old):
     renamed = [split | {"name": new} for split in splits if split["name"] == old]
     info["splits"] = [s for s in splits if keep_old or s["name"] != old] + renamed
     (target / "dataset_info.json").write_text(json.dumps(info))
+
+
+def test_a_set_in_more_files_than_a_process_may_open_is_read_whole(tfds_dir, tmp_path, monkeypatch):
+    """As ImageNet's 1024 under many systems' default limit; here 60, and a limit of 40 more."""
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    source, target = pathlib.Path(tfds_dir, "imagenet2012/5.1.0"), tmp_path / "imagenet2012/5.1.0"
+    with_split(source, target, "train", "train", keep_old=False)
+    (one,) = target.glob("*-train.array_record-*")
+    records = ArrayRecordReader(str(one)).read_all()
+    one.unlink()
+    for shard in range(60):
+        path = target / one.name.replace("00000-of-00001", f"{shard:05d}-of-00060")
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in records[4 * shard : 4 * shard + 4]:
+            writer.write(record)
+        writer.close()
+    info = json.loads((target / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        if split["name"] == "train":
+            split["shardLengths"] = ["4"] * 60
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        low = len(os.listdir("/proc/self/fd")) + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (low, before[1]))
+        split = load_dataset("imagenet2012", data_dir=str(tmp_path)).train
+        assert len(split.__getitems__(list(range(240)))) == 240
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 300))
+    with pytest.raises(ValueError, match="open more than the 61 files of the set, got 300: raise"):
+        load_dataset("imagenet2012", data_dir=str(tmp_path))
 
 
 def test_evaluation_uses_the_test_split_only_where_it_has_labels(tfds_dir, tmp_path):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -217,6 +218,7 @@ def _load_tfds(name, data_dir, train_split, eval_split) -> Dataset:
         # ImageNet's test split in TFDS has no labels.
         labelled_test = "test" in builder.info.splits and builder.name != "imagenet2012"
         eval_split = "test" if labelled_test else "validation"
+    _allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))
     shape = features[image_key].shape
     return Dataset(
         name,
@@ -225,6 +227,27 @@ def _load_tfds(name, data_dir, train_split, eval_split) -> Dataset:
         _open_split(builder, "eval_split", eval_split),
         None if None in shape[:2] else (*shape[:2], 3),
     )
+
+
+def _allow_open_files(shards: int):
+    """Let this process open all files of a set: their readers stay open, and shuffling needs all.
+
+    ImageNet has 1024 for training alone, as many as many systems allow a process by default.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if x == resource.RLIM_INFINITY else x for x in limits)
+    if hard < shards + 256:
+        raise ValueError(
+            f"a process must be allowed to open more than the {shards} files of the set, got "
+            f"{hard}: raise the limit, which `ulimit -Hn` shows"
+        )
+    wanted = min(2 * shards + 512, hard)  # two parts of a run may have theirs open at a time
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
 
 
 def _open_split(builder, argument: str, split: str) -> TfdsSource:
