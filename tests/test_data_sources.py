@@ -161,6 +161,20 @@ def test_cache_refuses_pictures_of_several_sizes(tfds_dir):
         load_dataset("imagenet2012", data_dir=tfds_dir, cache=True)
 
 
+def test_a_damaged_record_file_is_told_with_its_folder(tfds_dir, tmp_path):
+    source, target = pathlib.Path(tfds_dir, "imagenet2012/5.1.0"), tmp_path / "imagenet2012/5.1.0"
+    with_split(source, target, "train", "train", keep_old=False)
+    (path,) = target.glob("*-train.array_record-*")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 50_000] = bytes(50_000)
+    path.unlink()
+    path.write_bytes(content)
+    split = load_dataset("imagenet2012", data_dir=str(tmp_path)).train
+    with pytest.raises(OSError, match=rf"^the data set in {target} cannot be read: Corrupted"):
+        split.__getitems__(list(range(240)))
+
+
 def test_missing_sets_and_splits_name_the_way_out(tfds_dir, tmp_path):
     with pytest.raises(ValueError, match=r"name must be .* got 'no_such_set'"):
         load_dataset("no_such_set", data_dir=str(tmp_path))

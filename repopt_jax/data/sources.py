@@ -36,12 +36,17 @@ class ArraySource:
 
 
 class TfdsSource:
-    """One split of a TFDS set, its pictures still encoded."""
+    """One split of a TFDS set, its pictures still encoded.
+
+    Raises:
+      OSError: when records are read from a damaged file.
+    """
 
     def __init__(self, builder, split: str):
         import tensorflow_datasets as tfds
 
         self._image_key, self._label_key = tfds_keys(builder)
+        self._folder = builder.data_dir
         self._reader = builder.as_data_source(
             split=split, decoders={self._image_key: tfds.decode.SkipDecoding()}
         )
@@ -53,13 +58,17 @@ class TfdsSource:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            records = self._reader.__getitems__(indices)
+        except RuntimeError as error:  # ArrayRecord's for all that goes wrong
+            raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
         return [
             {
                 "image": record[self._image_key],
                 "label": int(record[self._label_key]),
                 "name": _text(record.get("file_name", "")),
             }
-            for record in self._reader.__getitems__(indices)
+            for record in records
         ]
 
 
