@@ -19,8 +19,8 @@ from small_run import small_config  # noqa: E402
 def begin(tmp_path, monkeypatch):
     """Begins a run without a `bn_group` on so many devices, and returns the part to be trained."""
 
-    def begin(devices):
-        config = small_config(parts=("plain",), target__bn_group=None)
+    def begin(devices, **changes):
+        config = small_config(parts=("plain",), **{"target__bn_group": None} | changes)
         mesh = make_mesh(devices=jax.devices()[:devices])
         parts = []
 
@@ -52,3 +52,12 @@ def test_a_bn_group_that_devices_cannot_hold_is_told_with_its_origin(begin, tmp_
     told = f"got 128, with which the run in {tmp_path} began; a device must hold whole groups"
     with pytest.raises(RunStopped, match=told):
         begin(8)
+
+
+def test_a_large_machine_gives_no_tiny_groups_unless_they_are_asked_for(begin, tmp_path):
+    """A share of 4 pictures on 8 devices is refused, before anything is written."""
+    told = r"^target.bn_group must be given .* got None for 4 \(batch_size 32, 8 devices\)"
+    with pytest.raises(RunStopped, match=told):
+        begin(8, target__batch_size=32)
+    assert not list(tmp_path.iterdir())
+    assert begin(8, target__batch_size=32, target__bn_group=4).options.group == 4

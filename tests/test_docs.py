@@ -7,7 +7,11 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from repopt_jax.training.devices import make_mesh, samples_per_group
+from repopt_jax.training.run import SMALLEST_SHARE
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -41,6 +45,16 @@ def test_commands_name_fields_that_there_are(document, arguments):
             for key in found[1].split("."):
                 assert key in value, (document, word)
                 value = value[key]
+
+
+def test_commands_for_many_devices_divide_their_batches():
+    """Two nodes of 8 GPUs, and a slice of 16 TPU devices."""
+    config = runpy.run_path(str(REPOSITORY / "configs" / "imagenet.py"))["get_config"]()
+    sizes = [re.search(r"target\.batch_size=(\d+)", c) for _, c in COMMANDS if "RepOpt-VGG-B1" in c]
+    assert [int(size[1]) for size in sizes if size] == [512] * 4
+    mesh = make_mesh(devices=[jax.devices()[0]] * 16)
+    assert samples_per_group(512, 1, config.target.bn_group, mesh) == 32
+    assert samples_per_group(config.search.batch_size, 1, None, mesh) >= SMALLEST_SHARE
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

@@ -79,8 +79,8 @@ def _default_part() -> ConfigDict:
             "mix": {"mixup": 0.0, "cutmix": 0.0},  # alpha of the Beta distribution; 0: off
             "random_erasing": 0.0,  # share of the pictures
             "batch_size": 256,  # over all devices
-            # Images per BatchNorm group, which never spans devices. None: a device's share, which
-            # the working directory remembers when the number of devices changes.
+            # Images per BatchNorm group, which never spans devices. None: a device's share of at
+            # least 8, which the working directory remembers when the number of devices changes.
             "bn_group": config_dict.placeholder(int),
             "eval_batch_size": 256,
             "epochs": 120.0,

@@ -47,6 +47,10 @@ FREE_FIELDS = (
     "eval_batch_size",
 )
 
+# Statistics of fewer pictures are poor, and of one 1x1 map none at all: nobody should get them
+# because the machine is large.
+SMALLEST_SHARE = 8
+
 TITLES = {
     "search": "hyper-search",
     "target": "RepOptimizer",
@@ -210,6 +214,9 @@ def _with_bn_groups(
 
     It is the one that the run began with: on another number of devices a device's share is another,
     and the training would silently change.
+
+    Raises:
+      ValueError: for devices that cannot hold that number, or a share too small for statistics.
     """
     config = config.copy_and_resolve_references()
     path = workdir / "config.json"
@@ -228,6 +235,13 @@ def _with_bn_groups(
                     f"{error}, with which the run in {workdir} began; a device must hold whole "
                     "groups"
                 ) from None
+            if remembered is None and section.bn_group < SMALLEST_SHARE:
+                raise ValueError(
+                    f"{section_name}.bn_group must be given where a device holds fewer than "
+                    f"{SMALLEST_SHARE} pictures at a time, got None for {section.bn_group} "
+                    f"(batch_size {section.batch_size}, {mesh.size} devices): a larger batch_size "
+                    "or fewer devices give BatchNorm better statistics"
+                )
     return config
 
 
