@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scales(Mapping):
     """Path of a layer -> branch name -> vector.
 
@@ -54,6 +54,14 @@ class Scales(Mapping):
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Scales):
+            return NotImplemented
+        mine, theirs = self.flat(), other.flat()
+        if mine.keys() != theirs.keys() or dict(self.metadata) != dict(other.metadata):
+            return False
+        return all(np.array_equal(mine[key], theirs[key]) for key in mine)
 
     @classmethod
     def initial(cls, model: Any, blocks: Mapping[str, Block] | None = None) -> Scales:
@@ -145,7 +153,12 @@ class Scales(Mapping):
         Args:
           by: "block" for a row per branch of every block, "stage" for a row per branch and first
             part of the path.
+
+        Raises:
+          ValueError: if `by` is neither.
         """
+        if by not in ("block", "stage"):
+            raise ValueError(f"by must be 'block' or 'stage', got {by!r}")
         groups: dict[str, dict[str, list[np.ndarray]]] = {}
         largest: dict[str, float] = {}
         for path, block in self.vectors.items():
@@ -183,6 +196,13 @@ def blocks_of(model: Any, blocks: Mapping[str, Block] | None = None) -> Mapping[
             f"{type(model).__name__}"
         )
     return model.blocks()
+
+
+def check_scales(
+    scales: Mapping[str, Mapping[str, Any]], model: Any, blocks: Mapping[str, Block]
+) -> None:
+    """`Scales.check` for any mapping of that form."""
+    (scales if isinstance(scales, Scales) else Scales(scales)).check(model, blocks)
 
 
 def frozen_seeds(blocks: Mapping[str, Block]) -> dict[str, str]:

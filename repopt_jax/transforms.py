@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from repopt_jax.branches import Block, BranchMult, branch_mult
+from repopt_jax.branches import RULES, Block, BranchMult, branch_mult
 from repopt_jax.mult_checks import check_fits, check_mult, is_known
 from repopt_jax.paths import path_str
 
@@ -39,6 +39,10 @@ def _is_mult_leaf(x: Any) -> bool:
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def _is_absent(x: Any) -> bool:
+    return x is None or _is_masked(x)
 
 
 def _multiply(mult: Array | BranchMult, update: Array) -> Array:
@@ -77,8 +81,9 @@ def scale_by_grad_mult(
       An optax.GradientTransformationExtraArgs.
 
     Raises:
-      ValueError: here, for a multiplier that is not finite, is negative, or is a `BranchMult` of
-        the other rule; by ``init``, for a tree or shape that does not match the parameters.
+      ValueError: here, for an unknown rule, a multiplier that is not finite, is negative, or is a
+        `BranchMult` of another rule; by ``init``, for a tree or shape that does not match the
+        parameters.
 
     >>> import jax.numpy as jnp, optax, repopt_jax
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -91,6 +96,8 @@ def scale_by_grad_mult(
       Ding et al., `Re-parameterizing Your Optimizers rather than Architectures
       <https://arxiv.org/abs/2205.15242>`_, ICLR 2023, section 3.2
     """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
     leaves = jax.tree_util.tree_leaves_with_path(grad_mults, is_leaf=_is_mult_leaf)
     by_path = {path_str(path): mult for path, mult in leaves}
     mults = {path: mult for path, mult in by_path.items() if mult is not None}
@@ -98,9 +105,10 @@ def scale_by_grad_mult(
         check_mult(path, mult, rule)
 
     def init_fn(params):
-        shown = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+        # None stands for no parameter: a bias that a layer of Equinox goes without.
+        shown = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_absent)
         names = {path_str(path): param for path, param in shown}
-        missing = sorted(n for n in names.keys() - by_path.keys() if not _is_masked(names[n]))
+        missing = sorted(n for n in names.keys() - by_path.keys() if not _is_absent(names[n]))
         surplus = sorted(by_path.keys() - names.keys())
         # Wrappers may hide parameters; optax.tree.map_params shows none at all.
         complete = names and not any(_is_masked(param) for param in names.values())
@@ -136,6 +144,10 @@ def grad_mults(
 ) -> PyTree:
     """The multipliers of a network: a tree like `params` with a `BranchMult` per block.
 
+    For a kernel whose `blocks` state the branches ``E_b``, with ``s_b`` from `scales`:
+    ``sum_b s_b^2 E_b(1)`` under the rule "linear", ``sum_b |s_b| E_b(1)`` under "direction". For
+    every other parameter None, which leaves it alone.
+
     Args:
       params: the parameters of the plain network, any pytree.
       blocks: path of a layer -> its branches; the multiplier belongs to ``<path>/kernel``.
@@ -143,7 +155,8 @@ def grad_mults(
       rule: "linear" for `repopt_sgd`, "direction" for `repopt_adamw`.
 
     Raises:
-      ValueError: if a block has no kernel in `params`, or no scales.
+      ValueError: if a block has no kernel in `params`, or a branch no scales; for "direction", if a
+        branch is no 0/1 placement.
 
     >>> import jax.numpy as jnp, repopt_jax
     >>> params = {"conv": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}}
@@ -154,10 +167,15 @@ def grad_mults(
     """
     names = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     without_kernel = [path for path in blocks if f"{path}/kernel" not in names]
-    without_scales = [path for path in blocks if path not in scales]
+    without_scales = [
+        f"{path}/{name}"
+        for path, block in blocks.items()
+        for name, branch in block.items()
+        if path not in scales or (branch.scaled and name not in scales[path])
+    ]
     if without_kernel or without_scales:
         raise ValueError(
-            f"every block needs a kernel in params and an entry in scales; without a kernel: "
+            f"every block needs a kernel in params, and every branch scales; without a kernel: "
             f"{without_kernel or 'none'}, without scales: {without_scales or 'none'}"
         )
     mults = {f"{path}/kernel": branch_mult(b, scales[path], rule) for path, b in blocks.items()}

@@ -291,6 +291,12 @@ def test_a_branch_by_channel_lets_the_scale_through_to_the_bit(branch, shape):
     assert sizes == [weight.size]
 
 
+def test_what_has_no_element_wise_multiplier_is_not_given_one():
+    mult = branch_mult({"average": Average()}, {"average": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"^dense needs .* placements, got \['average'\]$"):
+        mult.dense((3, 3, 2, 2))
+
+
 @pytest.mark.parametrize("branch", [Full(), Centre(1), Identity()], ids=str)
 def test_a_block_is_checked_where_promotion_is_refused(branch, x64, strict):
     """In float64 too, whichever test checked the type first."""
@@ -316,3 +322,25 @@ def test_a_subclass_that_breaks_what_its_parent_says_of_itself_is_refused(embed,
 
     with pytest.raises(ValueError, match=message):
         check_block({"changed": Changed(1)}, (3, 3, 2, 4))
+
+
+class Spread(Full):
+    """One weight per channel, in every tap: no placement, though its parent is one."""
+
+    def weight_shape(self, kernel_shape):
+        return (1, 1, *kernel_shape[2:])
+
+    def embed(self, weight, kernel_shape):
+        return jnp.broadcast_to(weight, kernel_shape)
+
+
+class Negative(Full):
+    def embed(self, weight, kernel_shape):
+        return -weight
+
+
+@pytest.mark.parametrize("branch", [Spread(), Negative()], ids=["several places", "not a copy"])
+def test_a_branch_that_is_no_placement_may_not_say_that_it_is(branch):
+    """Its multiplier would be a mask, and silently wrong."""
+    with pytest.raises(ValueError, match="must copy each weight to one place of its own where"):
+        check_block({"odd": branch}, (3, 3, 2, 2))

@@ -123,3 +123,19 @@ def test_equal_scales_are_equal_files(tmp_path):
         files.append((tmp_path / f"{number}").read_bytes())
         assert load_scales(tmp_path / f"{number}")["conv"]["full"].tolist() == [0, 1, 2]
     assert len(set(files)) == 1
+
+
+def test_scales_are_equal_where_their_vectors_and_metadata_are():
+    def scales(value=1.0, name="full", **metadata):
+        return Scales({"conv": {name: np.array([value, -2.0], np.float32)}}, metadata)
+
+    assert scales(model="a") == scales(model="a")
+    assert scales() != scales(3.0)
+    assert scales() != scales(name="other")
+    assert scales(model="a") != scales(model="b")
+    assert scales() != {"conv": {"full": np.array([1.0, -2.0])}}
+
+
+def test_a_table_by_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"^by must be 'block' or 'stage', got 'stages'$"):
+        Scales({"conv": {"full": np.ones(2)}}).describe(by="stages")

@@ -273,5 +273,28 @@ def test_identity_starts_as_searched_or_at_one():
     assert diagonal(identity="one") == [1.0, 1.0]
     with pytest.raises(ValueError, match="identity must be 'searched' or 'one', got 'zero'"):
         diagonal(identity="zero")
-    with pytest.raises(ValueError, match=r"missing: \['layers/0'\]"):
+    with pytest.raises(ValueError, match="scales do not fit the model: missing layers/0/identity"):
         init_target(model, {}, blocks=blocks, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"layers/0": {"full": jnp.ones(2)}}, "missing layers/0/centre$"),
+        ({"layers/0": {"full": jnp.ones(2), "centre": jnp.ones(1)}}, r"shape \(2,\), got \(1,\)$"),
+        (
+            {"layers/0": {"full": jnp.ones(2), "centre": jnp.ones(2)}, "b": {"c": jnp.ones(2)}},
+            "surplus b/c$",
+        ),
+    ],
+    ids=["missing", "width", "surplus"],
+)
+def test_scales_of_another_network_are_refused(scales, message):
+    """By whatever takes them, also where they would broadcast or be passed over."""
+    model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)))
+    blocks = {"layers/0": {"full": Full(), "centre": Centre(1)}}
+    for take in (init_target, target_network):
+        with pytest.raises(ValueError, match=f"^scales do not fit the model: .*{message}"):
+            take(model, scales, blocks=blocks, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"^scales do not fit the model: .*{message}"):
+        search_network(model, blocks, scales=scales, rngs=nnx.Rngs(0))

@@ -306,12 +306,31 @@ def test_adamw_refuses_multipliers_of_the_linear_rule():
     ("blocks", "scales", "message"),
     [
         ({"nope": BLOCK}, {"nope": SCALES["conv"]}, r"without a kernel: \['nope'\]"),
-        (BLOCKS, {}, r"without scales: \['conv'\]"),
+        (BLOCKS, {}, r"without scales: \['conv/conv3x3', 'conv/conv1x1'"),
+        (BLOCKS, {"conv": {"conv3x3": jnp.ones(3)}}, r"without scales: \['conv/conv1x1'\]"),
     ],
 )
 def test_grad_mults_refuses(blocks, scales, message):
     with pytest.raises(ValueError, match=message):
         grad_mults(make_params(), blocks, scales)
+
+
+def test_a_parameter_that_is_none_needs_no_multiplier_and_gets_none():
+    """As the bias of a layer without one in Equinox; `grad_mults` returns a tree that fits."""
+    params = make_params() | {"linear": {"weight": jnp.ones(3), "bias": None}}
+    for mults in (mults_of(params), {**mults_of(make_params()), "linear": {"weight": None}}):
+        updates = one_update(by_mult(mults), params)
+        assert updates["linear"]["bias"] is None
+        assert not np.array_equal(updates["conv"]["kernel"], params["conv"]["kernel"])
+    with pytest.raises(ValueError, match=r"missing: \['linear/weight'\], surplus: none"):
+        one_update(by_mult(mults_of(make_params())), params)
+    with pytest.raises(ValueError, match=r"surplus: \['linear/nope'\]"):
+        one_update(by_mult(mults | {"linear": {"weight": None, "nope": None}}), params)
+
+
+def test_an_unknown_rule_is_refused_though_no_multiplier_has_one():
+    with pytest.raises(ValueError, match=r"^rule must be one of .* got 'dirction'$"):
+        repopt_jax.scale_by_grad_mult({"w": jnp.ones(2)}, rule="dirction")
 
 
 def test_weight_decay_mask_is_the_recipes():

@@ -19,27 +19,43 @@ of the kernel only inside the jitted update; for Adam they are ``sum_b |s_b| E_b
 original sums signed scales.
 """
 
-from repopt_jax.branches.blocks import Block as Block
-from repopt_jax.branches.blocks import check_block as check_block
-from repopt_jax.branches.blocks import init_weights as init_weights
-from repopt_jax.branches.blocks import initial_scales as initial_scales
-from repopt_jax.branches.blocks import merge as merge
-from repopt_jax.branches.blocks import pull_back as pull_back
-from repopt_jax.branches.branch import Branch as Branch
-from repopt_jax.branches.branch import Full as Full
-from repopt_jax.branches.branch import Identity as Identity
-from repopt_jax.branches.branch import uniform_fan_in as uniform_fan_in
-from repopt_jax.branches.branch import wide_type as wide_type
-from repopt_jax.branches.frozen import frozen_uniform as frozen_uniform
-from repopt_jax.branches.kernels import Centre as Centre
-from repopt_jax.branches.kernels import Dilated as Dilated
-from repopt_jax.branches.kernels import FrozenPointwise as FrozenPointwise
-from repopt_jax.branches.kernels import PooledPointwise as PooledPointwise
-from repopt_jax.branches.kernels import Window as Window
-from repopt_jax.branches.matrices import BlockDiagonal as BlockDiagonal
-from repopt_jax.branches.matrices import Diagonal as Diagonal
-from repopt_jax.branches.matrices import FoldedConv as FoldedConv
-from repopt_jax.branches.matrices import LowRank as LowRank
-from repopt_jax.branches.multiplier import RULES as RULES
-from repopt_jax.branches.multiplier import BranchMult as BranchMult
-from repopt_jax.branches.multiplier import branch_mult as branch_mult
+from repopt_jax.branches.blocks import (
+    Block,
+    check_block,
+    init_weights,
+    initial_scales,
+    merge,
+    pull_back,
+)
+from repopt_jax.branches.branch import Branch, Full, Identity, uniform_fan_in, wide_type
+from repopt_jax.branches.frozen import frozen_uniform
+from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
+from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
+from repopt_jax.branches.multiplier import RULES, BranchMult, branch_mult
+
+__all__ = [
+    "RULES",
+    "Block",
+    "BlockDiagonal",
+    "Branch",
+    "BranchMult",
+    "Centre",
+    "Diagonal",
+    "Dilated",
+    "FoldedConv",
+    "FrozenPointwise",
+    "Full",
+    "Identity",
+    "LowRank",
+    "PooledPointwise",
+    "Window",
+    "branch_mult",
+    "check_block",
+    "frozen_uniform",
+    "init_weights",
+    "initial_scales",
+    "merge",
+    "pull_back",
+    "uniform_fan_in",
+    "wide_type",
+]

@@ -41,6 +41,11 @@ def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
             if branch.placement:
                 ones = branch.embed(jnp.ones_like(weight), kernel_shape)
                 found["mask"] = ones - branch.mask(kernel_shape, jnp.float32)
+                embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
+                (there_and_back,) = jax.linear_transpose(embed, weight)(embed(weight))
+                found["placement"] = jnp.maximum(
+                    jnp.abs(there_and_back - weight).max(), jnp.abs(ones * (ones - 1)).max()
+                )
             if branch.by_channel:
                 before = branch.embed(weight * jnp.broadcast_to(scale, shape), kernel_shape)
                 after = branch.embed(weight, kernel_shape) * jnp.broadcast_to(scale, kernel_shape)
@@ -53,6 +58,8 @@ def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
             "constant": "embed must be linear in its weight, got a constant added to it",
             "mask": "mask must be embed of ones, got another one; a subclass that overrides embed "
             "must override mask too",
+            "placement": "embed must copy each weight to one place of its own where placement is "
+            "True",
             "channel": "embed must keep the output channels apart where by_channel is True",
         }
         _UNTRUE[type(branch)] = next((messages[k] for k in messages if found.get(k)), None)

@@ -73,7 +73,14 @@ class BranchMult:
         return all(branch.placement for _, branch in self.block)
 
     def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        """The element-wise multiplier as an array of `kernel_shape`."""
+        """The element-wise multiplier as an array of `kernel_shape`.
+
+        Raises:
+          ValueError: for a block with branches that are no placements, which has none.
+        """
+        if not self.is_elementwise:
+            names = [name for name, branch in self.block if not branch.placement]
+            raise ValueError(f"dense needs branches that are 0/1 placements, got {names}")
         terms, counts = [], []
         for name, branch in self.block:
             mask = branch.mask(kernel_shape, dtype)
@@ -107,6 +114,14 @@ def branch_mult(
     rule: Rule = "linear",
 ) -> BranchMult:
     """The multiplier of a block's kernel under an update `rule`; see `BranchMult`.
+
+    Args:
+      block: branch name -> branch.
+      scales: branch name -> ``s_b``, shape ``(out,)``; entries of unscaled branches are ignored.
+      rule: "linear", "direction" or "mean".
+
+    Raises:
+      ValueError: as `BranchMult` does.
 
     >>> from repopt_jax import Centre, Full, Identity
     >>> block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}

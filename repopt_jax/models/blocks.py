@@ -8,7 +8,8 @@ from typing import Any
 
 from flax import nnx
 
-from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity
+from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity, check_block
+from repopt_jax.paths import layer_at
 
 
 def check_layer(layer: Any, block: Block) -> None:
@@ -43,6 +44,17 @@ def check_layer(layer: Any, block: Block) -> None:
             raise ValueError(
                 f"branch {branch_name!r} must have the layer's groups={groups}, got {branch.groups}"
             )
+
+
+def check_layers(model: nnx.Module, blocks: Mapping[str, Block]) -> None:
+    """`check_layer` and `check_block` for every layer that `blocks` names, told with its path."""
+    for path, block in blocks.items():
+        layer = layer_at(model, path)
+        try:
+            check_layer(layer, block)
+            check_block(block, layer.kernel.shape)
+        except ValueError as error:
+            raise ValueError(f"block {path!r}: {error}") from None
 
 
 def repvgg_branches(path: str, layer: Any) -> Block | None:

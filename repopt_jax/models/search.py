@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.branches import Block, check_block, init_weights, initial_scales, merge
-from repopt_jax.models.blocks import check_layer
+from repopt_jax.branches import Block, init_weights, initial_scales, merge
+from repopt_jax.models.blocks import check_layers
 from repopt_jax.paths import layer_at
-from repopt_jax.scales import Scales, frozen_seeds
+from repopt_jax.scales import Scales, check_scales, frozen_seeds
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -43,8 +43,8 @@ class SearchLayer(nnx.Module):
         "csla" networks; scaled branches only.
 
     Args:
-      layer: a layer with a `kernel`, such as `nnx.Conv` or `nnx.Linear`; its other parameters
-        stay what they are, under the names that they had.
+      layer: a layer that `check_layers` lets pass, such as `nnx.Conv` or `nnx.Linear`; its other
+        parameters stay what they are, under the names that they had.
       block: branch name -> branch.
       kind: "hs" or "csla".
       scales: branch name -> vector to start from. None: the branches' own initial values.
@@ -60,8 +60,6 @@ class SearchLayer(nnx.Module):
         scales: Mapping[str, Array] | None = None,
         rngs: nnx.Rngs,
     ):
-        check_layer(layer, block)
-        check_block(block, layer.kernel.shape)
         self.layer_def, state = nnx.split(layer)
         kernel = state.pop("kernel")[...]
         self.others = tuple(state)
@@ -122,8 +120,9 @@ def search_network(
       rngs: draws the branches' weights.
 
     Raises:
-      ValueError: unknown kind, a path without a layer, two paths of one layer, or a layer or
-        branch for which there is no equivalence; see `check_layer` and `check_block`.
+      ValueError: unknown kind, a path without a layer, two paths of one layer, `scales` that are
+        not those of the blocks (as ``Scales.check``), or a layer or branch for which there is no
+        equivalence; see `check_layer` and `check_block`.
 
     >>> from flax import nnx
     >>> import repopt_jax
@@ -135,6 +134,9 @@ def search_network(
     """
     if kind not in ("hs", "csla"):
         raise ValueError(f"kind of a search network must be 'hs' or 'csla', got {kind!r}")
+    check_layers(model, blocks)
+    if scales is not None:
+        check_scales(scales, model, blocks)
     model = nnx.clone(model)
     swapped = {}
     for path, block in blocks.items():
@@ -142,10 +144,7 @@ def search_network(
         layer = layer_at(model, path)
         if id(layer) in swapped:
             raise ValueError(f"block {path!r}: its layer is that of another block")
-        try:
-            new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
-        except ValueError as error:
-            raise ValueError(f"block {path!r}: {error}") from None
+        new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
         swapped[id(layer)] = layer, new  # both, so that no other object gets the same id
     _swap(model, swapped)
     return model

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from repopt_jax.branches import Block, BranchMult, check_block, init_weights, merge
-from repopt_jax.models.blocks import check_layer
+from repopt_jax.branches import Block, BranchMult, init_weights, merge
+from repopt_jax.models.blocks import check_layers
 from repopt_jax.paths import layer_at
 from repopt_jax.reparameterization import reparameterize
-from repopt_jax.scales import blocks_of
+from repopt_jax.scales import blocks_of, check_scales
 from repopt_jax.transforms import grad_mults
 
 if TYPE_CHECKING:
@@ -34,18 +34,11 @@ def _draw_kernels(
     """Set the kernels of `model` by the Rule of Initialization; the weights they are merged of."""
     if identity not in ("searched", "one"):
         raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
-    missing = [path for path in blocks if path not in scales]
-    if missing:
-        raise ValueError(f"scales must have an entry for every block, missing: {missing}")
+    check_layers(model, blocks)
+    check_scales(scales, model, blocks)
     drawn = {}
     for path, block in blocks.items():
-        layer = layer_at(model, path)
-        try:
-            check_layer(layer, block)
-            check_block(block, layer.kernel.shape)
-        except ValueError as error:
-            raise ValueError(f"block {path!r}: {error}") from None
-        kernel = layer.kernel
+        kernel = layer_at(model, path).kernel
         start = scales[path] if identity == "searched" else None
         weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, start)
         vectors = {name: jnp.asarray(v) for name, v in scales[path].items()}
@@ -78,7 +71,8 @@ def init_target(
       `model`.
 
     Raises:
-      ValueError: `identity` is neither, a block has no scales, or a layer or branch is refused.
+      ValueError: `identity` is neither, `scales` are not those of the blocks (as ``Scales.check``),
+        or a layer or branch is refused.
 
     >>> from repopt_jax import Full
     >>> model = nnx.Sequential(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
@@ -137,7 +131,7 @@ def target_network(
       rngs: draws the branches' weights.
 
     Raises:
-      ValueError: as `init_target` does, and by ``Scales.check``.
+      ValueError: as `init_target` does.
 
     >>> import optax, repopt_jax
     >>> model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)))
@@ -150,7 +144,5 @@ def target_network(
     >>> state = any_optimizer.init(nnx.state(target.model, nnx.Param))
     """
     blocks = blocks_of(model, blocks)
-    if hasattr(scales, "check"):
-        scales.check(model, blocks)
     model = nnx.clone(model)
     return Target(model, blocks, scales, _draw_kernels(model, blocks, scales, identity, rngs))
