@@ -129,7 +129,8 @@ def main():
     rows = [[kill["kill"], kill["lines"], kill["status"]] for kill in kills]
     print(format_table(rows, ["kill", "lines of metrics", "exit status"]))
     verdict = f"different: {', '.join(different)}" if different else "identical to the last bit"
-    print(f"\n{len(kills)} kills, {total} lines of metrics: the two runs are {verdict}.")
+    hits = sum(kill["status"] == -signal.SIGKILL for kill in kills)  # others came after the end
+    print(f"\n{hits} kills, {total} lines of metrics: the two runs are {verdict}.")
     if arguments.json:
         found = {
             "environment": environment("jax", "orbax-checkpoint", "numpy"),

@@ -70,6 +70,13 @@ class Scales(Mapping):
         Args:
           model: a plain network.
           blocks: path of a layer -> its branches. None: those that the network states.
+
+        >>> from flax import nnx
+        >>> from repopt_jax import Full
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        >>> scales = Scales.initial(model, {"layers/0": {"full": Full(scale=2.0)}})
+        >>> scales["layers/0"]["full"].tolist()
+        [2.0, 2.0, 2.0]
         """
         from repopt_jax.branches import initial_scales
         from repopt_jax.paths import layer_at
@@ -249,9 +256,20 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
 def load_scales(path: str | os.PathLike) -> Scales:
     """Read scales from a safetensors file, or from a torch file ending in .pth, .pt or .bin.
 
+    Args:
+      path: local or ``gs://``.
+
     Raises:
       ValueError: if the file is not a scales file.
       FileNotFoundError: if there is none.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_scales(f"{folder}/s.safetensors", Scales({"conv": {"full": np.ones(2)}}))
+    ...     load_scales(f"{folder}/s.safetensors") == Scales(
+    ...         {"conv": {"full": np.ones(2)}}, {"format_version": "1"}
+    ...     )
+    True
     """
     from etils import epath
 

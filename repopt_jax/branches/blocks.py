@@ -120,6 +120,11 @@ in a row one must be frozen
 def initial_scales(block: Block, kernel_shape: tuple[int, ...], dtype=jnp.float32) -> dict:
     """The per-channel vectors with which a search starts, one of shape ``(out,)`` per branch.
 
+    Args:
+      block: branch name -> branch, whose `scale` is every entry of its vector.
+      kernel_shape: ``(*window, in / groups, out)``.
+      dtype: of the vectors.
+
     >>> from repopt_jax import Full
     >>> initial_scales({"conv3x3": Full(scale=2.0)}, (3, 3, 1, 2))["conv3x3"].tolist()
     [2.0, 2.0]
@@ -203,6 +208,11 @@ def pull_back(
     gradient: Float[Array, "*kernel_shape"],
 ) -> dict[str, Array]:
     """Gradients of the branches' weights, ``E_b^T(s_b * G)``, from the kernel's gradient ``G``.
+
+    Args:
+      block: branch name -> branch ``E_b``.
+      scales: branch name -> ``s_b``, shape ``(out,)``; entries of unscaled branches are ignored.
+      gradient: ``G``, ``(*window, in / groups, out)``.
 
     >>> from repopt_jax import Centre
     >>> block = {"conv1x1": Centre(1)}

@@ -159,8 +159,18 @@ def search_layers(model: nnx.Module) -> dict[str, SearchLayer]:
 def searched_scales(model: nnx.Module, metadata: Mapping[str, str] | None = None) -> Scales:
     """The `Scales` of a search network: trained scales and identity vectors, as float32.
 
+    Args:
+      model: of `search_network`, or of `create_model` with the kind "hs" or "csla".
+      metadata: facts about the search to keep with them. None: only the seeds of frozen factors.
+
     Raises:
       ValueError: if `model` has no search layers.
+
+    >>> from repopt_jax import Full
+    >>> plain = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> search = search_network(plain, {"layers/0": {"full": Full(scale=2.0)}}, rngs=nnx.Rngs(0))
+    >>> searched_scales(search)["layers/0"]["full"].tolist()
+    [2.0, 2.0, 2.0]
     """
     layers = search_layers(model)
     if not layers:
