@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from repopt_jax.training import checkpoints as checkpoints_module
 from repopt_jax.training.checkpoints import Checkpoints
 
 
@@ -51,6 +52,24 @@ DAMAGES = {
     "empty": lambda content, rng: b"",
     "deleted": lambda content, rng: None,
 }
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_not_used_here_either(
+    tmp_path, monkeypatch
+):
+    """Else they would go on from different steps, and sum the gradients of different weights."""
+    dataset = two_saved(tmp_path)
+    answers = [[1.0], [0.0]]
+    monkeypatch.setattr(checkpoints_module, "agreed", lambda own: answers.pop(0))
+    iterator = iter(dataset)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    step, restored = checkpoints.restore(numbers(0), iterator)
+    checkpoints.close()
+    assert (step, answers) == (1, [])
+    assert bits(restored) == bits(numbers(1))
+    fresh = iter(dataset)
+    next(fresh)
+    assert iterator.get_state() == fresh.get_state()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -128,6 +147,7 @@ def test_it_is_an_error_rather_than_a_fresh_start_when_every_checkpoint_is_damag
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, threading, time
 import jax.numpy as jnp, numpy as np
+from repopt_jax.training import checkpoints as checkpoints_module
 from repopt_jax.training.checkpoints import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1], keep_latest=1)

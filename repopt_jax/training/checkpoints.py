@@ -43,6 +43,7 @@ from repopt_jax.training.manifests import (
     unseal,
 )
 from repopt_jax.training.positions import move_to, positions_of
+from repopt_jax.training.processes import agreed
 from repopt_jax.training.retention import KeepLatestAndBest
 
 _log = logging.getLogger(__name__)
@@ -226,9 +227,14 @@ class Checkpoints:
         self.wait()
         damaged = {}
         for candidate in self._candidates(step):
+            failure = None
             try:
                 state = self._read(candidate, example_state, data_iterator)
             except DamagedError as error:
+                failure = error
+            (anywhere,) = agreed([failure is not None])  # all go on from the same one
+            if anywhere:
+                error = failure or DamagedError("another process could not read it")
                 damaged[candidate] = error
                 where = self.directory / str(candidate)
                 _log.warning("The checkpoint %s is damaged and not used (%s)", where, error)
