@@ -1,0 +1,50 @@
+"""The official recipe, as its configuration file states it, on real pictures of ImageNet."""
+
+import pathlib
+import runpy
+
+import numpy as np
+import pytest
+
+from repopt_jax.training import run
+from repopt_jax.training.report import read_metrics
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+FLAGS = {
+    "parts": ("target",),
+    "model.num_blocks": (1, 1, 1, 1),  # else it takes minutes
+    "model.widths": (4, 4, 4, 8, 8),
+    "target.data.image_size": 32,
+    "target.batch_size": 80,  # 3 steps of the 240 pictures, on 8 devices
+    "target.bn_group": 10,
+    "target.epochs": 1.0,
+    "target.schedule.warmup_epochs": 0.0,
+    "target.eval_batch_size": 80,  # 120 pictures: the last batch is a partial one
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir():
+    folder = REPOSITORY.parent / "shared" / "tfds"
+    if not folder.is_dir():
+        pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")
+    return str(folder)
+
+
+def test_the_recipe_trains_on_encoded_pictures_and_is_evaluated_on_all(data_dir, tmp_path):
+    """RandAugment, bfloat16, SGD with multipliers, 1000 classes."""
+    config = runpy.run_path(str(REPOSITORY / "configs" / "imagenet.py"))["get_config"]()
+    scales = tmp_path / "scales.safetensors"
+    config.update_from_flattened_dict(FLAGS | {"target.data.data_dir": data_dir})
+    model = run.prepare(config, "plain", run.make_mesh()).build()
+    run.save_scales(scales, run.Scales.initial(model))
+    config.scales = str(scales)
+    summary = run.run(config, tmp_path / "run")["parts"]["target"]
+    records = read_metrics(tmp_path / "run" / "target" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    losses = [record["train/loss"] for record in records]
+    assert np.isfinite(losses).all() and abs(losses[0] - np.log(1000)) < 1.5
+    hits = summary["eval/top1"] * 120 / 100
+    assert hits == pytest.approx(round(hits), abs=1e-4)
+    assert summary["eval/top5"] >= summary["eval/top1"]
