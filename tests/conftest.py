@@ -55,6 +55,15 @@ def golden():
     return folder
 
 
+@pytest.fixture(scope="session")
+def tfds_dir():
+    """Folder of the real TFDS sets, pictures of ImageNet and CIFAR-10, which users do not have."""
+    folder = SHARED / "tfds"
+    if not folder.is_dir():
+        pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")
+    return str(folder)
+
+
 @pytest.fixture
 def official_scales():
     """Folder of the scale files that the authors released, which users may not have."""

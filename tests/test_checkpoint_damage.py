@@ -147,7 +147,6 @@ def test_it_is_an_error_rather_than_a_fresh_start_when_every_checkpoint_is_damag
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, threading, time
 import jax.numpy as jnp, numpy as np
-from repopt_jax.training import checkpoints as checkpoints_module
 from repopt_jax.training.checkpoints import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1], keep_latest=1)

@@ -13,14 +13,6 @@ from repopt_jax.data import load_dataset
 from repopt_jax.data.sources import ArraySource, SubsetSource
 
 
-@pytest.fixture(scope="module")
-def tfds_dir():
-    folder = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
-    if not folder.is_dir():
-        pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")
-    return str(folder)
-
-
 def test_digits_split_is_fixed_disjoint_and_stratified():
     first, second = load_dataset("digits"), load_dataset("digits")
     np.testing.assert_array_equal(first.train.images, second.train.images)
@@ -98,13 +90,19 @@ def with_split(source, target, old, new, keep_old):
     (target / "dataset_info.json").write_text(json.dumps(info))
 
 
+def imagenet_to_change(tfds_dir, tmp_path):
+    """Links ImageNet's pictures into `tmp_path`; its folder there and the file of training."""
+    folder = tmp_path / "imagenet2012/5.1.0"
+    with_split(pathlib.Path(tfds_dir, "imagenet2012/5.1.0"), folder, "train", "train", False)
+    (records,) = folder.glob("*-train.array_record-*")
+    return folder, records
+
+
 def test_a_set_in_more_files_than_a_process_may_open_is_read_whole(tfds_dir, tmp_path, monkeypatch):
     """As ImageNet's 1024 under many systems' default limit; here 60, and a limit of 40 more."""
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-    source, target = pathlib.Path(tfds_dir, "imagenet2012/5.1.0"), tmp_path / "imagenet2012/5.1.0"
-    with_split(source, target, "train", "train", keep_old=False)
-    (one,) = target.glob("*-train.array_record-*")
+    target, one = imagenet_to_change(tfds_dir, tmp_path)
     records = ArrayRecordReader(str(one)).read_all()
     one.unlink()
     for shard in range(60):
@@ -162,9 +160,7 @@ def test_cache_refuses_pictures_of_several_sizes(tfds_dir):
 
 
 def test_a_damaged_record_file_is_told_with_its_folder(tfds_dir, tmp_path):
-    source, target = pathlib.Path(tfds_dir, "imagenet2012/5.1.0"), tmp_path / "imagenet2012/5.1.0"
-    with_split(source, target, "train", "train", keep_old=False)
-    (path,) = target.glob("*-train.array_record-*")
+    target, path = imagenet_to_change(tfds_dir, tmp_path)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 50_000] = bytes(50_000)

@@ -6,8 +6,11 @@ import runpy
 import numpy as np
 import pytest
 
-from repopt_jax.training import run
+from repopt_jax.scales import Scales, save_scales
+from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
+from repopt_jax.training.run import run
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 FLAGS = {
@@ -24,23 +27,14 @@ FLAGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data_dir():
-    folder = REPOSITORY.parent / "shared" / "tfds"
-    if not folder.is_dir():
-        pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")
-    return str(folder)
-
-
-def test_the_recipe_trains_on_encoded_pictures_and_is_evaluated_on_all(data_dir, tmp_path):
+def test_the_recipe_trains_on_encoded_pictures_and_is_evaluated_on_all(tfds_dir, tmp_path):
     """RandAugment, bfloat16, SGD with multipliers, 1000 classes."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "imagenet.py"))["get_config"]()
     scales = tmp_path / "scales.safetensors"
-    config.update_from_flattened_dict(FLAGS | {"target.data.data_dir": data_dir})
-    model = run.prepare(config, "plain", run.make_mesh()).build()
-    run.save_scales(scales, run.Scales.initial(model))
+    config.update_from_flattened_dict(FLAGS | {"target.data.data_dir": tfds_dir})
+    save_scales(scales, Scales.initial(prepare(config, "plain", make_mesh()).build()))
     config.scales = str(scales)
-    summary = run.run(config, tmp_path / "run")["parts"]["target"]
+    summary = run(config, tmp_path / "run")["parts"]["target"]
     records = read_metrics(tmp_path / "run" / "target" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3]
     losses = [record["train/loss"] for record in records]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-SHARED = pathlib.Path(__file__).parents[2] / "shared"
 sys.path.insert(0, str(BENCHMARKS))
 import ablation  # noqa: E402
 import input_pipeline  # noqa: E402
@@ -50,10 +49,8 @@ def command(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, tfds_dir):
     """Studies of CIFAR-10's pictures take few of them and a tiny network."""
-    if not (SHARED / "tfds").is_dir():
-        pytest.skip("CIFAR-10's pictures (../shared/tfds) are not on this machine")
 
     def shrink(study):
         config_of = study.cifar_config
@@ -143,9 +140,7 @@ def test_the_study_of_widths_measures_every_network_and_setting(command, two_net
     check_int8(found)
 
 
-def test_the_study_of_int8_goes_on_where_it_stopped(command, two_networks, monkeypatch):
-    if not (SHARED / "tfds").is_dir():
-        pytest.skip("CIFAR-10's pictures (../shared/tfds) are not on this machine")
+def test_the_study_of_int8_goes_on_where_it_stopped(command, two_networks, monkeypatch, tfds_dir):
     two_networks(quantization)
     flags = ("--train-split=train[:256]", "--eval-split=test[:64]", "--pictures=32", "--rounds=1")
     flags += ("--epochs=1", "--seeds", "0")
@@ -177,9 +172,7 @@ def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_
     assert update["extra_state_to_parameters"] == pytest.approx(35_968 / 33_255_520, abs=1e-6)
 
 
-def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path):
-    if not (SHARED / "tfds").is_dir():
-        pytest.skip("ImageNet's pictures (../shared/tfds) are not on this machine")
+def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, tfds_dir):
     found = measured(monkeypatch, tmp_path, input_pipeline, "--pictures=32", "--rounds=1")
     variants = {(row["augment"], row["variant"]) for row in found["rows"]}
     for augment in ("weak", "raug15"):

@@ -9,7 +9,6 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SHARED
 
 from repopt_jax.torch_files import Standin, TorchFileError, read_torch_file, state_dict
 
@@ -247,10 +246,9 @@ def test_modules_written_with_checksums_switched_off_are_read(tmp_path):
     assert same(read_torch_file(path), value)
 
 
-def test_released_scales_are_read():
-    files = sorted((SHARED / "official_scales").glob("*.pth"))
-    if not files:
-        pytest.skip("the released scales (../shared/official_scales) are not on this machine")
+def test_released_scales_are_read(official_scales):
+    files = sorted(official_scales.glob("*.pth"))
+    assert files
     for file in files:
         scales = read_torch_file(file)
         assert len(scales) > 60

@@ -60,17 +60,19 @@ class BranchMult:
     def __post_init__(self):
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
-        if self.rule != "linear" and not self.is_elementwise:
-            names = [name for name, branch in self.block if not branch.placement]
+        if self.rule != "linear" and (names := self._other_than_placements()):
             raise ValueError(
                 f"rule={self.rule!r} has a closed form only for branches that are 0/1 placements, "
                 f"got {names}; `reparameterize` is exact for any branch"
             )
 
+    def _other_than_placements(self) -> list[str]:
+        return [name for name, branch in self.block if not branch.placement]
+
     @property
     def is_elementwise(self) -> bool:
         """Whether the multiplier is one factor per entry of the kernel."""
-        return all(branch.placement for _, branch in self.block)
+        return not self._other_than_placements()
 
     def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         """The element-wise multiplier as an array of `kernel_shape`.
@@ -78,8 +80,7 @@ class BranchMult:
         Raises:
           ValueError: for a block with branches that are no placements, which has none.
         """
-        if not self.is_elementwise:
-            names = [name for name, branch in self.block if not branch.placement]
+        if names := self._other_than_placements():
             raise ValueError(f"dense needs branches that are 0/1 placements, got {names}")
         terms, counts = [], []
         for name, branch in self.block:
