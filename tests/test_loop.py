@@ -39,6 +39,49 @@ def fake_step(monkeypatch):
     return losses
 
 
+class Loss(float):
+    """A loss that tells when the loop reads it, as a device's would make the loop wait."""
+
+    def __new__(cls, step, events):
+        loss = super().__new__(cls, 1.0)
+        loss.step, loss.events = step, events
+        return loss
+
+    def __float__(self):
+        self.events.append(("read", self.step))
+        return 1.0
+
+
+def test_the_next_step_has_its_batch_and_is_dispatched_before_a_loss_is_read(
+    tmp_path, fake_step, monkeypatch
+):
+    """Between reports: the device has step n + 1 to do while the loop waits for step n."""
+    events = []
+    put, placed = loop.put_batch, [0]
+
+    def put_batch(*arguments):
+        placed[0] += 1
+        events.append(("put", placed[0]))
+        return put(*arguments)
+
+    def step(graphdef, tx, options, state, batch):
+        number = int(state.step) + 1
+        events.append(("dispatch", number))
+        return state._replace(step=state.step + 1), {"loss": Loss(number, events)}
+
+    monkeypatch.setattr(loop, "put_batch", put_batch)
+    monkeypatch.setattr(loop, "jitted_train_step", step)
+    config = small_config(parts=("plain",), target__epochs=1.0, eval_every=1.0, log_every=100)
+    config.checkpoint.every = 1.0
+    config.target.schedule.warmup_epochs = 0.0
+    run.run(config, tmp_path)
+    expected = [("put", 1), ("dispatch", 1)]
+    for number in range(2, 12):  # 11 steps
+        expected += [("put", number), ("dispatch", number), ("read", number - 1)]
+    assert events[: len(expected)] == expected
+    assert ("read", 11) in events[len(expected) :]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, fake_step):
     """Also between two reports, one step late; the step after it is not saved."""
     config = small_config(parts=("plain",), checkpoint__every=0.45, log_every=100)
