@@ -1,14 +1,14 @@
-"""The paper's Table 4 on CIFAR-10 pictures: what each half of the method, and each scale, is worth.
+"""The paper's Table 4 on CIFAR-10 images: what each half of the method, and each scale, is worth.
 
     python benchmarks/ablation.py --epochs=4 (an hour and a half on two CPU cores)
     python benchmarks/ablation.py --epochs=4 --quick (one seed, a quarter of the steps, half of
-        the rates, judged by fewer pictures, two depths; ten minutes on two cores)
+        the rates, judged by fewer images, two depths; ten minutes on two cores)
 
-A narrow network of RepOpt-VGG-B1's depth; the scales are searched on the pictures of classes 0
+A narrow network of RepOpt-VGG-B1's depth; the scales are searched on the images of classes 0
 to 4, everything else is trained on classes 5 to 9, with equal budgets. Learning rates come from
-a sweep for each optimizer with and without the method, on one seed and on pictures that are
+a sweep for each optimizer with and without the method, on one seed and on images that are
 neither trained on nor in the test set. Prints mean and standard deviation of the test accuracy,
-writes JSON and a picture of the table and of the effect against depth.
+writes JSON and a figure of the table and of the effect against depth.
 
 Resumable: the same command goes on where it stopped.
 """
@@ -58,7 +58,7 @@ SWEEPS = {  # learning rates of a batch
     "plain AdamW": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "RepOptimizer (AdamW)": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
-MOST_HELD_OUT, LEAST_HELD_OUT = 30_000, 5000  # pictures by which the sweep judges; quick: least
+MOST_HELD_OUT, LEAST_HELD_OUT = 30_000, 5000  # images by which the sweep judges; quick: least
 DEPTH = 28  # of RepOpt-VGG-B1 and of configs/cifar10.py
 DEPTHS = {12: (1, 2, 7, 1), 20: (2, 4, 12, 1), 28: (4, 6, 16, 1), 44: (6, 10, 26, 1)}
 QUICK_DEPTHS = (12, DEPTH)
@@ -73,7 +73,7 @@ def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[di
     """The best learning rate of every key of `SWEEPS`, and all that was tried."""
     config = config.copy_and_resolve_references()
     most = LEAST_HELD_OUT if arguments.quick else MOST_HELD_OUT
-    held_out = min(most, 50_000 - arguments.pictures)
+    held_out = min(most, 50_000 - arguments.images)
     config.target.data.eval_split = f"train[-{held_out}:]"
     best, tried = {}, []
     for key, rates in SWEEPS.items():
@@ -116,7 +116,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
         style = {"color": colour, "marker": "o", "capsize": 3}
         points.errorbar(r["top1"], place, xerr=r["top1_deviation"], **style)
     points.set_yticks(range(len(rows)), [r["variant"] for r in rows])
-    points.set_xlabel("Top-1 accuracy on the test pictures of 5 classes (%)")
+    points.set_xlabel("Top-1 accuracy on the test images of 5 classes (%)")
     for title, colour in ((PLAIN.title, "#0072B2"), (FULL.title, "#D55E00")):
         found = [r for r in results["depth"] if r["variant"] == title]
         lines.errorbar(
@@ -148,16 +148,16 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one seed, a quarter of the steps, half of the rates, fewer pictures, two depths",
+        help="one seed, a quarter of the steps, half of the rates, fewer images, two depths",
     )
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "ablation.json")
     arguments = parser.parse_args()
     most = 50_000 - LEAST_HELD_OUT
-    if arguments.pictures > most:
-        parser.error(f"--pictures must be at most {most}, got {arguments.pictures}")
+    if arguments.images > most:
+        parser.error(f"--images must be at most {most}, got {arguments.images}")
     if arguments.quick:
         arguments.seeds, arguments.epochs = [0], arguments.epochs / 4
-    workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"
+    workdir = pathlib.Path(arguments.workdir) / f"{arguments.images}, {arguments.epochs:g} epochs"
     use_compilation_cache(workdir)
     config = cifar_config(arguments)
     scales = searched_for(config, workdir / f"search, {DEPTH} layers")
@@ -169,7 +169,7 @@ def main() -> None:
         used = changed(scales, variant.scales, initial)
         place = workdir / f"{DEPTH} layers, {variant.title}"
         rows.append(over_seeds(variant, config, used, place, rate=rate, seeds=arguments.seeds))
-    given = {k: v for k, v in vars(arguments).items() if k in ("pictures", "epochs", "seeds")}
+    given = {k: v for k, v in vars(arguments).items() if k in ("images", "epochs", "seeds")}
     results = {
         "arguments": given,
         "variants": rows,

@@ -1,15 +1,15 @@
 """Claim: ImageNet training batches cost a fraction of the official pipeline's CPU time.
 
-    python benchmarks/input_pipeline.py                       # the pictures beside this checkout
+    python benchmarks/input_pipeline.py                       # the images beside this checkout
     python benchmarks/input_pipeline.py --folder=DIR          # DIR/train/<class>/*.JPEG
     python benchmarks/input_pipeline.py --data_dir=DIR        # TFDS's imagenet2012 in DIR
 
-Compares, per core and on the same encoded pictures in memory:
+Compares, per core and on the same encoded images in memory:
 
 * official: Pillow decodes, crops, resizes and augments, floats are normalized, in a torch
   DataLoader if torch is installed, else in a bare loop;
 * tf.data: `decode_and_crop_jpeg` and a resize without antialiasing, if TensorFlow is installed;
-* ours: `ResizedCrop.picture` in a bare loop, and `train_batches` on one thread.
+* ours: `ResizedCrop.image` in a bare loop, and `train_batches` on one thread.
 
 Every round runs all variants in turn, with new random crops. Rates are medians over the rounds,
 ratios are medians of the rounds' ratios. One-core rates count CPU seconds, so that other work on
@@ -47,7 +47,7 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
 STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
 
 
-def official(pictures, augment):
+def official(images, augment):
     """The recipe's pipeline in a DataLoader, or without torch in a loop."""
     rand_augment = augment == "raug15"
     if importlib.util.find_spec("torch") is None:
@@ -55,7 +55,7 @@ def official(pictures, augment):
         def run(seed):
             batch = []
             random.seed(seed)
-            for data in pictures:
+            for data in images:
                 image = pillow_transforms.transform(data, SIZE, rand_augment)
                 image = image.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
                 batch.append((image - MEAN) / STD)
@@ -69,24 +69,24 @@ def official(pictures, augment):
     torch.set_num_threads(1)
     mean, std = torch.from_numpy(MEAN), torch.from_numpy(STD)
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self):
-            return len(pictures)
+            return len(images)
 
         def __getitem__(self, index):
-            image = pillow_transforms.transform(pictures[index], SIZE, rand_augment)
+            image = pillow_transforms.transform(images[index], SIZE, rand_augment)
             image = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
             return image.to(torch.float32).div(255).sub_(mean).div_(std)
 
     def run(seed):
         random.seed(seed)
-        for _ in torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True):
+        for _ in torch.utils.data.DataLoader(Images(), BATCH, shuffle=True):
             pass
 
     return run
 
 
-def tf_data(pictures):
+def tf_data(images):
     """The usual tf.data pipeline of ResNet examples: decode only the crop, resize, flip."""
     import tensorflow as tf
 
@@ -107,7 +107,7 @@ def tf_data(pictures):
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     options.threading.max_intra_op_parallelism = 1
-    dataset = tf.data.Dataset.from_tensor_slices(pictures).map(load).batch(BATCH)
+    dataset = tf.data.Dataset.from_tensor_slices(images).map(load).batch(BATCH)
     dataset = dataset.with_options(options)
 
     def run(seed):
@@ -117,21 +117,21 @@ def tf_data(pictures):
     return run
 
 
-def bare(pictures, augment, fast):
-    """Our pictures one by one, without Grain."""
+def bare(images, augment, fast):
+    """Our images one by one, without Grain."""
     augment = preset(augment)
 
     def run(seed):
-        seeds = augment.draw(len(pictures), np.random.default_rng(seed))
-        for data, row in zip(pictures, seeds, strict=True):
-            augment.picture(data, row, SIZE, fast)
+        seeds = augment.draw(len(images), np.random.default_rng(seed))
+        for data, row in zip(images, seeds, strict=True):
+            augment.image(data, row, SIZE, fast)
 
     return run
 
 
-def ours(pictures, augment, fast, threads, epochs=1):
+def ours(images, augment, fast, threads, epochs=1):
     """Our batches: a fixed number, so that no thread works ahead into the next measurement."""
-    source = [{"image": data, "label": 0} for data in pictures]
+    source = [{"image": data, "label": 0} for data in images]
     dataset = Dataset("memory", 1, source, source)
 
     def run(seed):
@@ -151,7 +151,7 @@ def ours(pictures, augment, fast, threads, epochs=1):
 
 
 def measure(variants, rounds, count):
-    """Runs all variants in every round; pictures per CPU second and per second, by name."""
+    """Runs all variants in every round; images per CPU second and per second, by name."""
     for run in variants.values():
         run(0)  # imports, caches, compilation
     rates = {name: {"cpu": [], "wall": []} for name in variants}
@@ -170,23 +170,23 @@ def ratio(rates, name, base):
     return statistics.median(a / b for a, b in pairs)
 
 
-def compare(pictures, augment, rounds):
+def compare(images, augment, rounds):
     """All variants of one preset."""
-    count = len(pictures)
-    variants = {"official": official(pictures, augment)}
+    count = len(images)
+    variants = {"official": official(images, augment)}
     if augment == "weak" and importlib.util.find_spec("tensorflow") is not None:
-        variants["tf.data"] = tf_data(pictures)
+        variants["tf.data"] = tf_data(images)
     for label, fast in (("antialiased", False), ("fast", True)):
-        variants[f"bare loop, {label}"] = bare(pictures, augment, fast)
-        variants[f"train_batches, {label}"] = ours(pictures, augment, fast, threads=1)
+        variants[f"bare loop, {label}"] = bare(images, augment, fast)
+        variants[f"train_batches, {label}"] = ours(images, augment, fast, threads=1)
     rates = measure(variants, rounds, count)
     rows = []
     for name in variants:
         row = {
             "augment": augment,
             "variant": name,
-            "pictures_per_cpu_second": round(statistics.median(rates[name]["cpu"]), 1),
-            "pictures_per_second": round(statistics.median(rates[name]["wall"]), 1),
+            "images_per_cpu_second": round(statistics.median(rates[name]["cpu"]), 1),
+            "images_per_second": round(statistics.median(rates[name]["wall"]), 1),
             "times_official_per_cpu_second": round(ratio(rates, name, "official"), 3),
         }
         if name.startswith("train_batches"):
@@ -196,20 +196,20 @@ def compare(pictures, augment, rounds):
     return rows
 
 
-def scaling(pictures, augment, rounds, epochs=4):
+def scaling(images, augment, rounds, epochs=4):
     """Speed-up by a second thread, over so many batches that the uneven end counts little."""
     rows = []
     for label, fast in (("antialiased", False), ("fast", True)):
-        variants = {n: ours(pictures, augment, fast, threads=n, epochs=epochs) for n in (1, 2)}
-        rates = measure(variants, rounds, epochs * len(pictures))
+        variants = {n: ours(images, augment, fast, threads=n, epochs=epochs) for n in (1, 2)}
+        rates = measure(variants, rounds, epochs * len(images))
         # Wall time suffers from other work on the machine: the best round had least of it.
         one, two = (max(rates[n]["wall"]) for n in (1, 2))
         rows.append(
             {
                 "augment": augment,
                 "variant": label,
-                "pictures_per_second_one_thread": round(one, 1),
-                "pictures_per_second_two_threads": round(two, 1),
+                "images_per_second_one_thread": round(one, 1),
+                "images_per_second_two_threads": round(two, 1),
                 "speed_up": round(two / one, 3),
             }
         )
@@ -222,7 +222,7 @@ def main():
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--data_dir", default=str(HERE.parents[1] / "shared" / "tfds"))
     where.add_argument("--folder")
-    parser.add_argument("--pictures", type=int, default=192)
+    parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--two_threads", action="store_true", help="measure this too; needs two idle cores"
@@ -236,32 +236,30 @@ def main():
             dataset = load_dataset("imagenet2012", data_dir=flags.data_dir)
         except FileNotFoundError:
             raise SystemExit(
-                "no ImageNet pictures found: give --folder or --data_dir (see --help)"
+                "no ImageNet images found: give --folder or --data_dir (see --help)"
             ) from None
-    count = min(flags.pictures, len(dataset.train)) // BATCH * BATCH
+    count = min(flags.images, len(dataset.train)) // BATCH * BATCH
     indices = np.random.default_rng(0).permutation(len(dataset.train))[:count].tolist()
-    pictures = [item["image"] for item in read_items(dataset.train, indices)]
+    images = [item["image"] for item in read_items(dataset.train, indices)]
 
-    rows = [
-        row for augment in ("weak", "raug15") for row in compare(pictures, augment, flags.rounds)
-    ]
+    rows = [row for augment in ("weak", "raug15") for row in compare(images, augment, flags.rounds)]
     print(f"{'augment':8}{'variant':42}{'per CPU s':>10}{'per s':>8}{'x official':>12}  note")
     for row in rows:
         note = f"Grain costs {row['grain_overhead']:.1%}" if "grain_overhead" in row else ""
         print(
-            f"{row['augment']:8}{row['variant']:42}{row['pictures_per_cpu_second']:10.0f}"
-            f"{row['pictures_per_second']:8.0f}{row['times_official_per_cpu_second']:12.2f}  {note}"
+            f"{row['augment']:8}{row['variant']:42}{row['images_per_cpu_second']:10.0f}"
+            f"{row['images_per_second']:8.0f}{row['times_official_per_cpu_second']:12.2f}  {note}"
         )
     two_threads = []
     if flags.two_threads:
         for augment in ("weak", "raug15"):
-            two_threads += scaling(pictures, augment, max(1, flags.rounds // 2))
+            two_threads += scaling(images, augment, max(1, flags.rounds // 2))
     for row in two_threads:
         print(f"{row['augment']:8}{row['variant']:42}two threads: {row['speed_up']:.2f}x one")
     result = {
         "claim": __doc__.splitlines()[0],
-        "pictures": count,
-        "mean_bytes": round(sum(map(len, pictures)) / count),
+        "images": count,
+        "mean_bytes": round(sum(map(len, images)) / count),
         "image_size": SIZE,
         "batch_size": BATCH,
         "rounds": flags.rounds,

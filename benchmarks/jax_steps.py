@@ -48,7 +48,7 @@ def build(name, kind, multiplied, dtype):
 
 
 def multiply_adds(name, size):
-    """Of one picture forward through the plain network: its convolutions and dense layer."""
+    """Of one image forward through the plain network: its convolutions and dense layer."""
     model = nnx.eval_shape(lambda: repopt_jax.create_model(name, rngs=nnx.Rngs(0)))
     model.eval()
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)

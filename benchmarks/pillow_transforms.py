@@ -27,10 +27,10 @@ def crop_box(width, height):
     return left, top, left + side, top + side
 
 
-def affine(picture, *matrix):
+def affine(image, *matrix):
     """Moves pixels with a random interpolation."""
-    return picture.transform(
-        picture.size, Image.Transform.AFFINE, matrix, interpolation(), fillcolor=GREY
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, interpolation(), fillcolor=GREY
     )
 
 
@@ -39,14 +39,14 @@ def interpolation():
     return random.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
 
 
-def cutout(picture, m):
+def cutout(image, m):
     """A filled square around a random place."""
     half = max(2, m * 4) / 2
-    x, y = random.uniform(0, picture.width), random.uniform(0, picture.height)
-    picture = picture.copy()
+    x, y = random.uniform(0, image.width), random.uniform(0, image.height)
+    image = image.copy()
     box = (max(0, x - half), max(0, y - half), x + half, y + half)
-    ImageDraw.Draw(picture).rectangle(box, (125, 122, 113))
-    return picture
+    ImageDraw.Draw(image).rectangle(box, (125, 122, 113))
+    return image
 
 
 def sign():
@@ -59,16 +59,16 @@ def factor(m):
     return m / 10 * 1.8 + 0.1
 
 
-def posterize(picture, m):
+def posterize(image, m):
     """Pillow refuses 0 bits."""
     bits = int(m / 10 * 4)
-    return ImageOps.posterize(picture, bits) if bits else Image.new("RGB", picture.size)
+    return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
 
 
-def add_below_128(picture, m):
+def add_below_128(image, m):
     """SolarizeAdd as a table."""
     table = [min(255, v + int(m / 10 * 110)) if v < 128 else v for v in range(256)]
-    return picture.point(table * 3)
+    return image.point(table * 3)
 
 
 OPERATIONS = (
@@ -92,14 +92,14 @@ OPERATIONS = (
 
 
 def transform(data: bytes, size: int, rand_augment: bool) -> np.ndarray:
-    """Bytes of a picture to uint8 (size, size, 3), not yet normalized."""
-    with Image.open(io.BytesIO(data)) as picture:
-        picture = picture.convert("RGB")
-    picture = picture.crop(crop_box(*picture.size))
-    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    """Bytes of a image to uint8 (size, size, 3), not yet normalized."""
+    with Image.open(io.BytesIO(data)) as image:
+        image = image.convert("RGB")
+    image = image.crop(crop_box(*image.size))
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
     if random.random() < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rand_augment:
         for _ in range(2):
-            picture = random.choice(OPERATIONS)(picture, random.randint(0, 14))
-    return np.asarray(picture)
+            image = random.choice(OPERATIONS)(image, random.randint(0, 14))
+    return np.asarray(image)

@@ -28,10 +28,10 @@ from environment import REPOSITORY, environment
 from ml_collections import ConfigDict
 from onnx import numpy_helper
 
-from repopt_jax.deploy.evaluation import evaluate, pictures_per_second, speedup
+from repopt_jax.deploy.dataset_images import Images, configured_images, unmasked
+from repopt_jax.deploy.evaluation import evaluate, images_per_second, speedup
 from repopt_jax.deploy.layer_report import LayerReport, layer_reports, plot
 from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
-from repopt_jax.deploy.pictures import Pictures, configured_pictures, unmasked
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.deploy.trained import data_section, load_run
@@ -84,15 +84,15 @@ def spread(graph, reports: list[LayerReport]) -> dict[str, float]:
 def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dict:
     """One network: its graphs, their accuracy, spread and speed."""
     trained = load_run(config, workdir, part=name, checkpoint="latest")
-    pictures: Pictures = configured_pictures(data_section(config, name))
+    data: Images = configured_images(data_section(config, name))
     graph = onnx_model(trained.model, trained.preprocessing, name=trained.name)
     save_onnx(workdir / f"{name}.onnx", graph)
 
     def accuracy(model) -> dict[str, float]:
-        return evaluate(OnnxNetwork(model), unmasked(pictures.evaluation(100)))
+        return evaluate(OnnxNetwork(model), unmasked(data.evaluation(100)))
 
     found = {"seed": seed, "network": name, "float": accuracy(graph), "int8": {}}
-    batches = pictures.calibration(arguments.pictures)
+    batches = data.calibration(arguments.images)
     for per_channel, calibration in SETTINGS:
         int8 = quantize(graph, batches, per_channel=per_channel, calibration=calibration)
         path = workdir / f"{name}-{'channel' if per_channel else 'tensor'}-{calibration}.onnx"
@@ -110,8 +110,8 @@ def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dic
     found["layers"] = {"weights dB": [r.snr for r in reports]}
     found["layers"]["outputs dB"] = [r.output_snr for r in reports]
     graphs = {"float": OnnxNetwork(graph), "int8": OnnxNetwork(int8, saturating=True)}
-    speeds = pictures_per_second(graphs, images[:32], rounds=arguments.rounds)
-    found["pictures per second"] = {k: statistics.median(v) for k, v in speeds.items()}
+    speeds = images_per_second(graphs, images[:32], rounds=arguments.rounds)
+    found["images per second"] = {k: statistics.median(v) for k, v in speeds.items()}
     found["speed-up"] = speedup(speeds, "int8", "float")
     return found
 
@@ -179,17 +179,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=30.0, help="of each of the networks")
     parser.add_argument("--search-epochs", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--data", default="cifar10_jpeg", help="a TFDS set of 32-pixel pictures")
+    parser.add_argument("--data", default="cifar10_jpeg", help="a TFDS set of 32-pixel images")
     parser.add_argument("--data-dir", default=str(REPOSITORY.parent / "shared" / "tfds"))
     parser.add_argument("--train-split", default="train")
     parser.add_argument("--eval-split", default="test")
-    parser.add_argument("--pictures", type=int, default=512, help="to calibrate with")
+    parser.add_argument("--images", type=int, default=512, help="to calibrate with")
     parser.add_argument("--rounds", type=int, default=20, help="of the speed measurement")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/quantization"))
     results = REPOSITORY / "benchmarks/results/quantization.json"
     parser.add_argument("--output", type=pathlib.Path, default=results)
     arguments = parser.parse_args()
-    keys = ("epochs", "search_epochs", "data", "train_split", "eval_split", "pictures", "rounds")
+    keys = ("epochs", "search_epochs", "data", "train_split", "eval_split", "images", "rounds")
     budget = {key: getattr(arguments, key) for key in keys}
     runs = []
     for seed in arguments.seeds:

@@ -8,7 +8,7 @@ RepVGG's identity branches leave on its diagonal stay as they are; one step of I
 tensor has to cover both. For every width and seed trains RepVGG and the plain network with a
 RepOptimizer and with SGD, on scikit-learn's digits or as configs/cifar10.py says, and measures the
 last checkpoints as benchmarks/quantization.py does. Prints top-1 accuracy lost to INT8 and writes
-JSON and a picture.
+JSON and a figure.
 
 Resumable: the same command goes on where it stopped.
 """
@@ -107,13 +107,13 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--epochs", type=float, default=10.0, help="of the search too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pictures", type=int, default=512, help="to calibrate with")
+    parser.add_argument("--images", type=int, default=512, help="to calibrate with")
     parser.add_argument("--rounds", type=int, default=5, help="of the speed measurement")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/width"))
     results = REPOSITORY / "benchmarks/results/quantization_width.json"
     parser.add_argument("--output", type=pathlib.Path, default=results)
     arguments = parser.parse_args()
-    budget = {"pictures": arguments.pictures, "rounds": arguments.rounds}  # else in the workdir
+    budget = {"images": arguments.images, "rounds": arguments.rounds}  # else in the workdir
     runs = []
     for width in arguments.widths:
         for seed in arguments.seeds:
@@ -126,7 +126,7 @@ def main() -> None:
             for network in NETWORKS:
                 found = measured(network, seed, config, workdir, arguments, budget)
                 runs.append({"width": width, **found})
-        given = {k: getattr(arguments, k) for k in ("config", "epochs", "widths", "pictures")}
+        given = {k: getattr(arguments, k) for k in ("config", "epochs", "widths", "images")}
         what = __doc__.splitlines()[0]
         found = {"what": what, "arguments": given}
         found |= {"environment": environment(*PACKAGES), "runs": runs}

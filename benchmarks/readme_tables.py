@@ -51,7 +51,7 @@ def made_of(environment: dict, arguments: dict) -> str:
     """In what circumstances a study was made."""
     versions = environment["versions"]
     return (
-        f"{arguments['pictures']:,} CIFAR-10 pictures, those of 5 classes for the search and the "
+        f"{arguments['images']:,} CIFAR-10 images, those of 5 classes for the search and the "
         f"others for the rest, batch 128, {len(arguments['seeds'])} seeds; "
         f"{machine(environment)}, jax {versions['jax']}, {commit(environment)}."
     )
@@ -82,7 +82,7 @@ def ablation(data: dict) -> str:
         found = f"{r['learning_rate']:g}: {r['top1']:.1f}"
         tried.setdefault(r["optimizer"], []).append(found)
     sweep = markdown(
-        ("sweep of one seed on held-out pictures", "learning rate: top-1 %"),
+        ("sweep of one seed on held-out images", "learning rate: top-1 %"),
         [(optimizer, ", ".join(found)) for optimizer, found in tried.items()],
     )
     facts = made_of(data["environment"], data["arguments"])
@@ -112,10 +112,10 @@ def input_pipeline(data: dict) -> str:
         if found is None:
             return ""
         times = found["times_official_per_cpu_second"]
-        return f"{found['pictures_per_cpu_second']:.0f} ({times:.2f}x)"
+        return f"{found['images_per_cpu_second']:.0f} ({times:.2f}x)"
 
     table = markdown(
-        ("ImageNet pictures per second of one core", *augments),
+        ("ImageNet images per second of one core", *augments),
         [(variant, *(cell(variant, augment) for augment in augments)) for variant in variants],
     )
     two = [f"{r['variant']} ({r['augment']}) {r['speed_up']:.2f}x" for r in data["two_threads"]]

@@ -6,7 +6,7 @@ A narrow network of RepOpt-VGG-A0's depth, with the data and budget of `ablation
 keeps its scales after every epoch; networks are trained with those of several epochs, with identity
 branches that start at 1 or where the search ended, with scales of 1 and averaged per layer, and
 against RepVGG and plain SGD. Prints means and standard deviations over the seeds, writes JSON, a
-picture of accuracy against search length, and one of the scales by depth over the search.
+figure of accuracy against search length, and one of the scales by depth over the search.
 
 Resumable: the same command goes on where it stopped.
 """
@@ -68,7 +68,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
         ax.axhline(found["top1"], color=colour, linestyle="--", label=title)
         ax.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
     ax.set_xlabel("Epochs of the search whose scales are used")
-    ax.set_ylabel("Top-1 accuracy on the test pictures of 5 classes (%)")
+    ax.set_ylabel("Top-1 accuracy on the test images of 5 classes (%)")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color="0.9", linewidth=0.8)
     ax.legend(frameon=False)
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate of a batch")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "small_models.json")
     arguments = parser.parse_args()
-    workdir = pathlib.Path(arguments.workdir) / f"{arguments.pictures}, {arguments.epochs:g} epochs"
+    workdir = pathlib.Path(arguments.workdir) / f"{arguments.images}, {arguments.epochs:g} epochs"
     use_compilation_cache(workdir)
     config = cifar_config(arguments)
     config.model.num_blocks, config.model.widths = NUM_BLOCKS, WIDTHS
@@ -108,7 +108,7 @@ def main() -> None:
         options = {"rate": arguments.rate, "seeds": arguments.seeds}
         found = over_seeds(variant, config, scales, workdir / variant.title, **options)
         rows.append(found if length is None else {**found, "search_epochs": length})
-    keys = ("pictures", "epochs", "seeds", "lengths")
+    keys = ("images", "epochs", "seeds", "lengths")
     given = {key: getattr(arguments, key) for key in keys}
     results = {"arguments": given, "variants": rows, "environment": environment(*PACKAGES)}
     write_json(arguments.output, results)

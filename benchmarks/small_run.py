@@ -22,7 +22,7 @@ SETTINGS = {
     "target.bn_group": 8,
     "search.batch_size": 128,  # 11 steps an epoch
     "target.batch_size": 128,
-    "search.eval_batch_size": 100,  # 360 pictures: the last batch is a partial one
+    "search.eval_batch_size": 100,  # 360 images: the last batch is a partial one
     "target.eval_batch_size": 100,
     "search.epochs": 2.0,
     "target.epochs": 3.0,

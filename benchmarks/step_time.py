@@ -213,7 +213,7 @@ def print_steps(result):
     """The table of one setting."""
     print(
         f"\n{result['model']} {result['size']} px, batch {result['batch']}, {result['dtype']}, "
-        f"{result['giga_multiply_adds']} G multiply-adds a picture"
+        f"{result['giga_multiply_adds']} G multiply-adds a image"
     )
     print(f"{'variant':20}{'ms':>9}{'images/s':>10}{'/target':>9}{'CPU':>7}{'compile s':>11}"
           f"{'GB':>7}{'MFU':>7}")  # fmt: skip

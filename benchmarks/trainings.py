@@ -53,14 +53,14 @@ class Variant:
 
 
 def cifar_config(arguments) -> ConfigDict:
-    """The CIFAR-10 pictures of half of the classes for the search, the other half for the rest."""
+    """The CIFAR-10 images of half of the classes for the search, the other half for the rest."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "cifar10.py"))["get_config"]()
     config.eval_every = config.checkpoint.every = 1e6
     config.log_every = 100
     for section, classes in ((config.search, SEARCH_CLASSES), (config.target, TARGET_CLASSES)):
         section.data.name = arguments.data
         section.data.data_dir = arguments.data_dir
-        section.data.train_split = f"train[:{arguments.pictures}]"
+        section.data.train_split = f"train[:{arguments.images}]"
         section.data.classes = classes
         section.epochs = arguments.epochs
         section.schedule.warmup_epochs = min(1.0, arguments.epochs / 4)
@@ -70,9 +70,9 @@ def cifar_config(arguments) -> ConfigDict:
 def add_arguments(parser, workdir: str) -> None:
     """What both scripts take."""
     parser.add_argument("--workdir", default=workdir)
-    parser.add_argument("--data", default="cifar10_jpeg", help="TFDS set of CIFAR-10's pictures")
+    parser.add_argument("--data", default="cifar10_jpeg", help="TFDS set of CIFAR-10's images")
     parser.add_argument("--data-dir", default=str(REPOSITORY.parent / "shared" / "tfds"))
-    parser.add_argument("--pictures", type=int, default=20_000, help="of all ten classes")
+    parser.add_argument("--images", type=int, default=20_000, help="of all ten classes")
     parser.add_argument("--epochs", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
@@ -130,7 +130,7 @@ def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathl
     """Train one variant, or read what it has reached.
 
     Returns:
-      Top-1 (percent) over all evaluation pictures after the last step, seconds and images/s.
+      Top-1 (percent) over all evaluation images after the last step, seconds and images/s.
 
     Raises:
       ValueError: `workdir` holds a training with other settings.

@@ -2,7 +2,7 @@
 
 Command: python train.py --config=configs/cifar10.py --workdir=runs/cifar10
 Data: TFDS cifar10, prepared once by `tfds build cifar10 --file_format=array_record`; another set
-of such pictures by --config.search.data.name, --config.search.data.data_dir and the same of target.
+of such images by --config.search.data.name, --config.search.data.data_dir and the same of target.
 Network: 28 layers, 16 to 128 channels. Hardware: two CPU cores are enough, see the README.
 """
 

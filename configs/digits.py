@@ -1,7 +1,7 @@
 """The whole method on scikit-learn's digits: search, RepOptimizer, plain SGD.
 
 Command: python train.py --workdir=runs/digits
-Data: 1,437 training and 360 evaluation pictures of 8x8 pixels, inside scikit-learn.
+Data: 1,437 training and 360 evaluation images of 8x8 pixels, inside scikit-learn.
 Network: the depth of RepOpt-VGG-B1 (28 layers), 16 to 64 channels wide.
 """
 

@@ -57,7 +57,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def tfds_dir():
-    """Folder of the real TFDS sets, pictures of ImageNet and CIFAR-10, which users do not have."""
+    """Folder of the real TFDS sets, images of ImageNet and CIFAR-10, which users do not have."""
     folder = SHARED / "tfds"
     if not folder.is_dir():
         pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")

@@ -41,7 +41,7 @@ def begin(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_its_bn_group_on_fewer_devices(begin):
-    """A device's share of 128 pictures is 16 on 8 devices, and would be 128 on one."""
+    """A device's share of 128 images is 16 on 8 devices, and would be 128 on one."""
     for devices in (8, 1):
         part = begin(devices)
         assert part.section.bn_group == part.options.group == 16
@@ -55,7 +55,7 @@ def test_a_bn_group_that_devices_cannot_hold_is_told_with_its_origin(begin, tmp_
 
 
 def test_a_large_machine_gives_no_tiny_groups_unless_they_are_asked_for(begin, tmp_path):
-    """A share of 4 pictures on 8 devices is refused, before anything is written."""
+    """A share of 4 images on 8 devices is refused, before anything is written."""
     told = r"^target.bn_group must be given .* got None for 4 \(batch_size 32, 8 devices\)"
     with pytest.raises(RunStopped, match=told):
         begin(8, target__batch_size=32)

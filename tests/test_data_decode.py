@@ -74,15 +74,15 @@ def test_files_without_a_separable_top_come_whole(kind):
 
 def test_a_truncated_jpeg_is_refused_even_if_its_top_is_there():
     """Or else it would depend on the crop whether a broken file is noticed."""
-    with pytest.raises(ValueError, match="the picture cannot be decoded"):
+    with pytest.raises(ValueError, match="the image cannot be decoded"):
         decode(KINDS["jpeg"][:-300], rows=8)
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"no picture", KINDS["jpeg"][:-300], KINDS["png"][:-300], KINDS["jpeg"][:30]],
+    [b"", b"no image", KINDS["jpeg"][:-300], KINDS["png"][:-300], KINDS["jpeg"][:30]],
     ids=["empty", "text", "truncated jpeg", "truncated png", "header only"],
 )
 def test_broken_files_are_refused(data):
-    with pytest.raises(ValueError, match="the picture cannot be decoded"):
+    with pytest.raises(ValueError, match="the image cannot be decoded"):
         decode(data)

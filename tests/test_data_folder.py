@@ -1,4 +1,4 @@
-"""Claims about picture files: folders, broken files, batches from encoded pictures."""
+"""Claims about image files: folders, broken files, batches from encoded images."""
 
 import logging
 
@@ -13,7 +13,7 @@ from repopt_jax.data.resize import resize_and_crop
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of 6 training and 3 evaluation pictures, of several sizes, coloured by label."""
+    """Two classes of 6 training and 3 evaluation images, of several sizes, coloured by label."""
     for split, count in (("train", 6), ("val", 3)):
         for label, name in enumerate(("ant", "bee")):
             (tmp_path / split / name).mkdir(parents=True)
@@ -22,7 +22,7 @@ def folder(tmp_path):
                 image[::2] += np.uint8(10 * i)
                 data = simplejpeg.encode_jpeg(image)
                 (tmp_path / split / name / f"{i}.JPEG").write_bytes(data)
-    (tmp_path / "train" / "bee" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "bee" / "notes.txt").write_text("no image")
     return tmp_path
 
 
@@ -55,20 +55,20 @@ def test_wrong_folders_are_named(folder):
     with pytest.raises(ValueError, match=r"no class that train_split lacks, got \['cat'\]"):
         load(folder)
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"train_split must hold pictures .* got none in"):
+    with pytest.raises(ValueError, match=r"train_split must hold images .* got none in"):
         load(folder, train_split="empty", eval_split="empty")
 
 
 def test_stray_folders_do_not_shift_labels(folder):
-    """Hidden ones are no classes, and a class without pictures is refused."""
+    """Hidden ones are no classes, and a class without images is refused."""
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     assert load(folder).num_classes == 2 and load(folder).train[0]["label"] == 0
     (folder / "train" / "aardvark").mkdir()
-    with pytest.raises(ValueError, match=r"pictures of every class, got none in .*aardvark'$"):
+    with pytest.raises(ValueError, match=r"images of every class, got none in .*aardvark'$"):
         load(folder)
 
 
-def test_pictures_of_several_sizes_need_an_image_size(folder):
+def test_images_of_several_sizes_need_an_image_size(folder):
     for make in (train_batches, eval_batches):
         seed = {"seed": 0} if make is train_batches else {}
         with pytest.raises(ValueError, match=r"image_size must be given, because .* got None"):
@@ -98,7 +98,7 @@ def test_encoded_batches_depend_on_neither_threads_nor_processes_nor_interruptio
             threaded.set_state(state)
 
 
-def test_encoded_evaluation_sees_every_picture_once(folder):
+def test_encoded_evaluation_sees_every_image_once(folder):
     batches = list(eval_batches(load(folder), batch_size=4, image_size=24, resize=28))
     assert [batch["mask"].sum() for batch in batches] == [4, 2]
     assert batches[0]["image"].shape == (4, 24, 24, 3)
@@ -117,19 +117,19 @@ def test_resize_without_or_below_image_size_is_refused(folder):
 
 
 def test_a_broken_file_stops_the_run_with_its_name(folder):
-    (folder / "train" / "ant" / "2.JPEG").write_bytes(b"no picture")
+    (folder / "train" / "ant" / "2.JPEG").write_bytes(b"no image")
     (folder / "val" / "bee" / "1.JPEG").write_bytes(b"")
     batches = train_batches(load(folder), batch_size=12, seed=0, augment="weak", image_size=32)
-    with pytest.raises(ValueError, match=r"training picture 2 \(.*ant.2\.JPEG\): .*skip_bad=True"):
+    with pytest.raises(ValueError, match=r"training image 2 \(.*ant.2\.JPEG\): .*skip_bad=True"):
         next(batches)
-    with pytest.raises(ValueError, match=r"evaluation picture 4 \(.*bee.1\.JPEG\)"):
+    with pytest.raises(ValueError, match=r"evaluation image 4 \(.*bee.1\.JPEG\)"):
         list(eval_batches(load(folder), batch_size=6, image_size=32))
 
 
 def test_skipped_files_are_replaced_and_counted(folder, caplog):
-    """Pictures 5 and 6 are broken: 7 stands in for both, in either kind of augmentation."""
-    (folder / "train" / "ant" / "5.JPEG").write_bytes(b"no picture")
-    (folder / "train" / "bee" / "0.JPEG").write_bytes(b"no picture")
+    """Images 5 and 6 are broken: 7 stands in for both, in either kind of augmentation."""
+    (folder / "train" / "ant" / "5.JPEG").write_bytes(b"no image")
+    (folder / "train" / "bee" / "0.JPEG").write_bytes(b"no image")
     for augment in ("none", "raug15"):
         dataset = load(folder)
         arguments = {"batch_size": 12, "seed": 0, "augment": augment, "image_size": 32}
@@ -143,7 +143,7 @@ def test_skipped_files_are_replaced_and_counted(folder, caplog):
             copies = np.unique(batch["image"], axis=0, return_counts=True)[1]
             assert sorted(copies) == [1] * 9 + [3]
         assert batch["image"].any(axis=(1, 2, 3)).all()
-        assert len(dataset.bad_pictures) == 2
+        assert len(dataset.bad_images) == 2
         assert [r.message.endswith(f"number {n}") for n, r in enumerate(caplog.records, 1)] == [
             True,
             True,
@@ -155,12 +155,12 @@ def test_skipped_files_are_masked_in_evaluation(folder):
     dataset = load(folder)
     (batch,) = eval_batches(dataset, batch_size=6, image_size=32, skip_bad=True)
     assert batch["mask"].tolist() == [True, True, True, True, False, True]
-    assert len(dataset.bad_pictures) == 1
+    assert len(dataset.bad_images) == 1
 
 
 def test_a_set_of_broken_files_only_is_an_error(folder):
     for path in (folder / "train").glob("*/*.JPEG"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     batches = train_batches(load(folder), batch_size=4, seed=0, image_size=32, skip_bad=True)
-    with pytest.raises(ValueError, match="none of the training pictures can be decoded"):
+    with pytest.raises(ValueError, match="none of the training images can be decoded"):
         next(batches)

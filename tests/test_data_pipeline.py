@@ -10,7 +10,7 @@ from repopt_jax.data.sources import ArraySource
 
 
 def numbered(n=23, n_eval=10):
-    """A set whose picture i is filled with i and labelled i."""
+    """A set whose image i is filled with i and labelled i."""
 
     def source(n):
         images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
@@ -94,8 +94,8 @@ def test_a_restored_iterator_continues_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_evaluation_sees_every_picture_once_and_all_processes_as_many_batches(count):
-    """10 pictures in batches of 4: the last batch leaves processes 2 and 3 of 4 without any."""
+def test_evaluation_sees_every_image_once_and_all_processes_as_many_batches(count):
+    """10 images in batches of 4: the last batch leaves processes 2 and 3 of 4 without any."""
     seen, numbers = [], set()
     for index in range(count):
         batches = list(

@@ -13,7 +13,7 @@ MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 EXACT = [name for name in OPERATIONS if name not in (*MOVES, "Cutout")]
 
 
-def picture(seed=0, height=61, width=80):
+def random_image(seed=0, height=61, width=80):
     """Smooth colours with some noise, all values from 0 to 255."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
@@ -22,7 +22,7 @@ def picture(seed=0, height=61, width=80):
 
 
 def covered(name, image, draw):
-    """Where the moved picture is, without two pixels along its border."""
+    """Where the moved image is, without two pixels along its border."""
     white = np.full_like(image, 255)
     inside = (OPERATIONS[name](white, draw) == 255).all(axis=-1)
     return cv2.erode(inside.astype(np.uint8), np.ones((5, 5))) == 1
@@ -40,7 +40,7 @@ def test_looked_up_and_blended_values_equal_the_official_codes(name, golden):
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_moved_pictures_are_within_one_of_the_official_codes(name, golden):
+def test_moved_images_are_within_one_of_the_official_codes(name, golden):
     data = np.load(golden / "randaug.npz")
     for magnitude in (0, 3, 9, 14):
         for sign in "+-":
@@ -61,7 +61,7 @@ def test_moved_pictures_are_within_one_of_the_official_codes(name, golden):
 @pytest.mark.parametrize("pixels", [-31.7, -2.5, -0.4, 0.0, 0.3, 7.0, 12.6])
 def test_translation_equals_pillows(axis, bicubic, pixels):
     """Both interpolations, the border included, but for Pillow's rounding down."""
-    image = picture()
+    image = random_image()
     offsets = (1, 0, pixels, 0, 1, 0) if axis == 1 else (1, 0, 0, 0, 1, pixels)
     pillow = Image.fromarray(image).transform(
         image.shape[1::-1],
@@ -79,14 +79,16 @@ def test_bicubic_moves_stay_near_the_bilinear_ones(name):
     """Same geometry: a wrong sign or centre would be off by tens."""
     for magnitude in (2, 14):
         linear, cubic = (
-            OPERATIONS[name](picture(), Draw(magnitude, True, bicubic)).astype(int)
+            OPERATIONS[name](random_image(), Draw(magnitude, True, bicubic)).astype(int)
             for bicubic in (False, True)
         )
-        assert np.abs(linear - cubic)[covered(name, picture(), Draw(magnitude, True))].mean() < 4
+        assert (
+            np.abs(linear - cubic)[covered(name, random_image(), Draw(magnitude, True))].mean() < 4
+        )
 
 
 @pytest.mark.parametrize("values", [[7], [0, 255], [3, 250], list(range(256))])
-def test_pictures_of_few_values_equalize_and_stretch_as_in_pillow(values):
+def test_images_of_few_values_equalize_and_stretch_as_in_pillow(values):
     image = np.random.default_rng(0).choice(values, (20, 30, 3)).astype(np.uint8)
     for name, pillow in (("Equalize", ImageOps.equalize), ("AutoContrast", ImageOps.autocontrast)):
         expected = np.asarray(pillow(Image.fromarray(image)))
@@ -102,17 +104,17 @@ def test_equalize_steps_as_pillow_does(brightest):
     np.testing.assert_array_equal(OPERATIONS["Equalize"](image, Draw(5)), expected)
 
 
-def test_zero_bits_make_a_black_picture():
+def test_zero_bits_make_a_black_image():
     """Pillow refuses to posterize to 0 bits, which magnitudes 0, 1 and 2 ask for."""
-    assert posterize(picture(), 0).max() == 0
-    assert OPERATIONS["PosterizeTpu"](picture(), Draw(2)).max() == 0
+    assert posterize(random_image(), 0).max() == 0
+    assert OPERATIONS["PosterizeTpu"](random_image(), Draw(2)).max() == 0
 
 
 @pytest.mark.parametrize(
     ("magnitude", "centre", "painted"),
     [(0, (0.5, 0.5), 4), (5, (0.5, 0.5), 400), (5, (0.0, 0.0), 400), (5, (0.999, 0.999), 100)],
 )
-def test_cutout_paints_a_square_that_may_leave_the_picture(magnitude, centre, painted):
+def test_cutout_paints_a_square_that_may_leave_the_image(magnitude, centre, painted):
     image = np.zeros((60, 80, 3), np.uint8)
     out = OPERATIONS["Cutout"](image, Draw(magnitude, centre=centre))
     changed = (out == (125, 122, 113)).all(axis=-1)
@@ -128,7 +130,7 @@ def test_operations_magnitudes_and_signs_are_uniform(monkeypatch):
     monkeypatch.setattr(randaugment, "_FUNCTIONS", tuple(stubs))
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        rand_augment(picture(height=2, width=2), rng)
+        rand_augment(random_image(height=2, width=2), rng)
     assert len(calls) == 4000  # two layers
     counts = np.bincount([n for n, _ in calls], minlength=16)
     assert counts.min() > 180 and counts.max() < 320
@@ -141,7 +143,7 @@ def test_operations_magnitudes_and_signs_are_uniform(monkeypatch):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_leave_their_input_and_its_shape_alone(name):
-    image = picture()
+    image = random_image()
     out = OPERATIONS[name](image, Draw(9, True, True))
-    np.testing.assert_array_equal(image, picture())
+    np.testing.assert_array_equal(image, random_image())
     assert out.shape == image.shape and out.dtype == np.uint8

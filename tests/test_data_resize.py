@@ -36,13 +36,13 @@ def test_evaluation_is_pillows_resize_and_a_centre_crop(size, resize, shape):
     image = photo(*shape)
     short = resize or size
     height, width = (short * n // min(shape) for n in shape)
-    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    image = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    expected = np.asarray(picture.crop((left, top, left + size, top + size)))
+    expected = np.asarray(image.crop((left, top, left + size, top + size)))
     np.testing.assert_array_equal(resize_and_crop(image, size, resize), expected)
 
 
-def test_a_crop_larger_than_the_resized_picture_is_refused():
+def test_a_crop_larger_than_the_resized_image_is_refused():
     with pytest.raises(ValueError, match="resize must be at least image_size = 224, got 200"):
         resize_and_crop(photo(300, 300), 224, 200)
 
@@ -66,7 +66,7 @@ def test_random_boxes_have_uniform_area_and_bounded_ratio():
     [((100, 30), (30, 0, 40, 30)), ((30, 100), (0, 30, 30, 40)), ((50, 50), (0, 0, 50, 50))],
 )
 def test_without_a_fitting_draw_the_box_is_the_largest_centred_one(shape, box):
-    """Boxes of 99 times the picture's area never fit."""
+    """Boxes of 99 times the image's area never fit."""
     assert random_box(*shape, np.random.default_rng(0), scale=(99, 99)) == box
 
 
@@ -97,7 +97,7 @@ def test_fast_crops_are_not_antialiased():
 
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("bicubic", [False, True])
-def test_crops_of_encoded_and_decoded_pictures_are_equal(fast, bicubic):
+def test_crops_of_encoded_and_decoded_images_are_equal(fast, bicubic):
     data = simplejpeg.encode_jpeg(photo(90, 120))
     for seed in range(10):
         ours, expected = (
@@ -108,7 +108,7 @@ def test_crops_of_encoded_and_decoded_pictures_are_equal(fast, bicubic):
         assert mean_difference(ours, expected) <= (1 if fast else 0)
 
 
-def test_crops_from_partly_decoded_pictures_look_the_same():
+def test_crops_from_partly_decoded_images_look_the_same():
     """At 1200 x 1500 pixels most crops of 64 need only a quarter or an eighth."""
     data = simplejpeg.encode_jpeg(cv2.resize(photo(300, 375), (1500, 1200)), quality=95)
     full = decode(data)

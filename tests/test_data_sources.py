@@ -33,7 +33,7 @@ def test_digits_refuses_other_splits():
         load_dataset("digits", train_split="train[:10]")
 
 
-def test_classes_keep_their_pictures_and_get_new_numbers():
+def test_classes_keep_their_images_and_get_new_numbers():
     whole = load_dataset("digits")
     pair = load_dataset("digits", classes=(8, 3))
     assert pair.num_classes == 2
@@ -50,7 +50,7 @@ def test_impossible_classes_are_refused(classes):
         load_dataset("digits", classes=classes)
 
 
-def test_cached_and_encoded_pictures_are_equal(tfds_dir):
+def test_cached_and_encoded_images_are_equal(tfds_dir):
     arguments = {"data_dir": tfds_dir, "train_split": "train[:300]", "eval_split": "test[-50:]"}
     cached = load_dataset("cifar10_jpeg", **arguments)
     encoded = load_dataset("cifar10_jpeg", cache=False, **arguments)
@@ -91,7 +91,7 @@ def with_split(source, target, old, new, keep_old):
 
 
 def imagenet_to_change(tfds_dir, tmp_path):
-    """Links ImageNet's pictures into `tmp_path`; its folder there and the file of training."""
+    """Links ImageNet's images into `tmp_path`; its folder there and the file of training."""
     folder = tmp_path / "imagenet2012/5.1.0"
     with_split(pathlib.Path(tfds_dir, "imagenet2012/5.1.0"), folder, "train", "train", False)
     (records,) = folder.glob("*-train.array_record-*")
@@ -154,8 +154,8 @@ def test_classes_of_an_encoded_set(tfds_dir):
     assert whole.train[5]["image"] in [one.train[i]["image"] for i in range(len(one.train))]
 
 
-def test_cache_refuses_pictures_of_several_sizes(tfds_dir):
-    with pytest.raises(ValueError, match="cache must not be True for pictures of several sizes"):
+def test_cache_refuses_images_of_several_sizes(tfds_dir):
+    with pytest.raises(ValueError, match="cache must not be True for images of several sizes"):
         load_dataset("imagenet2012", data_dir=tfds_dir, cache=True)
 
 

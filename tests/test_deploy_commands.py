@@ -103,7 +103,7 @@ def test_the_documented_commands_write_their_files(documented, folder):
 
 
 def test_the_float_graph_has_the_accuracy_that_training_told(documented, folder, command):
-    """top-1 and top-5 of the best checkpoint, over all 360 pictures; the INT8 drop is beside."""
+    """top-1 and top-5 of the best checkpoint, over all 360 images; the INT8 drop is beside."""
     status, out, _ = command("eval digits.onnx digits-int8.onnx --workdir=runs/digits")
     assert status == 0
     records = read_metrics(folder / "runs" / "digits" / "target" / "metrics.jsonl")
@@ -111,12 +111,12 @@ def test_the_float_graph_has_the_accuracy_that_training_told(documented, folder,
     rows = table(out)
     told = [f"{best['eval/top1']:.2f}", f"{best['eval/top5']:.2f}"]
     assert rows["digits.onnx"][:5] == [*told, "0.00", "0.00", "360"]
-    top1, _, drop, _, pictures = rows["digits-int8.onnx"][:5]
-    assert pictures == "360" and float(drop) == pytest.approx(float(told[0]) - float(top1))
+    top1, _, drop, _, images = rows["digits-int8.onnx"][:5]
+    assert images == "360" and float(drop) == pytest.approx(float(told[0]) - float(top1))
     assert abs(float(drop)) < 10
 
 
-def test_a_run_is_exported_without_its_pictures(documented, folder, command):
+def test_a_run_is_exported_without_its_images(documented, folder, command):
     """As long as the configuration says how large they are."""
     lost = "--config.target.data.name=folder --config.target.data.data_dir=/absent"
     line = f"export lost.onnx --workdir=runs/digits {lost}"
@@ -191,9 +191,9 @@ WRONG = [
     ("export a.onnx --weights=vgg.pth --std 0 1 1", "mean and std must be 3 numbers each"),
     ("quantize vgg.pth a.onnx --data=digits", "graph must be an ONNX file, got 'vgg.pth'"),
     ("quantize no.onnx a.onnx --data=digits", "No such file or directory"),
-    ("quantize digits.onnx a.onnx", "pictures must be named by either --data or --workdir"),
+    ("quantize digits.onnx a.onnx", "images must be named by either --data or --workdir"),
     ("quantize vgg.onnx a.onnx --workdir=runs/digits", "the graph's size (32, 32), got (8, 8)"),
-    ("quantize digits.onnx a.onnx --data=digits --pictures=9999", "must be in 1..1437, got 9999"),
+    ("quantize digits.onnx a.onnx --data=digits --images=9999", "must be in 1..1437, got 9999"),
     ("quantize digits.onnx a.onnx --data=digits --calibration=median", "invalid choice: 'median'"),
     ("eval digits.onnx --workdir=runs/digits --config.target.dat=3", "--config.target.dat=3"),
     (f"eval digits.onnx --workdir=runs/digits {SECTION}.image_size=9", "size (8, 8), got (9, 9)"),
@@ -201,7 +201,7 @@ WRONG = [
     ("eval digits.onnx --data=digits --batch-size=0", "batch-size must be at least 1, got 0"),
     ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD needs --workdir"),
     ("eval digits.onnx --data=digits --colour=red", "unknown arguments ['--colour=red']"),
-    ("eval digits.onnx vgg.onnx --data=digits", "graphs must take pictures of one size, got"),
+    ("eval digits.onnx vgg.onnx --data=digits", "graphs must take images of one size, got"),
     ("eval digits.onnx --config=nowhere.py", "nowhere.py"),
     ("benchmark digits.onnx --batch-size=0", "batch-size must be at least 1, got 0"),
     ("report digits.onnx a.txt", "output must end in .png or .pdf, got a.txt"),
@@ -238,7 +238,7 @@ def test_what_is_wrong_ends_with_one_sentence(documented, folder, command, line,
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_configuration_file_names_the_pictures(documented, command):
+def test_a_configuration_file_names_the_images(documented, command):
     """As train.py was given it, instead of what the run has left."""
     status, out, _ = command(f"eval digits.onnx --config={REPOSITORY}/configs/digits.py")
     assert status == 0 and table(out)["digits.onnx"][4] == "360"

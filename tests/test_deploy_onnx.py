@@ -39,7 +39,7 @@ def network(kind="target", *, se=False):
 
 
 def randomized(model):
-    """`model` with statistics of the pictures, and biases and scales that are not initial."""
+    """`model` with statistics of the images, and biases and scales that are not initial."""
     rng = np.random.default_rng(2)
 
     def drawn(path, value):
@@ -63,13 +63,13 @@ def logits(model, preprocessing):
 
 
 def assert_agree(found, expected):
-    assert np.ptp(expected, axis=0).min() > 0.05 * np.abs(expected).max()  # pictures differ
+    assert np.ptp(expected, axis=0).min() > 0.05 * np.abs(expected).max()  # images differ
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("se", [False, True], ids=["plain", "se"])
 @pytest.mark.parametrize("kind", ["target", "hs", "csla", "repvgg"])
-def test_onnxruntime_agrees_with_jax_on_pictures(kind, se):
+def test_onnxruntime_agrees_with_jax_on_images(kind, se):
     """Every kind of network, preprocessing inside the graph or outside, at two batch sizes."""
     model = network(kind, se=se)
     for inside in (True, False):
@@ -95,7 +95,7 @@ def test_ghost_networks_are_exported_too(kind, monkeypatch):
 
 
 def test_the_graph_is_clean():
-    """One convolution per block, and one transpose, of the uint8 pictures."""
+    """One convolution per block, and one transpose, of the uint8 images."""
 
     def count(**options):
         graph = onnx_model(network(se=False), Preprocessing(8, 8, **options), name="tiny").graph
@@ -119,8 +119,8 @@ def test_the_file_tells_what_it_holds(tmp_path):
     assert model.producer_version == metadata["repopt_jax_version"] == repopt_jax.__version__
     assert (metadata["model"], metadata["num_classes"]) == ("tiny", "10")
     assert Preprocessing.from_metadata(metadata) == preprocessing
-    batch, *picture = model.graph.input[0].type.tensor_type.shape.dim
-    assert batch.dim_param == "batch" and [d.dim_value for d in picture] == [8, 8, 3]
+    batch, *image = model.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param == "batch" and [d.dim_value for d in image] == [8, 8, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
 
 
@@ -183,7 +183,7 @@ def test_padding_without_numbers_is_refused():
 
 
 @pytest.mark.parametrize("images", [PICTURES[:, :4], PICTURES[..., :1]], ids=["size", "grey"])
-def test_pictures_of_another_shape_are_refused(images):
+def test_images_of_another_shape_are_refused(images):
     run = OnnxNetwork(onnx_model(network(), Preprocessing(8, 8), name="tiny"))
     with pytest.raises(ValueError, match=r"images must have the shape \(8, 8, 3\) each, got"):
         run(images)

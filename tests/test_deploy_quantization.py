@@ -11,15 +11,15 @@ from onnx import numpy_helper
 
 import repopt_jax
 from repopt_jax.data import load_dataset
-from repopt_jax.deploy.evaluation import evaluate, pictures_per_second, speedup
+from repopt_jax.deploy.dataset_images import Images, unmasked
+from repopt_jax.deploy.evaluation import evaluate, images_per_second, speedup
 from repopt_jax.deploy.layer_report import layer_reports, plot, table
 from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
-from repopt_jax.deploy.pictures import Pictures, unmasked
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
 from repopt_jax.deploy.runtime import OnnxNetwork
 
-DIGITS = Pictures(load_dataset("digits"))
+DIGITS = Images(load_dataset("digits"))
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
 LAYERS = [f"stage{i}/conv" for i in (0, "1/0", "2/0", "3/0", "4/0")] + ["linear"]
 
@@ -116,7 +116,7 @@ def test_metadata_tells_the_setting_and_keeps_the_rest(graph, calibration):
         return OnnxNetwork(quantize(graph, calibration, **options)).metadata
 
     found = metadata(calibration="percentile", per_channel=True, float_layers=["linear"])
-    assert found.pop("quantization") == "per channel, percentile 99.99, 32 pictures, float: linear"
+    assert found.pop("quantization") == "per channel, percentile 99.99, 32 images, float: linear"
     assert found == OnnxNetwork(graph).metadata
 
 
@@ -130,18 +130,18 @@ def test_a_percentile_cuts_the_largest_values_off(graph, calibration):
     np.testing.assert_allclose(kept, scale(), rtol=1e-2)
 
 
-def test_calibration_pictures_are_those_of_training_as_for_evaluation():
-    """No picture twice, the same for a seed, and not those of evaluation."""
-    pictures = np.concatenate(DIGITS.calibration(100, seed=1))
+def test_calibration_images_are_those_of_training_as_for_evaluation():
+    """No image twice, the same for a seed, and not those of evaluation."""
+    images = np.concatenate(DIGITS.calibration(100, seed=1))
     train = {image.tobytes() for image in DIGITS.dataset.train.images}
-    assert all(image.tobytes() in train for image in pictures)
-    np.testing.assert_array_equal(pictures, np.concatenate(DIGITS.calibration(100, seed=1)))
-    assert (pictures != np.concatenate(DIGITS.calibration(100, seed=2))).any()
+    assert all(image.tobytes() in train for image in images)
+    np.testing.assert_array_equal(images, np.concatenate(DIGITS.calibration(100, seed=1)))
+    assert (images != np.concatenate(DIGITS.calibration(100, seed=2))).any()
     all_of_them = np.concatenate(DIGITS.calibration(1437))
     np.testing.assert_array_equal(all_of_them, DIGITS.dataset.train.images)
 
 
-def test_evaluation_counts_every_picture_once_and_no_tie_as_a_hit():
+def test_evaluation_counts_every_image_once_and_no_tie_as_a_hit():
     """Against plain numpy; logits that are all equal are right for the first class alone."""
     graph = float_graph()
     network = OnnxNetwork(graph)
@@ -152,7 +152,7 @@ def test_evaluation_counts_every_picture_once_and_no_tie_as_a_hit():
     logits = network(images)
     own = logits[np.arange(360), labels][:, None]
     expected = {f"top{k}": 100 * ((logits > own).sum(1) < k).mean() for k in (1, 5)}
-    assert found == pytest.approx(expected | {"pictures": 360})
+    assert found == pytest.approx(expected | {"images": 360})
 
     def flat(label):
         found = evaluate(
@@ -173,7 +173,7 @@ def test_speeds_are_measured_in_turns(graph, int8):
 
     networks = {"float": Watched(graph, threads=1), "int8": Watched(int8, threads=1)}
     a, b = networks.values()
-    speeds = pictures_per_second(networks, DIGITS.dataset.eval.images[:4], rounds=2)
+    speeds = images_per_second(networks, DIGITS.dataset.eval.images[:4], rounds=2)
     assert order == [a, a, b, b, a, b, b, a]
     assert all(len(found) == 2 and min(found) > 0 for found in speeds.values())
     assert speedup(speeds, "float", "float") == 1.0
@@ -211,7 +211,7 @@ def test_layer_reports_compare_the_outputs_of_two_graphs(graph, int8):
     assert all(r.output_snr > 100 for r in layer_reports(graph, graph, images))
 
 
-def test_a_report_becomes_a_table_and_a_picture(graph, int8, tmp_path):
+def test_a_report_becomes_a_table_and_a_image(graph, int8, tmp_path):
     reports = layer_reports(graph, int8, DIGITS.dataset.eval.images[:16])
     rows, header = table(reports)
     assert header[-1] == "output SNR dB" and all(len(row) == len(header) for row in rows)
@@ -227,7 +227,7 @@ def test_a_report_becomes_a_table_and_a_picture(graph, int8, tmp_path):
         ({"calibration": "median"}, "calibration must be one of .* got 'median'"),
         ({"percentile": 20.0}, "percentile must be above 50 and at most 100, got 20.0"),
         ({"float_layers": ["stage9"]}, r"float_layers must be among .* got \['stage9'\]"),
-        ({"batches": []}, "batches must hold at least one picture, got none"),
+        ({"batches": []}, "batches must hold at least one image, got none"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(graph, calibration, options, message):
@@ -240,12 +240,12 @@ def test_other_wrong_arguments_are_refused(graph, int8, calibration, tmp_path):
         quantize(int8, calibration)
     with pytest.raises(ValueError, match="graph must be a float one with Conv or Gemm"):
         layer_reports(int8)
-    with pytest.raises(ValueError, match=r"calibration pictures must be in 1\.\.1437, got 1438"):
+    with pytest.raises(ValueError, match=r"calibration images must be in 1\.\.1437, got 1438"):
         DIGITS.calibration(1438)
     with pytest.raises(ValueError, match="given together, got only int8"):
         layer_reports(graph, int8)
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
-        pictures_per_second({}, np.zeros((1, 8, 8, 3), np.uint8), rounds=0)
+        images_per_second({}, np.zeros((1, 8, 8, 3), np.uint8), rounds=0)
     with pytest.raises(ValueError, match="threads must be None or at least 1, got 0"):
         OnnxNetwork(graph, threads=0)
     bare = onnx.ModelProto()

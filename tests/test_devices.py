@@ -119,7 +119,7 @@ def told():
 
 
 def test_without_fsdp_devices_talk_at_the_end_of_a_step_only(told):
-    """One sum of gradients, statistics and metrics: no picture moves, BatchNorm asks nobody."""
+    """One sum of gradients, statistics and metrics: no image moves, BatchNorm asks nobody."""
     pattern = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     found = re.findall(pattern, told[1])
     assert set(found) == {"all-reduce"}

@@ -1,4 +1,4 @@
-"""The pictures draw the given numbers, with axes, units and legends that do not overlap."""
+"""The figures draw the given numbers, with axes, units and legends that do not overlap."""
 
 import numpy as np
 import pytest

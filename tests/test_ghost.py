@@ -131,7 +131,7 @@ def test_folded_bottleneck_computes_the_same(kind, x64):
 
 
 def headed(dropout):
-    """A network without stages, the head of which gets the same from every picture."""
+    """A network without stages, the head of which gets the same from every image."""
     model = small(dropout=dropout)
     model.conv_stem, model.bn1 = nnx.Conv(3, 96, (1, 1), rngs=nnx.Rngs(0)), BatchNorm(96)
     model.blocks = nnx.List([])
@@ -146,7 +146,7 @@ def test_dropout_drops_its_share_of_the_head_in_training_alone():
     x = images(8).astype(jnp.float32)
     first, second = model(x, key=jax.random.key(0)), model(x, key=jax.random.key(1))
     assert not np.allclose(first, second)
-    assert not np.allclose(first[0], first[1])  # every picture has its own
+    assert not np.allclose(first[0], first[1])  # every image has its own
     np.testing.assert_allclose((first + second).mean(0) / 2, plain(x)[0], rtol=0.05)
     with pytest.raises(ValueError, match=r"key must be given in training with dropout=0\.75"):
         model(x)
@@ -158,14 +158,14 @@ def test_training_step_draws_anew_what_is_dropped():
     """From the key that it gets, which is another one at every step."""
     options = StepOptions(mean=(0.5,) * 3, std=(0.25,) * 3)
     labels = jnp.arange(8) % 3
-    pictures = jnp.full((8, 32, 32, 3), 128, jnp.uint8)
+    images = jnp.full((8, 32, 32, 3), 128, jnp.uint8)
 
     def losses(dropout):
         model = headed(dropout)
         model.classifier.kernel[...] = jnp.linspace(-1, 1, 1280 * 3).reshape(1280, 3) ** 3
         graphdef, params, stats = nnx.split(model, nnx.Param, ...)
         loss = loss_function(graphdef, options)
-        return [float(loss(params, stats, pictures, labels, jax.random.key(i))[0]) for i in (0, 1)]
+        return [float(loss(params, stats, images, labels, jax.random.key(i))[0]) for i in (0, 1)]
 
     first, second = losses(0.5)
     assert first != second

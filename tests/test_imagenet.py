@@ -1,4 +1,4 @@
-"""The official recipe, as its configuration file states it, on real pictures of ImageNet."""
+"""The official recipe, as its configuration file states it, on real images of ImageNet."""
 
 import pathlib
 import runpy
@@ -18,16 +18,16 @@ FLAGS = {
     "model.num_blocks": (1, 1, 1, 1),  # else it takes minutes
     "model.widths": (4, 4, 4, 8, 8),
     "target.data.image_size": 32,
-    "target.batch_size": 80,  # 3 steps of the 240 pictures, on 8 devices
+    "target.batch_size": 80,  # 3 steps of the 240 images, on 8 devices
     "target.bn_group": 10,
     "target.epochs": 1.0,
     "target.schedule.warmup_epochs": 0.0,
-    "target.eval_batch_size": 80,  # 120 pictures: the last batch is a partial one
+    "target.eval_batch_size": 80,  # 120 images: the last batch is a partial one
     "log_every": 1,
 }
 
 
-def test_the_recipe_trains_on_encoded_pictures_and_is_evaluated_on_all(tfds_dir, tmp_path):
+def test_the_recipe_trains_on_encoded_images_and_is_evaluated_on_all(tfds_dir, tmp_path):
     """RandAugment, bfloat16, SGD with multipliers, 1000 classes."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "imagenet.py"))["get_config"]()
     scales = tmp_path / "scales.safetensors"

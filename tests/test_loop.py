@@ -146,13 +146,13 @@ def test_an_error_of_the_computation_keeps_its_traceback(tmp_path, fake_step, mo
 
 
 @pytest.mark.parametrize("split", ["train_batches", "eval_batches"])
-def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, monkeypatch, split):
+def test_a_broken_image_ends_the_run_with_its_sentence(tmp_path, fake_step, monkeypatch, split):
     class Broken:
         def __iter__(self):
             return self
 
         def __next__(self):
-            raise ValueError("picture cat.jpg cannot be decoded")
+            raise ValueError("image cat.jpg cannot be decoded")
 
         get_state = dict
 
@@ -162,31 +162,31 @@ def test_a_broken_picture_ends_the_run_with_its_sentence(tmp_path, fake_step, mo
     monkeypatch.setattr(
         loop, "evaluate_state", lambda part, *_: evaluation.evaluate(part, None, None)
     )
-    with pytest.raises(RunStopped, match=r"^picture cat.jpg cannot be decoded$") as stopped:
+    with pytest.raises(RunStopped, match=r"^image cat.jpg cannot be decoded$") as stopped:
         run.run(small_config(parts=("plain",)), tmp_path)
     assert stopped.value.exit_code == 2
 
 
-def test_skipped_pictures_of_all_processes_are_counted_once_each(tmp_path, fake_step, monkeypatch):
-    """Each process reads its own pictures, in another epoch perhaps another's."""
+def test_skipped_images_of_all_processes_are_counted_once_each(tmp_path, fake_step, monkeypatch):
+    """Each process reads its own images, in another epoch perhaps another's."""
     config = small_config(parts=("plain",), target__data__skip_bad=True)
 
     def one_more(text):
-        assert json.loads(text) == ["training picture 1", "training picture 5"]
-        return [text, '["training picture 5", "training picture 9"]']
+        assert json.loads(text) == ["training image 1", "training image 5"]
+        return [text, '["training image 5", "training image 9"]']
 
     monkeypatch.setattr(loop, "gathered", one_more)
     build = run.prepare
 
-    def with_bad_pictures(*arguments):
+    def with_bad_images(*arguments):
         part = build(*arguments)
-        part.dataset.bad_pictures.update({"training picture 1", "training picture 5"})
+        part.dataset.bad_images.update({"training image 1", "training image 5"})
         return part
 
-    monkeypatch.setattr(run, "prepare", with_bad_pictures)
+    monkeypatch.setattr(run, "prepare", with_bad_images)
     run.run(config, tmp_path)
     records = read_metrics(tmp_path / "plain" / "metrics.jsonl")
-    assert {record["data/bad_pictures"] for record in records} == {3}
+    assert {record["data/bad_images"] for record in records} == {3}
 
 
 def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(

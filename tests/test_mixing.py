@@ -16,11 +16,11 @@ BOTH = functools.partial(mix, mixup=0.8, cutmix=1.0)
 
 @pytest.fixture(scope="module")
 def images():
-    """Each picture is filled with its own number, from 1 on."""
+    """Each image is filled with its own number, from 1 on."""
     return jnp.broadcast_to(jnp.arange(1.0, 65)[:, None, None, None], (64, 16, 16, 3))
 
 
-def test_mixup_blends_each_picture_with_its_partner_by_its_group_s_share(images):
+def test_mixup_blends_each_image_with_its_partner_by_its_group_s_share(images):
     mixed, share = mix(KEY, images, GROUP, mixup=0.8)
     own, other = images[:, 0, 0, 0], partners(images, GROUP)[:, 0, 0, 0]
     np.testing.assert_allclose(mixed[:, 0, 0, 0], share * own + (1 - share) * other, rtol=1e-5)
@@ -51,16 +51,16 @@ def test_a_group_takes_either_mixup_or_cutmix_where_both_are_wanted(images):
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_shares_are_drawn_from_the_beta_distribution(alpha):
-    pictures = jnp.zeros((4000, 1, 1, 1))
-    _, share = mix(KEY, pictures, 1, mixup=alpha)
+    images = jnp.zeros((4000, 1, 1, 1))
+    _, share = mix(KEY, images, 1, mixup=alpha)
     assert float(share.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(share.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.05)
 
 
 def test_random_erasing_fills_one_rectangle_of_the_stated_size_with_noise():
-    pictures = jnp.full((400, 60, 60, 3), 9.0)
-    erased = random_erasing(KEY, pictures, 0.25)
-    hit = np.asarray((erased != pictures).any(-1))
+    images = jnp.full((400, 60, 60, 3), 9.0)
+    erased = random_erasing(KEY, images, 0.25)
+    hit = np.asarray((erased != images).any(-1))
     assert hit.any((1, 2)).mean() == pytest.approx(0.25, abs=0.06)
     low, high = ERASED_AREA
     for one in hit[hit.any((1, 2))]:
@@ -77,7 +77,7 @@ def test_random_erasing_fills_one_rectangle_of_the_stated_size_with_noise():
 
 @pytest.fixture
 def spread(images):
-    """The pictures on eight devices."""
+    """The images on eight devices."""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     return jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
 
@@ -92,6 +92,6 @@ def test_eight_devices_draw_what_one_draws(function, images, spread):
 
 
 @pytest.mark.usefixtures("optimized")
-def test_devices_that_hold_whole_groups_exchange_no_pictures(spread):
+def test_devices_that_hold_whole_groups_exchange_no_images(spread):
     text = jax.jit(lambda x: BOTH(KEY, x, GROUP)[0]).lower(spread).compile().as_text()
     assert "all-gather" not in text and "permute" not in text and "all-to-all" not in text

@@ -48,7 +48,7 @@ def test_bfloat16_is_the_type_of_the_computation_alone(name):
     ("epochs", "steps"), [(1.0, 11), (2.5, 28), (0.01, 1)], ids=["whole", "fraction", "least"]
 )
 def test_lengths_are_in_epochs_of_full_batches(epochs, steps):
-    """1437 pictures are 11 batches of 128."""
+    """1437 images are 11 batches of 128."""
     part = part_of("plain", target__epochs=epochs, target__schedule__warmup_epochs=0.0)
     assert (part.steps_per_epoch, part.steps, part.steps_in(epochs)) == (11, steps, steps)
 

@@ -52,7 +52,7 @@ CONFIGS = [
     ({"search.bn_group": 5}, "bn_group must divide the 16 samples .* got 5"),
     (
         {"target.bn_group": 1, "target.mix.cutmix": 1.0},
-        "mix.mixup and mix.cutmix need BatchNorm groups of at least 2 pictures, .* groups of 1",
+        "mix.mixup and mix.cutmix need BatchNorm groups of at least 2 images, .* groups of 1",
     ),
     ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
     ({"dtype": "float64"}, "dtype 'float64' needs JAX_ENABLE_X64"),

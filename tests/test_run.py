@@ -74,21 +74,21 @@ def test_nothing_is_compiled_twice(finished):
     assert compiled(messages, "eval_step") == len(PARTS)
 
 
-def test_evaluation_counts_every_picture_exactly_once(finished):
-    """Equal to plain numpy over all 360 pictures, with batches of 104 and a partial last one."""
+def test_evaluation_counts_every_image_exactly_once(finished):
+    """Equal to plain numpy over all 360 images, with batches of 104 and a partial last one."""
     config, workdir, summary, _ = finished
     part, _, state = restored(config, workdir, "target")
     batches = list(part.eval_batches())
     assert [len(b["mask"]) for b in batches] == [104] * 4
     assert sum(int(b["mask"].sum()) for b in batches) == len(part.dataset.eval) == 360
     data = part.dataset.eval
-    pictures = (data.images / 255 - 0.3) / 0.35
+    images = (data.images / 255 - 0.3) / 0.35
     for prefix, params, stats in (
         ("eval", state.params, state.stats),
         ("eval_ema", *state.ema),
     ):
         model = nnx.merge(part.eval_graphdef, params, stats)
-        logits = np.asarray(model(jnp.asarray(pictures, jnp.float32)), np.float64)
+        logits = np.asarray(model(jnp.asarray(images, jnp.float32)), np.float64)
         own = logits[np.arange(360), data.labels]
         ranks = (logits > own[:, None]).sum(-1)
         loss = np.log(np.exp(logits).sum(-1)) - own
@@ -149,7 +149,7 @@ def test_a_command_for_one_part_keeps_the_others_in_the_summary(finished):
     assert json.loads((workdir / "summary.json").read_text()) == summary
 
 
-def test_a_run_that_a_broken_picture_ended_may_go_on_without_it(finished):
+def test_a_run_that_a_broken_image_ended_may_go_on_without_it(finished):
     """As the error advises: the working directory takes `skip_bad` later."""
     _, workdir, summary, _ = finished
     config = small_config(target__epochs=2.0, target__data__skip_bad=True)
@@ -190,8 +190,8 @@ def test_the_scales_of_every_evaluation_of_the_search_are_kept(finished):
 def test_the_workdir_holds_what_the_design_says(finished):
     _, workdir, _, _ = finished
     names = {path.name for path in workdir.iterdir()}
-    pictures = {"scales.png", "scales_by_epoch.png", "curves.png"}
-    assert names == {*PARTS, *pictures, "config.json", "scales.safetensors", "summary.json"}
+    figures = {"scales.png", "scales_by_epoch.png", "curves.png"}
+    assert names == {*PARTS, *figures, "config.json", "scales.safetensors", "summary.json"}
     for name in PARTS:
         kept = {path.name for path in (workdir / name).iterdir()}
         files = {"metrics.jsonl", "train.log", "summary.json"}

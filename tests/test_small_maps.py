@@ -216,7 +216,7 @@ def test_the_backward_pass_keeps_images_and_kernel_alone():
 
 
 def test_strides_longer_than_the_map_are_left_to_jax(x64):
-    """Between the taps that meet the picture there may be others that meet nothing but padding."""
+    """Between the taps that meet the image there may be others that meet nothing but padding."""
     args = arguments(1, 1, 3)
     ours, native = both((2, 2), ((2, 2), (2, 2)))
     assert operations(ours, *args)["convolution"] == 1

@@ -204,8 +204,8 @@ def test_evaluation_sums_are_masked_and_merge_to_the_whole(classes):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_mixed_pictures_share_the_loss_between_both_labels():
-    """Against the formula, with the share found from the pictures that the model sees."""
+def test_mixed_images_share_the_loss_between_both_labels():
+    """Against the formula, with the share found from the images that the model sees."""
     options = StepOptions(MEAN, STD, mixup=1.0, cutmix=0.0, group=4, seed=5)
     batch = batch_of(8)
     seen = {}

@@ -50,7 +50,7 @@ def command(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny(monkeypatch, tfds_dir):
-    """Studies of CIFAR-10's pictures take few of them and a tiny network."""
+    """Studies of CIFAR-10's images take few of them and a tiny network."""
 
     def shrink(study):
         config_of = study.cifar_config
@@ -67,7 +67,7 @@ def tiny(monkeypatch, tfds_dir):
     return shrink
 
 
-CIFAR = ("--pictures=600", "--epochs=1", "--seeds", "0")
+CIFAR = ("--images=600", "--epochs=1", "--seeds", "0")
 
 
 def test_the_ablation_takes_the_best_rate_of_its_sweep(command, tiny, monkeypatch):
@@ -134,7 +134,7 @@ def check_int8(found):
 
 def test_the_study_of_widths_measures_every_network_and_setting(command, two_networks):
     two_networks(quantization_width)
-    flags = ("--widths", "1", "--seeds", "0", "--epochs=1", "--pictures=32", "--rounds=1")
+    flags = ("--widths", "1", "--seeds", "0", "--epochs=1", "--images=32", "--rounds=1")
     found, files = command(quantization_width, *flags)
     assert files == {"study.json", "study.png"}
     check_int8(found)
@@ -142,7 +142,7 @@ def test_the_study_of_widths_measures_every_network_and_setting(command, two_net
 
 def test_the_study_of_int8_goes_on_where_it_stopped(command, two_networks, monkeypatch, tfds_dir):
     two_networks(quantization)
-    flags = ("--train-split=train[:256]", "--eval-split=test[:64]", "--pictures=32", "--rounds=1")
+    flags = ("--train-split=train[:256]", "--eval-split=test[:64]", "--images=32", "--rounds=1")
     flags += ("--epochs=1", "--seeds", "0")
     found, files = command(quantization, *flags)
     check_int8(found)
@@ -173,7 +173,7 @@ def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_
 
 
 def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, tfds_dir):
-    found = measured(monkeypatch, tmp_path, input_pipeline, "--pictures=32", "--rounds=1")
+    found = measured(monkeypatch, tmp_path, input_pipeline, "--images=32", "--rounds=1")
     variants = {(row["augment"], row["variant"]) for row in found["rows"]}
     for augment in ("weak", "raug15"):
         for how in ("antialiased", "fast"):

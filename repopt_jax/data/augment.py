@@ -1,8 +1,8 @@
-"""Training augmentations on uint8 pictures, chosen by a preset's name.
+"""Training augmentations on uint8 images, chosen by a preset's name.
 
-An augmentation has two halves. `draw(n, rng)` draws what is random for n pictures as an array
-with a row for each; the other half is a pure function of pictures and rows. The pipeline draws
-for the global batch and uses its own rows, so a picture looks the same on any number of hosts
+An augmentation has two halves. `draw(n, rng)` draws what is random for n images as an array
+with a row for each; the other half is a pure function of images and rows. The pipeline draws
+for the global batch and uses its own rows, so a image looks the same on any number of hosts
 and threads.
 """
 
@@ -19,11 +19,11 @@ from repopt_jax.data.resize import random_resized_crop
 class FlipCrop:
     """Zero padding, a random crop of the old size, and a random horizontal flip.
 
-    Works on a batch at once, for small pictures.
+    Works on a batch at once, for small images.
 
     Attributes:
       padding: pixels added on every side before the crop; 0 crops nothing.
-      flip: mirror every second picture, on average.
+      flip: mirror every second image, on average.
 
     >>> one = FlipCrop(padding=1, flip=True)
     >>> one.batch(np.array([[[[1], [2]], [[3], [4]]]], np.uint8), np.array([[0, 1, 1]]))[0, ..., 0]
@@ -59,17 +59,17 @@ class FlipCrop:
 class ResizedCrop:
     """Random-resized-crop and flip, then perhaps RandAugment or colour jitter.
 
-    Works picture by picture, from the encoded file where there is one.
+    Works image by image, from the encoded file where there is one.
 
     Attributes:
       rand_augment: two operations of RandAugment, magnitudes 0..14.
       jitter: brightness, contrast and saturation are multiplied by factors from
         1-jitter..1+jitter, in random order.
-      random_interpolation: resize every second picture bicubically.
+      random_interpolation: resize every second image bicubically.
 
     >>> augment = ResizedCrop(rand_augment=True)
     >>> seed = augment.draw(1, np.random.default_rng(0))[0]
-    >>> augment.picture(np.zeros((40, 60, 3), np.uint8), seed, 32).shape
+    >>> augment.image(np.zeros((40, 60, 3), np.uint8), seed, 32).shape
     (32, 32, 3)
     """
 
@@ -78,13 +78,13 @@ class ResizedCrop:
     random_interpolation: bool = False
 
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Draws int64 (n,): a seed for every picture."""
+        """Draws int64 (n,): a seed for every image."""
         return rng.integers(2**63, size=n)
 
-    def picture(
+    def image(
         self, image: np.ndarray | bytes, seed: int, size: int, fast: bool = False
     ) -> np.ndarray:
-        """Augments one picture to uint8 (size, size, 3); `fast` as in `random_resized_crop`."""
+        """Augments one image to uint8 (size, size, 3); `fast` as in `random_resized_crop`."""
         rng = np.random.default_rng(seed)
         bicubic = self.random_interpolation and rng.random() < 0.5
         image = random_resized_crop(image, size, rng, bicubic=bicubic, fast=fast)
@@ -106,9 +106,9 @@ def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.
 
 
 PRESETS = {
-    # Pictures as evaluation sees them.
+    # Images as evaluation sees them.
     "none": FlipCrop(),
-    # Padding 1 of 8 pixels moves a digit as far as padding 4 of 32 moves a CIFAR picture.
+    # Padding 1 of 8 pixels moves a digit as far as padding 4 of 32 moves a CIFAR image.
     "crop": FlipCrop(padding=1),
     "flip_crop": FlipCrop(padding=4, flip=True),
     "weak": ResizedCrop(),
@@ -122,7 +122,7 @@ def preset(name: str) -> FlipCrop | ResizedCrop:
     """Looks an augmentation up.
 
     Args:
-      name: for small pictures, `crop` (padding 1) or `flip_crop` (padding 4); for large ones,
+      name: for small images, `crop` (padding 1) or `flip_crop` (padding 4); for large ones,
         `weak` (random-resized-crop and flip), `raug15` (RandAugment on top) or `jitter` (colour
         jitter and random interpolation on top); for either, `none`.
 

@@ -17,12 +17,12 @@ class TrainBatch:
 
     Args:
       dataset: from `load_dataset`.
-      batch_size: pictures per step over all processes.
+      batch_size: images per step over all processes.
       seed: decides the order of every epoch.
       augment: name of a preset.
-      image_size: side of the pictures, None keeps it.
+      image_size: side of the images, None keeps it.
       fast: random-resized-crop with less exact decoding and without antialiasing.
-      skip_bad: take the next picture for one that cannot be decoded.
+      skip_bad: take the next image for one that cannot be decoded.
       rows: this process's part of the global batch.
 
     Raises:
@@ -45,10 +45,10 @@ class TrainBatch:
         self._steps = len(dataset.train) // batch_size
         self._augment = preset(augment)
         self._image_size = image_size
-        self._shape = picture_shape(dataset, image_size)
+        self._shape = image_shape(dataset, image_size)
         self._fast = fast
         self._rows = rows
-        self._reader = Reader(dataset.train, "training", dataset.bad_pictures if skip_bad else None)
+        self._reader = Reader(dataset.train, "training", dataset.bad_images if skip_bad else None)
 
         # Two epochs: near an epoch's end, threads already work on the next.
         @functools.lru_cache(maxsize=2)
@@ -74,13 +74,13 @@ class TrainBatch:
         return {"image": self._augment.batch(images, draws), "label": labels}
 
     def _crop(self, image, seed):
-        return self._augment.picture(image, seed, self._shape[0], self._fast)
+        return self._augment.image(image, seed, self._shape[0], self._fast)
 
     def _read(self, indices, make, draws=None) -> tuple[np.ndarray, np.ndarray]:
         images = np.empty((len(indices), *self._shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        pictures = self._reader.read_all(indices.tolist(), make, draws)
-        for row, (image, label) in enumerate(pictures):
+        images = self._reader.read_all(indices.tolist(), make, draws)
+        for row, (image, label) in enumerate(images):
             images[row], labels[row] = image, label
         return images, labels
 
@@ -90,10 +90,10 @@ class EvalBatch:
 
     Args:
       dataset: from `load_dataset`.
-      batch_size: pictures per batch over all processes.
-      image_size: side of the pictures, None keeps it.
+      batch_size: images per batch over all processes.
+      image_size: side of the images, None keeps it.
       resize: length of the shorter side before the centre crop.
-      skip_bad: leave out pictures that cannot be decoded.
+      skip_bad: leave out images that cannot be decoded.
       rows: this process's part of the global batch.
 
     Raises:
@@ -114,9 +114,9 @@ class EvalBatch:
         self._image_size = image_size
         self._resize = resize
         self._rows = rows
-        self._shape = picture_shape(dataset, image_size)
-        bad_pictures = dataset.bad_pictures if skip_bad else None
-        self._reader = Reader(dataset.eval, "evaluation", bad_pictures)
+        self._shape = image_shape(dataset, image_size)
+        bad_images = dataset.bad_images if skip_bad else None
+        self._reader = Reader(dataset.eval, "evaluation", bad_images)
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """Returns `{"image", "label", "mask"}`."""
@@ -139,16 +139,16 @@ class EvalBatch:
         return batch
 
 
-def picture_shape(dataset: Dataset, image_size: int | None) -> tuple[int, int, int]:
-    """Shape of the pictures in a batch.
+def image_shape(dataset: Dataset, image_size: int | None) -> tuple[int, int, int]:
+    """Shape of the images in a batch.
 
     Raises:
-      ValueError: image_size is None but the pictures may be of several sizes, or below 1.
+      ValueError: image_size is None but the images may be of several sizes, or below 1.
     """
     if image_size is None:
         if dataset.image_shape is None:
             raise ValueError(
-                f"image_size must be given, because the pictures of {dataset.name!r} may differ "
+                f"image_size must be given, because the images of {dataset.name!r} may differ "
                 "in size, got None"
             )
         return dataset.image_shape

@@ -1,4 +1,4 @@
-"""Data sets by name: scikit-learn's digits, TFDS, a folder of pictures. Nothing is downloaded."""
+"""Data sets by name: scikit-learn's digits, TFDS, a folder of images. Nothing is downloaded."""
 
 import concurrent.futures
 import dataclasses
@@ -19,7 +19,7 @@ from repopt_jax.data.sources import (
     tfds_keys,
 )
 
-# Pictures up to this side are cached by default, as long as a split fits into _CACHE_BYTES.
+# Images up to this side are cached by default, as long as a split fits into _CACHE_BYTES.
 _CACHE_SIDE = 64
 _CACHE_BYTES = 2 * 2**30
 
@@ -36,10 +36,10 @@ class Dataset:
     Attributes:
       name: the name it was loaded by.
       num_classes: number of labels, which run from 0.
-      train: source of the training pictures.
-      eval: source of the evaluation pictures.
-      image_shape: (height, width, 3) where all pictures are known to share it, else None.
-      bad_pictures: names of the undecodable pictures met so far, where they are skipped.
+      train: source of the training images.
+      eval: source of the evaluation images.
+      image_shape: (height, width, 3) where all images are known to share it, else None.
+      bad_images: names of the undecodable images met so far, where they are skipped.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Dataset:
     train: Any
     eval: Any
     image_shape: tuple[int, int, int] | None = None
-    bad_pictures: set[str] = dataclasses.field(default_factory=set)
+    bad_images: set[str] = dataclasses.field(default_factory=set)
 
 
 def load_dataset(
@@ -74,14 +74,14 @@ def load_dataset(
         labelled test split, `validation`; of folders, the first that exists of `val`,
         `validation` and `test`.
       classes: None, or the labels to keep, in the order of their new numbers.
-      cache: hold the decoded pictures in memory. None does so for pictures of one size up to
+      cache: hold the decoded images in memory. None does so for images of one size up to
         64 pixels, where decoding every epoch anew would cost more than the training step.
 
     Returns:
       The `Dataset`.
 
     Raises:
-      ValueError: unknown name, split or class, or pictures of several sizes with `cache=True`.
+      ValueError: unknown name, split or class, or images of several sizes with `cache=True`.
       FileNotFoundError: a folder is missing, or a TFDS set is not prepared; the message then has
         the command that does it.
 
@@ -161,13 +161,13 @@ def _load_folder(data_dir, train_split, eval_split) -> Dataset:
     for argument, source in (("train_split", train), ("eval_split", evaluation)):
         if len(source) == 0:
             raise ValueError(
-                f"{argument} must hold pictures in one folder per class, got none in "
+                f"{argument} must hold images in one folder per class, got none in "
                 f"{str(folders[argument])!r}"
             )
     empty = sorted(set(range(len(class_names))) - set(train.labels.tolist()))
     if empty:  # else a stray folder would shift the labels of all classes after it
         raise ValueError(
-            f"train_split must hold pictures of every class, got none in "
+            f"train_split must hold images of every class, got none in "
             f"{str(folders['train_split'] / class_names[empty[0]])!r}"
         )
     return Dataset("folder", len(class_names), train, evaluation)
@@ -326,5 +326,5 @@ def _require_one_size(images) -> None:
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise ValueError(
-            f"cache must not be True for pictures of several sizes, got {sizes[0]} and {sizes[1]}"
+            f"cache must not be True for images of several sizes, got {sizes[0]} and {sizes[1]}"
         )

@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 arrays, tolerant of what real data sets contain."""
+"""Encoded images to uint8 arrays, tolerant of what real data sets contain."""
 
 import io
 
@@ -16,7 +16,7 @@ _SCAN = 0xDA
 def decode(
     data: bytes, *, rows: int | None = None, reduction: int = 1, fast: bool = False
 ) -> np.ndarray:
-    """Decodes one picture to RGB.
+    """Decodes one image to RGB.
 
     simplejpeg decodes what it can, in three quarters of Pillow's time and with the same result
     (CMYK: within 1). Pillow takes over for the rest of what ImageNet holds, a PNG named JPEG or
@@ -31,10 +31,10 @@ def decode(
       fast: use libjpeg's faster, less exact arithmetic; values are off by 1 or 2.
 
     Returns:
-      uint8 (height, width, 3); grey pictures get three equal channels.
+      uint8 (height, width, 3); grey images get three equal channels.
 
     Raises:
-      ValueError: the bytes are no picture or break off early.
+      ValueError: the bytes are no image or break off early.
 
     >>> grey = np.full((80, 60, 1), 200, np.uint8)
     >>> data = simplejpeg.encode_jpeg(grey, colorspace="GRAY")
@@ -58,18 +58,18 @@ def decode(
         except ValueError:
             pass  # Pillow decides whether the file is unusual or broken.
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
-        raise ValueError(f"the picture cannot be decoded: {error}") from error
+        raise ValueError(f"the image cannot be decoded: {error}") from error
 
 
 def decoded_size(data: bytes) -> tuple[int, int]:
-    """Height and width of the whole picture, from the file's header.
+    """Height and width of the whole image, from the file's header.
 
     Raises:
-      ValueError: the bytes do not begin like a picture.
+      ValueError: the bytes do not begin like a image.
     """
     if data[:3] == _JPEG_MAGIC:
         try:
@@ -77,16 +77,16 @@ def decoded_size(data: bytes) -> tuple[int, int]:
         except ValueError:
             pass
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.height, picture.width
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
     except Exception as error:
-        raise ValueError(f"the picture cannot be decoded: {error}") from error
+        raise ValueError(f"the image cannot be decoded: {error}") from error
 
 
 def _top_of_jpeg(data: bytes, rows: int) -> bytearray | None:
     """The same file with a smaller height in its header, so that decoders stop early.
 
-    Baseline files with a single scan store the picture's blocks from top to bottom. None for
+    Baseline files with a single scan store the image's blocks from top to bottom. None for
     other files, for those that may break off early, and where there is nothing to save.
     """
     if not data.endswith(_JPEG_END):

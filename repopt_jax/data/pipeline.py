@@ -1,7 +1,7 @@
-"""Batches of uint8 pictures for training and evaluation, by Grain.
+"""Batches of uint8 images for training and evaluation, by Grain.
 
-An element of the Grain data set is a whole batch, made by one thread: with small pictures a
-call per picture would cost more than the work inside it. The batch of a step is a function of
+An element of the Grain data set is a whole batch, made by one thread: with small images a
+call per image would cost more than the work inside it. The batch of a step is a function of
 (seed, step) alone, hence the same for any number of threads or hosts, and the position to
 resume from is one number.
 """
@@ -19,7 +19,7 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     """Number of full batches in the training split; the remainder of an epoch is dropped.
 
     Raises:
-      ValueError: batch_size is not in 1..number of training pictures.
+      ValueError: batch_size is not in 1..number of training images.
 
     >>> from repopt_jax.data import load_dataset
     >>> steps_per_epoch(load_dataset("digits"), 64)
@@ -27,7 +27,7 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     """
     if not 1 <= batch_size <= len(dataset.train):
         raise ValueError(
-            f"batch_size must be in 1..{len(dataset.train)}, the number of training pictures "
+            f"batch_size must be in 1..{len(dataset.train)}, the number of training images "
             f"of {dataset.name!r}, got {batch_size}"
         )
     return len(dataset.train) // batch_size
@@ -54,15 +54,15 @@ def train_batches(
 
     Args:
       dataset: from `load_dataset`.
-      batch_size: pictures per step over all processes.
+      batch_size: images per step over all processes.
       seed: 0..2**32-1, decides order and augmentation.
       num_epochs: None goes on for ever.
       augment: name of a preset, see `repopt_jax.data.augment.preset`.
-      image_size: side of the pictures; None keeps the size that they have, if they share one.
+      image_size: side of the images; None keeps the size that they have, if they share one.
       fast: decode with less exact arithmetic and crop without antialiasing. Not used by `none`,
         `crop` and `flip_crop`.
-      skip_bad: where a picture cannot be decoded, take the next one and add its name to
-        `dataset.bad_pictures`; False stops the run.
+      skip_bad: where a image cannot be decoded, take the next one and add its name to
+        `dataset.bad_images`; False stops the run.
       threads: threads that make batches, at most two batches each ahead; None is one per core,
         0 makes them in the caller's.
       process_index: number of this process.
@@ -74,7 +74,7 @@ def train_batches(
       `grain.checkpoint.CheckpointSave` and `CheckpointRestore`) keep the exact position.
 
     Raises:
-      ValueError: an argument is out of its range or, from the iterator, a picture is broken.
+      ValueError: an argument is out of its range or, from the iterator, a image is broken.
 
     >>> from repopt_jax.data import load_dataset
     >>> batches = train_batches(load_dataset("digits"), batch_size=4, seed=0, augment="crop")
@@ -107,29 +107,29 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Every evaluation picture exactly once, in order; iterate as often as needed.
+    """Every evaluation image exactly once, in order; iterate as often as needed.
 
     The last batch is filled up, so that all batches have one shape and all processes the same
     number of them.
 
     Args:
       dataset: from `load_dataset`.
-      batch_size: pictures per batch over all processes; may exceed the size of the set.
-      image_size: side of the pictures; None keeps the size that they have, if they share one.
+      batch_size: images per batch over all processes; may exceed the size of the set.
+      image_size: side of the images; None keeps the size that they have, if they share one.
       resize: length that the shorter side is brought to before the centre crop of
         `image_size`; None is `image_size` itself.
-      skip_bad: leave out pictures that cannot be decoded and add their names to
-        `dataset.bad_pictures`; False stops the run.
+      skip_bad: leave out images that cannot be decoded and add their names to
+        `dataset.bad_images`; False stops the run.
       threads: as for `train_batches`.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
 
     Returns:
       An iterable of `{"image", "label", "mask"}`; `mask` is bool, False where the row is filler
-      (a black picture with label 0).
+      (a black image with label 0).
 
     Raises:
-      ValueError: an argument is out of its range or, from the iterator, a picture is broken.
+      ValueError: an argument is out of its range or, from the iterator, a image is broken.
 
     >>> from repopt_jax.data import load_dataset
     >>> [int(b["mask"].sum()) for b in eval_batches(load_dataset("digits"), batch_size=256)]
@@ -170,5 +170,5 @@ def _read_options(threads: int | None) -> grain.ReadOptions:
         threads = own or os.cpu_count() or 1
     if threads < 0:
         raise ValueError(f"threads must be None or at least 0, got {threads}")
-    # Two batches per thread: enough to hide a slow batch, small enough for big pictures.
+    # Two batches per thread: enough to hide a slow batch, small enough for big images.
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

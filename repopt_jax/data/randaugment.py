@@ -1,8 +1,8 @@
-"""RandAugment's sixteen operations on uint8 pictures (Cubuk et al., arXiv 1909.13719).
+"""RandAugment's sixteen operations on uint8 images (Cubuk et al., arXiv 1909.13719).
 
 The results are Pillow's, in which the published models were trained: bit for bit where an
 operation looks values up or blends, within rounding where it moves pixels. Pillow itself takes
-1 to 2 ms to move a picture of 224 pixels, OpenCV 0.1 to 0.9 ms. One difference: where rotating
+1 to 2 ms to move a image of 224 pixels, OpenCV 0.1 to 0.9 ms. One difference: where rotating
 and shearing use OpenCV's cubic filter, it is a little softer (a = -0.75) than Pillow's (a = -1).
 """
 
@@ -12,7 +12,7 @@ import math
 import cv2
 import numpy as np
 
-_GREY = (128, 128, 128)  # fills what a moved picture uncovers
+_GREY = (128, 128, 128)  # fills what a moved image uncovers
 _CUTOUT_COLOUR = (125, 122, 113)  # ImageNet's mean
 _VALUES = np.arange(256)
 # Pillow's weights of red, green and blue, in units of 1/65536 and thus exact in float32.
@@ -48,23 +48,23 @@ class Draw:
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with black: 0 is black, 1 the picture, beyond 1 is brighter."""
+    """Blends with black: 0 is black, 1 the image, beyond 1 is brighter."""
     return _look_up(image, _blend(np.zeros(256, np.uint8), _VALUES, factor))
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the picture's mean grey: 0 is flat, 1 the picture."""
+    """Blends with the image's mean grey: 0 is flat, 1 the image."""
     mean = int(_luma(image).mean() + 0.5)
     return _look_up(image, _blend(np.full(256, mean), _VALUES, factor))
 
 
 def colour(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the grey picture: 0 is grey, 1 the picture."""
+    """Blends with the grey image: 0 is grey, 1 the image."""
     return _blend(cv2.cvtColor(_luma(image), cv2.COLOR_GRAY2RGB), image, factor)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the smoothed picture: 0 is smooth, 1 the picture."""
+    """Blends with the smoothed image: 0 is smooth, 1 the image."""
     smooth = image.copy()
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
@@ -98,12 +98,12 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 
 def invert(image: np.ndarray) -> np.ndarray:
-    """255 minus the picture."""
+    """255 minus the image."""
     return _look_up(image, 255 - _VALUES)
 
 
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the highest bits of every value; 0 bits make a black picture."""
+    """Keeps the highest bits of every value; 0 bits make a black image."""
     return _look_up(image, _VALUES & ~(2 ** (8 - bits) - 1))
 
 
@@ -133,7 +133,7 @@ def shear(image: np.ndarray, factor: float, axis: int, bicubic: bool = False) ->
 
 
 def translate(image: np.ndarray, pixels: float, axis: int, bicubic: bool = False) -> np.ndarray:
-    """Moves the picture by a fraction of pixels, towards 0 where positive, along axis 0 or 1."""
+    """Moves the image by a fraction of pixels, towards 0 where positive, along axis 0 or 1."""
     whole = math.floor(pixels + 0.5)
     fraction = pixels - whole  # -0.5..0.5
     # The taps start two pixels before the value if it lies left of the pixel, else one before.

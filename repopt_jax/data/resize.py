@@ -1,4 +1,4 @@
-"""Crops and antialiased resizing of uint8 pictures.
+"""Crops and antialiased resizing of uint8 images.
 
 Evaluation resizes with Pillow, as the published accuracies did. Training may be a little off
 for speed: OpenCV's bilinear interpolation after a small smoothing filter gives Pillow's result
@@ -26,7 +26,7 @@ def resize_and_crop(image: np.ndarray, size: int, resize: int | None = None) -> 
       resize: length of the shorter side before the cut; None is `size`.
 
     Returns:
-      uint8 (size, size, 3), equal to what torchvision makes of a Pillow picture.
+      uint8 (size, size, 3), equal to what torchvision makes of a Pillow image.
 
     Raises:
       ValueError: resize is smaller than size.
@@ -41,8 +41,8 @@ def resize_and_crop(image: np.ndarray, size: int, resize: int | None = None) -> 
     if min(height, width) != resize:
         # The longer side is rounded down.
         new_height, new_width = (resize * n // min(height, width) for n in (height, width))
-        picture = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
-        image = np.asarray(picture)
+        image = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        image = np.asarray(image)
         height, width = new_height, new_width
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]
@@ -54,13 +54,13 @@ def random_box(
     """Draws the crop of Inception training: area and aspect ratio are random.
 
     Args:
-      height: of the picture, in pixels.
-      width: of the picture, in pixels.
+      height: of the image, in pixels.
+      width: of the image, in pixels.
       rng: source of randomness.
-      scale: range of the crop's share of the picture's area.
+      scale: range of the crop's share of the image's area.
 
     Returns:
-      (top, left, height, width). Where ten draws do not fit into the picture, the largest
+      (top, left, height, width). Where ten draws do not fit into the image, the largest
       centred crop with an aspect ratio in 3/4..4/3.
 
     >>> random_box(10, 100, np.random.default_rng(0), scale=(1.0, 1.0))
@@ -90,13 +90,13 @@ def random_resized_crop(
     bicubic: bool = False,
     fast: bool = False,
 ) -> np.ndarray:
-    """Cuts a random box out of a picture and resizes it to a square.
+    """Cuts a random box out of a image and resizes it to a square.
 
     Of an encoded JPEG, rows below the box are not decoded, and only a half, quarter or eighth
     of the resolution if that is enough.
 
     Args:
-      image: uint8 (height, width, 3) or the bytes of a picture file.
+      image: uint8 (height, width, 3) or the bytes of a image file.
       size: side of the result.
       rng: source of randomness.
       bicubic: interpolate bicubically (with Pillow, thus slowly) instead of bilinearly.
@@ -122,7 +122,7 @@ def random_resized_crop(
         image = decode(image, rows=top + crop_height, reduction=reduction, fast=fast)
         # Formats other than JPEG come in full size.
         reduction = round(width / image.shape[1])
-    # Moves the crop by half a pixel of the reduced picture at most.
+    # Moves the crop by half a pixel of the reduced image at most.
     rows = slice(round(top / reduction), round((top + crop_height) / reduction))
     columns = slice(round(left / reduction), round((left + crop_width) / reduction))
     crop = image[rows, columns]
@@ -130,8 +130,8 @@ def random_resized_crop(
         mode = cv2.INTER_CUBIC if bicubic else cv2.INTER_LINEAR
         return cv2.resize(crop, (size, size), interpolation=mode)
     if bicubic:
-        picture = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(picture)
+        image = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(image)
     return antialiased(crop, size)
 
 

@@ -1,7 +1,7 @@
-"""Random access to labelled pictures, in memory or encoded.
+"""Random access to labelled images, in memory or encoded.
 
 A source is anything with `len(source)` and `source[i] -> {"image", "label"}`, where `image` is
-a uint8 (height, width, 3) array or the bytes of a picture file. Items may have a `name` for
+a uint8 (height, width, 3) array or the bytes of a image file. Items may have a `name` for
 error messages. `source.__getitems__(list)` is used where it exists: of TFDS, many records at
 once cost 25 us each, one alone 160.
 """
@@ -17,7 +17,7 @@ _EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tif
 
 
 class ArraySource:
-    """Decoded pictures of one size in memory.
+    """Decoded images of one size in memory.
 
     Attributes:
       images: uint8 (n, height, width, 3).
@@ -36,7 +36,7 @@ class ArraySource:
 
 
 class TfdsSource:
-    """One split of a TFDS set, its pictures still encoded.
+    """One split of a TFDS set, its images still encoded.
 
     Raises:
       OSError: when records are read from a damaged file.
@@ -73,10 +73,10 @@ class TfdsSource:
 
 
 class FolderSource:
-    """Picture files in one folder per class.
+    """Image files in one folder per class.
 
     Args:
-      folder: holds the class folders; files with other endings than a picture's are ignored.
+      folder: holds the class folders; files with other endings than a image's are ignored.
       class_names: the class folders' names in the order of their labels.
 
     Attributes:
@@ -109,7 +109,7 @@ class FolderSource:
 
 
 class SubsetSource:
-    """Some pictures of another source, with new labels."""
+    """Some images of another source, with new labels."""
 
     def __init__(self, source, indices: np.ndarray, labels: np.ndarray):
         self._source = source
@@ -140,6 +140,6 @@ def _text(name: str | bytes) -> str:
 
 
 def tfds_keys(builder) -> tuple[str, str]:
-    """Names of the picture and of the label in the set's records."""
+    """Names of the image and of the label in the set's records."""
     keys = builder.info.supervised_keys
     return keys if keys and len(keys) == 2 else ("image", "label")

@@ -1,4 +1,4 @@
-"""The flags of the command line, and what they name: networks, pictures, configurations."""
+"""The flags of the command line, and what they name: networks, images, configurations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from repopt_jax.deploy.pictures import Pictures, configured_pictures
+from repopt_jax.deploy.dataset_images import Images, configured_images
 from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from repopt_jax.deploy.quantization import CALIBRATION_PICTURES, CALIBRATIONS, PERCENTILE
 from repopt_jax.deploy.trained import (
@@ -61,29 +61,29 @@ def make_parser() -> Parser:
     export.add_argument(
         "--no-preprocess",
         action="store_true",
-        help="take normalized float pictures (NCHW in ONNX files) instead of uint8 NHWC ones",
+        help="take normalized float images (NCHW in ONNX files) instead of uint8 NHWC ones",
     )
     _add_force(export)
 
     quantize = commands.add_parser("quantize", help="make an INT8 graph of a float one")
     quantize.add_argument("graph", help="the float .onnx file")
     quantize.add_argument("output", help="the .onnx file to write")
-    _add_pictures(quantize)
+    _add_images(quantize)
     quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
     quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
     quantize.add_argument("--percentile", type=float, help=f"default {PERCENTILE}")
-    quantize.add_argument("--pictures", type=int, default=CALIBRATION_PICTURES, metavar="N")
-    quantize.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
+    quantize.add_argument("--images", type=int, default=CALIBRATION_PICTURES, metavar="N")
+    quantize.add_argument("--seed", type=int, default=0, help="of the choice of images")
     quantize.add_argument("--reduce-range", action="store_true", help="for x86 without VNNI")
     quantize.add_argument("--float-layers", nargs="+", default=(), metavar="NODE")
     _add_force(quantize)
 
     evaluate = commands.add_parser("eval", help="accuracy of graphs on an evaluation set")
     evaluate.add_argument("graphs", nargs="+", help=".onnx files; drops are against the first")
-    _add_pictures(evaluate)
+    _add_images(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=64)
 
-    benchmark = commands.add_parser("benchmark", help="pictures a second of graphs, in turns")
+    benchmark = commands.add_parser("benchmark", help="images a second of graphs, in turns")
     benchmark.add_argument("graphs", nargs="+", help=".onnx files; ratios are to the first")
     benchmark.add_argument("--batch-size", type=int, default=1)
     benchmark.add_argument("--rounds", type=int, default=20)
@@ -91,11 +91,11 @@ def make_parser() -> Parser:
 
     report = commands.add_parser("report", help="weights and quantization noise by layer")
     report.add_argument("graph", help="the float .onnx file")
-    report.add_argument("output", help="picture to write, .png or .pdf")
+    report.add_argument("output", help="figure to write, .png or .pdf")
     report.add_argument("--int8", metavar="FILE", help="INT8 graph whose outputs to compare")
-    _add_pictures(report)
-    report.add_argument("--pictures", type=int, default=32, metavar="N", help="to compare on")
-    report.add_argument("--seed", type=int, default=0, help="of the choice of pictures")
+    _add_images(report)
+    report.add_argument("--images", type=int, default=32, metavar="N", help="to compare on")
+    report.add_argument("--seed", type=int, default=0, help="of the choice of images")
     _add_force(report)
     return parser
 
@@ -109,9 +109,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--part", help="default: target")
 
 
-def _add_pictures(parser: argparse.ArgumentParser) -> None:
+def _add_images(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    group = parser.add_argument_group("pictures", "in place of a run's")
+    group = parser.add_argument_group("images", "in place of a run's")
     group.add_argument("--data", metavar="NAME", help="digits, folder, or a TFDS set")
     for flag in ("--data-dir", "--train-split", "--eval-split"):
         group.add_argument(flag)
@@ -211,32 +211,32 @@ def trained(arguments: argparse.Namespace, overrides: Sequence[str]) -> Trained:
     )
 
 
-def pictures(
+def images(
     arguments: argparse.Namespace, overrides: Sequence[str], size: tuple[int, int]
-) -> Pictures:
-    """The data set that --workdir, --config or --data names, its pictures brought to `size`.
+) -> Images:
+    """The data set that --workdir, --config or --data names, its images brought to `size`.
 
     Raises:
-      ValueError: none or several are given, or it does not have such pictures.
+      ValueError: none or several are given, or it does not have such images.
     """
     from repopt_jax.data import load_dataset
 
     by_run = arguments.workdir is not None or arguments.config is not None
     if by_run == (arguments.data is not None):
-        raise ValueError("pictures must be named by either --data or --workdir")
+        raise ValueError("images must be named by either --data or --workdir")
     if by_run:
         refuse(arguments, "--data", "data_dir", "train_split", "eval_split", "resize")
         section = data_section(configuration(arguments, overrides), arguments.part or "target")
-        found = configured_pictures(section)
+        found = configured_images(section)
     else:
         _refuse_overrides(overrides)
         refuse(arguments, "--workdir", "part")
         keys = ("data_dir", "train_split", "eval_split")
         dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
         square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
-        found = Pictures(dataset, square, arguments.resize)
+        found = Images(dataset, square, arguments.resize)
     if found.size != size:
-        raise ValueError(f"pictures must have the graph's size {size}, got {found.size}")
+        raise ValueError(f"images must have the graph's size {size}, got {found.size}")
     return found
 
 

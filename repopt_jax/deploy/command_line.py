@@ -78,8 +78,8 @@ def quantize(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Print a table of accuracy and file size."""
+    from repopt_jax.deploy.dataset_images import unmasked
     from repopt_jax.deploy.evaluation import evaluate
-    from repopt_jax.deploy.pictures import unmasked
     from repopt_jax.training.report import format_table
 
     if arguments.batch_size < 1:
@@ -87,30 +87,30 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     networks = _networks(arguments.graphs)
     first = next(iter(networks.values()))
     size = (first.preprocessing.height, first.preprocessing.width)
-    pictures = flags.pictures(arguments, overrides, size)
+    images = flags.images(arguments, overrides, size)
     classes = {int(network.metadata["num_classes"]) for network in networks.values()}
-    if classes != {pictures.dataset.num_classes}:
+    if classes != {images.dataset.num_classes}:
         raise ValueError(
-            f"pictures must have the graphs' number of classes {sorted(classes)}, "
-            f"got {pictures.dataset.num_classes}"
+            f"images must have the graphs' number of classes {sorted(classes)}, "
+            f"got {images.dataset.num_classes}"
         )
     found, rows = {}, []
     for path, network in networks.items():
-        batches = pictures.evaluation(arguments.batch_size)
-        count = -(-len(pictures.dataset.eval) // arguments.batch_size)
+        batches = images.evaluation(arguments.batch_size)
+        count = -(-len(images.dataset.eval) // arguments.batch_size)
         found[path] = evaluate(network, unmasked(flags.progress(path, batches, count)))
         drops = [found[arguments.graphs[0]][k] - found[path][k] for k in ("top1", "top5")]
         cells = [f"{found[path]['top1']:.2f}", f"{found[path]['top5']:.2f}"]
         cells += [f"{drop:.2f}" for drop in drops]
         setting = network.metadata.get("quantization", "float")
-        rows.append((path, *cells, found[path]["pictures"], _megabytes(path), setting))
-    header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "pictures", "MB", "")
+        rows.append((path, *cells, found[path]["images"], _megabytes(path), setting))
+    header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "images", "MB", "")
     print(format_table(rows, header))
 
 
 def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Print a table of speeds, measured in turns."""
-    from repopt_jax.deploy.evaluation import pictures_per_second, speedup
+    from repopt_jax.deploy.evaluation import images_per_second, speedup
     from repopt_jax.training.report import format_table
 
     if overrides:
@@ -121,7 +121,7 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     first = next(iter(networks.values())).preprocessing
     shape = (arguments.batch_size, first.height, first.width, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    speeds = pictures_per_second(networks, images, rounds=arguments.rounds)
+    speeds = images_per_second(networks, images, rounds=arguments.rounds)
     rows = [
         (
             path,
@@ -133,7 +133,7 @@ def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
         for path in networks
     ]
-    print(format_table(rows, ("graph", "pictures/s", "least", "most", "speed-up", "MB")))
+    print(format_table(rows, ("graph", "images/s", "least", "most", "speed-up", "MB")))
     threads = arguments.threads or "all"
     print(f"medians of {arguments.rounds} rounds, batch {arguments.batch_size}, {threads} threads")
 
@@ -157,7 +157,7 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         names = ("workdir", "config", "part", "data", "data_dir", "train_split", "eval_split")
         flags.refuse(arguments, "--int8", *names, "resize")
         if overrides:
-            raise ValueError(f"pictures are used with --int8 only, got {list(overrides)}")
+            raise ValueError(f"images are used with --int8 only, got {list(overrides)}")
     reports = layer_reports(graph, int8, images)
     print(format_table(*table(reports)))
     plot(arguments.output, reports, metadata["model"])
@@ -177,18 +177,18 @@ def _calibration(arguments, overrides, metadata) -> list[np.ndarray]:
     from repopt_jax.deploy.preprocessing import Preprocessing
 
     expected = Preprocessing.from_metadata(metadata)
-    pictures = flags.pictures(arguments, overrides, (expected.height, expected.width))
-    return pictures.calibration(arguments.pictures, arguments.seed)
+    images = flags.images(arguments, overrides, (expected.height, expected.width))
+    return images.calibration(arguments.images, arguments.seed)
 
 
 def _networks(paths: Sequence[str], **options) -> dict:
-    """The graphs by path, which take pictures of one size."""
+    """The graphs by path, which take images of one size."""
     from repopt_jax.deploy.runtime import OnnxNetwork
 
     networks = {path: OnnxNetwork(path, **options) for path in paths}
     sizes = {(n.preprocessing.height, n.preprocessing.width) for n in networks.values()}
     if len(sizes) > 1:
-        raise ValueError(f"graphs must take pictures of one size, got {sorted(sizes)}")
+        raise ValueError(f"graphs must take images of one size, got {sorted(sizes)}")
     return networks
 
 

@@ -1,4 +1,4 @@
-"""How well and how fast an ONNX graph is: accuracy over an evaluation set, pictures a second."""
+"""How well and how fast an ONNX graph is: accuracy over an evaluation set, images a second."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from repopt_jax.deploy.runtime import OnnxNetwork
 def evaluate(
     network: OnnxNetwork, batches: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, and the number of pictures.
+    """Top-1 and top-5 accuracy in percent, and the number of images.
 
     Of equal logits the first counts as larger, as `jax.lax.top_k` has it: the logits of an INT8
     graph may be equal, and a tie must not count as a hit.
 
     Args:
-      network: from uint8 pictures to logits.
-      batches: uint8 NHWC pictures and their labels; see `unmasked`.
+      network: from uint8 images to logits.
+      batches: uint8 NHWC images and their labels; see `unmasked`.
 
     Raises:
-      ValueError: there are no pictures.
+      ValueError: there are no images.
 
     >>> evaluate(lambda images: np.eye(6)[[0, 1]], [(np.zeros((2, 1, 1, 3)), np.array([0, 2]))])
-    {'top1': 50.0, 'top5': 100.0, 'pictures': 2}
+    {'top1': 50.0, 'top5': 100.0, 'images': 2}
     """
     hits, count = np.zeros(5), 0
     for images, labels in batches:
@@ -36,26 +36,26 @@ def evaluate(
         hits[: found.shape[1]] += found.sum(0)
         count += len(labels)
     if count == 0:
-        raise ValueError("batches must hold at least one picture, got none")
+        raise ValueError("batches must hold at least one image, got none")
     top1, top5 = (100 * float(hits[:k].sum()) / count for k in (1, 5))
-    return {"top1": top1, "top5": top5, "pictures": count}
+    return {"top1": top1, "top5": top5, "images": count}
 
 
-def pictures_per_second(
+def images_per_second(
     networks: Mapping[str, OnnxNetwork], images: np.ndarray, *, rounds: int = 20
 ) -> dict[str, list[float]]:
-    """Pictures a second of several graphs, in turns on the same cores.
+    """Images a second of several graphs, in turns on the same cores.
 
     In turns, so that whatever else the machine does meets all of them; the order changes with
     every round. Compare the medians, or the ratios within a round.
 
     Args:
       networks: graph by label.
-      images: one batch of uint8 NHWC pictures.
+      images: one batch of uint8 NHWC images.
       rounds: measurements of each, after two runs that do not count.
 
     Returns:
-      Label -> pictures a second, one value per round.
+      Label -> images a second, one value per round.
 
     Raises:
       ValueError: `rounds` is below 1.

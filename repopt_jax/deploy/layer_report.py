@@ -75,7 +75,7 @@ def layer_reports(
     Args:
       graph: the float graph.
       int8: what `quantize` made of it. None: no output is compared.
-      images: uint8 NHWC pictures to compare outputs on; used with `int8` only.
+      images: uint8 NHWC images to compare outputs on; used with `int8` only.
 
     Raises:
       ValueError: `graph` has no float weights, or only one of `int8` and `images` is given.
@@ -226,7 +226,7 @@ def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) ->
     Args:
       path: file to write, with the ending of a format that matplotlib knows (``.png``, ``.pdf``).
       reports: from `layer_reports`.
-      title: of the picture.
+      title: of the figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

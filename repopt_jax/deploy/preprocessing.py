@@ -1,4 +1,4 @@
-"""What a network expects of its pictures; it travels with every exported file."""
+"""What a network expects of its images; it travels with every exported file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """``(pixel / 255 - mean) / std`` for pictures of one size.
+    """``(pixel / 255 - mean) / std`` for images of one size.
 
     Attributes:
       height: pixels.
       width: pixels.
       mean: per channel, in units of a pixel of range 0 to 1.
       std: likewise.
-      inside: whether the exported graph does it, and so takes uint8 NHWC pictures.
+      inside: whether the exported graph does it, and so takes uint8 NHWC images.
 
     >>> Preprocessing(1, 1, mean=(0.5,) * 3, std=(0.25,) * 3)(np.full((1, 1, 1, 3), 255, np.uint8))
     array([[[[2., 2., 2.]]]], dtype=float32)
@@ -55,7 +55,7 @@ class Preprocessing:
         return (1 / (255 * np.asarray(self.std))).astype(np.float32)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Normalize uint8 NHWC pictures."""
+        """Normalize uint8 NHWC images."""
         return (images.astype(np.float32) - self.shift) * self.factor
 
     def metadata(self) -> dict[str, str]:

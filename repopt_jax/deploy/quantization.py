@@ -15,7 +15,7 @@ The complete recipe:
 * Biases: int32 with the scale of the input times that of the weight.
 * Activations: uint8, one scale and zero point per tensor, asymmetric (after ReLU the zero point
   is 0 and all 256 values are used), from the calibration.
-* Calibration: 512 training pictures drawn with seed 0, prepared as for evaluation. Min-max: the
+* Calibration: 512 training images drawn with seed 0, prepared as for evaluation. Min-max: the
   extremes. Percentile: a histogram of 2048 bins of which ``(100 - p) / 2`` percent are cut off at
   either end, p = 99.99. Entropy: the range of least Kullback-Leibler divergence, with the 128 bins
   for 128 levels that onnxruntime has for it, which are few: measure before choosing it.
@@ -63,7 +63,7 @@ def quantize(
 
     Args:
       graph: a float graph of this project, the file or the model.
-      batches: calibration pictures, uint8 NHWC, such as `Pictures.calibration` gives.
+      batches: calibration images, uint8 NHWC, such as `Images.calibration` gives.
       per_channel: one weight scale per output channel. False: one per layer.
       calibration: how the ranges of activations are found.
       percentile: share of the values in percent that is kept; used by "percentile" only.
@@ -71,7 +71,7 @@ def quantize(
       float_layers: names of Conv and Gemm nodes to leave as they are, such as "stage0/conv".
 
     Raises:
-      ValueError: the graph is none of this project's or already quantized, there are no pictures,
+      ValueError: the graph is none of this project's or already quantized, there are no images,
         or another argument is out of its range.
 
     >>> import repopt_jax
@@ -80,10 +80,10 @@ def quantize(
     >>> from repopt_jax.deploy.preprocessing import Preprocessing
     >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
     >>> model = repopt_jax.create_model("RepOpt-VGG", **size, rngs=nnx.Rngs(0))
-    >>> pictures = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    >>> int8 = quantize(onnx_model(model, Preprocessing(32, 32), name="tiny"), [pictures])
-    >>> OnnxNetwork(int8)(pictures).shape, OnnxNetwork(int8).metadata["quantization"]
-    ((8, 3), 'per tensor, minmax, 8 pictures')
+    >>> images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    >>> int8 = quantize(onnx_model(model, Preprocessing(32, 32), name="tiny"), [images])
+    >>> OnnxNetwork(int8)(images).shape, OnnxNetwork(int8).metadata["quantization"]
+    ((8, 3), 'per tensor, minmax, 8 images')
     """
     from onnxruntime import quantization as ort
 
@@ -92,7 +92,7 @@ def quantize(
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile must be above 50 and at most 100, got {percentile}")
     if len(batches) == 0:
-        raise ValueError("batches must hold at least one picture, got none")
+        raise ValueError("batches must hold at least one image, got none")
     if isinstance(graph, (str, os.PathLike)):
         graph, _ = read_onnx(graph)
     layers = [node.name for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
@@ -138,7 +138,7 @@ def quantize(
         description = ["per channel" if per_channel else "per tensor", calibration]
         if calibration == "percentile":
             description[-1] += f" {percentile:g}"
-        description.append(f"{reader.count} pictures")
+        description.append(f"{reader.count} images")
         description += ["7-bit weights"] if reduce_range else []
         description += [f"float: {' '.join(float_layers)}"] if float_layers else []
         return _with_metadata(target, graph, ", ".join(description))

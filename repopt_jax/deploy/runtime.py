@@ -41,7 +41,7 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
 
 
 class OnnxNetwork:
-    """A graph with its preprocessing, from uint8 pictures to outputs.
+    """A graph with its preprocessing, from uint8 images to outputs.
 
     Attributes:
       metadata: text by name.
@@ -94,7 +94,7 @@ class OnnxNetwork:
         self._outputs = list(outputs) if outputs is not None else ["logits"]
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """What the graph's input is for uint8 NHWC pictures."""
+        """What the graph's input is for uint8 NHWC images."""
         expected = (self.preprocessing.height, self.preprocessing.width, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"images must have the shape {expected} each, got {images.shape[1:]}")
@@ -107,5 +107,5 @@ class OnnxNetwork:
         return self._session.run(self._outputs, {INPUT: prepared})
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The first output, normally the logits, for uint8 NHWC pictures."""
+        """The first output, normally the logits, for uint8 NHWC images."""
         return self.run(self.prepare(images))[0]

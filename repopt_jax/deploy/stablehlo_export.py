@@ -34,8 +34,8 @@ class StableHLO:
     """A network read from a file.
 
     Attributes:
-      call: from a batch of pictures, uint8 or normalized as `preprocessing` says, NHWC, to logits.
-      preprocessing: what it expects of its pictures.
+      call: from a batch of images, uint8 or normalized as `preprocessing` says, NHWC, to logits.
+      preprocessing: what it expects of its images.
       metadata: all that the file tells, text by name.
     """
 
@@ -56,9 +56,9 @@ def export_stablehlo(
 
     Args:
       path: file to write.
-      model: any network from NHWC pictures to logits; it is exported as it is in evaluation, so
+      model: any network from NHWC images to logits; it is exported as it is in evaluation, so
         `fold` it first where that makes it faster.
-      preprocessing: what it expects of its pictures.
+      preprocessing: what it expects of its images.
       name: of the model, for the metadata.
       platforms: that the file is to run on.
 

@@ -31,7 +31,7 @@ class Trained:
     Attributes:
       model: the network, of any kind.
       name: of the model, such as RepOpt-VGG-B1.
-      preprocessing: what it expects of its pictures.
+      preprocessing: what it expects of its images.
     """
 
     model: nnx.Module
@@ -60,7 +60,7 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
 
 
 def data_section(config: ConfigDict, part: str) -> ConfigDict:
-    """The section of `config` that says which pictures a part was trained on."""
+    """The section of `config` that says which images a part was trained on."""
     return config["search" if part == "search" else "target"].data
 
 
@@ -75,7 +75,7 @@ def load_run(
 ) -> Trained:
     """The network of a run's checkpoint.
 
-    The pictures it was trained on need not be there, unless the configuration leaves them their own
+    The images it was trained on need not be there, unless the configuration leaves them their own
     size (`image_size` of None).
 
     Args:
@@ -84,7 +84,7 @@ def load_run(
       part: whose network.
       checkpoint: "latest", or "best" by top-1 accuracy.
       averaged: take the moving averages of the weights.
-      preprocess: whether an exported file is to normalize uint8 pictures itself.
+      preprocess: whether an exported file is to normalize uint8 images itself.
 
     Raises:
       ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
@@ -110,7 +110,7 @@ def load_run(
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
     model = _filled(config, part, scales, arrays, averaged)
     data = data_section(config, part)
-    height, width = _picture_size(data)
+    height, width = _image_size(data)
     preprocessing = Preprocessing(
         height, width, tuple(data.mean), tuple(data.std), inside=preprocess
     )
@@ -150,13 +150,13 @@ def _filled(
     return nnx.merge(graphdef, *filled)
 
 
-def _picture_size(data: ConfigDict) -> tuple[int, int]:
-    """Height and width; only pictures that keep their own size need be looked at."""
-    from repopt_jax.deploy.pictures import configured_pictures
+def _image_size(data: ConfigDict) -> tuple[int, int]:
+    """Height and width; only images that keep their own size need be looked at."""
+    from repopt_jax.deploy.dataset_images import configured_images
 
     if data.image_size is not None:
         return data.image_size, data.image_size
-    return configured_pictures(data).size
+    return configured_images(data).size
 
 
 def load_weights_file(
@@ -177,10 +177,10 @@ def load_weights_file(
       name: of the model that it must hold. None: whichever.
       kind: of the network that it must hold. None: whichever.
       strides: of the stages, which are in no file. None: the published ones, 2 each.
-      image_size: height and width of the pictures.
+      image_size: height and width of the images.
       mean: per channel, in units of a pixel of range 0 to 1.
       std: likewise.
-      preprocess: whether an exported file is to normalize uint8 pictures itself.
+      preprocess: whether an exported file is to normalize uint8 images itself.
 
     Raises:
       ValueError: the file is no such one, or holds another model or kind.

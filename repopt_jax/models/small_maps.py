@@ -3,7 +3,7 @@
 XLA swaps images and kernel wherever the window has more pixels than the map. The CPU backend has
 no fast code for what results: with 3x3 kernels on maps of 2x2 a convolution and its gradients
 take 50 to 200 times as long as they should. That is the last stages of a network on small
-pictures: of B1's step at 64 px the input gradient of its last convolution alone was half.
+images: of B1's step at 64 px the input gradient of its last convolution alone was half.
 Here such a convolution is one matrix product on the CPU, and itself on other platforms.
 """
 

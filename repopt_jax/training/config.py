@@ -70,14 +70,14 @@ def _default_part() -> ConfigDict:
                 "eval_resize": config_dict.placeholder(int),  # shorter side. None: image_size
                 "augment": "none",
                 "fast": False,  # random-resized-crop without antialiasing
-                "skip_bad": False,  # leave out pictures that cannot be decoded, and count them
+                "skip_bad": False,  # leave out images that cannot be decoded, and count them
                 "threads": config_dict.placeholder(int),  # None: one per core
                 "mean": IMAGENET_MEAN,  # of pixels in 0..1
                 "std": IMAGENET_STD,
             },
             # Augmentation on the device, inside the step.
             "mix": {"mixup": 0.0, "cutmix": 0.0},  # alpha of the Beta distribution; 0: off
-            "random_erasing": 0.0,  # share of the pictures
+            "random_erasing": 0.0,  # share of the images
             "batch_size": 256,  # over all devices
             # Images per BatchNorm group, which never spans devices. None: a device's share of at
             # least 8, which the working directory remembers when the number of devices changes.

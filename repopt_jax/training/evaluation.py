@@ -1,4 +1,4 @@
-"""Loss and accuracy of a part over its evaluation pictures."""
+"""Loss and accuracy of a part over its evaluation images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def evaluate(
     part: Part, params: PyTree, stats: PyTree, stop: StopSignal | None = None
 ) -> dict[str, float] | None:
-    """Loss, top-1 and top-5 (percent) over every evaluation picture exactly once.
+    """Loss, top-1 and top-5 (percent) over every evaluation image exactly once.
 
     Returns None if `stop` has received a signal meanwhile; to agree on that costs several processes
     the next batch's time, so they do it every tenth.
@@ -42,7 +42,7 @@ def evaluate(
 def _read(batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     iterator = iter(batches)
     while True:
-        with told_in_a_sentence():  # a picture may be broken
+        with told_in_a_sentence():  # a image may be broken
             batch = next(iterator, None)
         if batch is None:
             return

@@ -1,4 +1,4 @@
-"""The pictures of a run: its training curves, and the scales by depth.
+"""The figures of a run: its training curves, and the scales by depth.
 
 Colours are of the Okabe-Ito palette, which people with any colour vision tell apart.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_BRANCH_STYLES = {  # fixed, so that pictures of several networks can be compared
+_BRANCH_STYLES = {  # fixed, so that figures of several networks can be compared
     "conv3x3": ("#0072B2", "o"),
     "conv": ("#0072B2", "o"),
     "conv1x1": ("#D55E00", "s"),

@@ -46,7 +46,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
 
     Raises:
       RunStopped: at a non-finite loss, after a signal, when the state has been saved, or where
-        pictures or checkpoints cannot be read or written.
+        images or checkpoints cannot be read or written.
     """
     workdir = epath.Path(workdir)
     batches = part.train_batches()
@@ -72,7 +72,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     count = parameter_overview.count_parameters(nnx.to_pure_dict(state.params))
     progress.say(
         f"{part.name}: {count:,} parameters, {part.steps:,} steps of {part.section.batch_size} "
-        f"pictures, BatchNorm groups of {part.options.group}, {part.mesh.size} devices"
+        f"images, BatchNorm groups of {part.options.group}, {part.mesh.size} devices"
     )
     try:
         with StopSignal() as stop, progress:
@@ -154,7 +154,7 @@ class _Loop:
 
     def _train_step(self) -> None:
         part = self.part
-        with told_in_a_sentence():  # a picture may be broken
+        with told_in_a_sentence():  # a image may be broken
             batch = next(self.batches)
         self.image_shape = batch["image"].shape[1:]
         batch = put_batch(part.mesh, batch)
@@ -187,13 +187,13 @@ class _Loop:
         if memory is not None:
             record["device/peak_memory_gib"] = memory / 2**30
         if part.section.data.skip_bad:
-            names = gathered(json.dumps(sorted(part.dataset.bad_pictures)))  # each reads its own
-            record["data/bad_pictures"] = len(set().union(*map(json.loads, names)))
+            names = gathered(json.dumps(sorted(part.dataset.bad_images)))  # each reads its own
+            record["data/bad_images"] = len(set().union(*map(json.loads, names)))
         self._write(record)
 
     @functools.cached_property
     def _forward_flops(self) -> int:
-        """Of one picture."""
+        """Of one image."""
         part, state = self.part, self.state
         return forward_flops(part.eval_graphdef, state.params, state.stats, self.image_shape)
 

@@ -1,8 +1,8 @@
 """Augmentation on the device, inside the training step: mixup, cutmix and random erasing.
 
 All are functions of a random key and a whole batch, so that the numbers are the same on any
-number of devices. A picture is mixed with one of its own BatchNorm group, which never spans
-devices: no picture moves.
+number of devices. A image is mixed with one of its own BatchNorm group, which never spans
+devices: no image moves.
 
 Sources: mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899; random erasing, arXiv 1708.04896.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PRNGKeyArray
 
-ERASED_AREA = (0.02, 1 / 3)  # share of the picture
+ERASED_AREA = (0.02, 1 / 3)  # share of the image
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height by width
 
 
@@ -39,7 +39,7 @@ def mix(
     mixup: float = 0.0,
     cutmix: float = 0.0,
 ) -> tuple[Float[Array, "batch height width channels"], Float[Array, " batch"]]:
-    """Mix every picture ``a`` with its partner ``b``.
+    """Mix every image ``a`` with its partner ``b``.
 
     With ``λ ~ Beta(α, α)`` drawn once per group::
 
@@ -50,13 +50,13 @@ def mix(
 
     Args:
       key: a random key.
-      images: normalized pictures.
-      group: pictures that mix with each other, consecutive ones; must divide the batch.
+      images: normalized images.
+      group: images that mix with each other, consecutive ones; must divide the batch.
       mixup: ``α`` of mixup; 0 for none.
       cutmix: ``α`` of cutmix; 0 for none.
 
     Returns:
-      The mixed pictures, and the share of each that is its own: ``λ``, or the area that the cut
+      The mixed images, and the share of each that is its own: ``λ``, or the area that the cut
       has left. The loss is to be shared between the labels of both in that proportion.
 
     >>> images = jnp.arange(2.0).reshape(2, 1, 1, 1)
@@ -96,15 +96,15 @@ def random_erasing(
     images: Float[Array, "batch height width channels"],
     probability: float,
 ) -> Float[Array, "batch height width channels"]:
-    """Fill a random rectangle with Gaussian noise (mean 0, deviation 1), picture by picture.
+    """Fill a random rectangle with Gaussian noise (mean 0, deviation 1), image by image.
 
-    Its area is uniform in `ERASED_AREA` of the picture, the logarithm of its height by width
-    uniform in `ERASED_ASPECT`; a side longer than the picture's is cut to it.
+    Its area is uniform in `ERASED_AREA` of the image, the logarithm of its height by width
+    uniform in `ERASED_ASPECT`; a side longer than the image's is cut to it.
 
     Args:
       key: a random key.
-      images: normalized pictures.
-      probability: share of pictures that lose a rectangle.
+      images: normalized images.
+      probability: share of images that lose a rectangle.
 
     >>> images = jnp.full((4, 8, 8, 3), 9.0)
     >>> erased = random_erasing(jax.random.key(0), images, 1.0)

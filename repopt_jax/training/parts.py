@@ -42,7 +42,7 @@ class Part:
       name: one of `PARTS`.
       config: the whole configuration.
       section: the part's own section of it.
-      dataset: pictures to train on and to evaluate.
+      dataset: images to train on and to evaluate.
       mesh: the devices.
       build: draws the network anew, in training mode.
       graphdef: of that network.
@@ -94,7 +94,7 @@ class Part:
         )
 
     def eval_batches(self) -> Any:
-        """This process's evaluation batches, every picture once."""
+        """This process's evaluation batches, every image once."""
         devices = self.mesh.size
         return data_lib.eval_batches(
             self.dataset,
@@ -139,7 +139,7 @@ def prepare(config: ConfigDict, name: str, mesh: Mesh, scales: Scales | None = N
     group = samples_per_group(section.batch_size, section.accumulation, section.bn_group, mesh)
     if group < 2 and (section.mix.mixup or section.mix.cutmix):
         raise ValueError(
-            "mix.mixup and mix.cutmix need BatchNorm groups of at least 2 pictures, within which "
+            "mix.mixup and mix.cutmix need BatchNorm groups of at least 2 images, within which "
             f"they mix, got groups of {group}"
         )
     with _told_where(f"{section_name}.data"):

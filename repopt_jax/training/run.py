@@ -1,7 +1,7 @@
 """The whole method in one working directory: search, scales, target, and baselines.
 
 ``DIR/<part>`` holds each part's checkpoints, logs and metrics; ``DIR`` the configuration, the
-scales, the pictures and the summary. What is finished is not done again, so that the same
+scales, the figures and the summary. What is finished is not done again, so that the same
 command resumes an interrupted run.
 """
 
@@ -47,7 +47,7 @@ FREE_FIELDS = (
     "eval_batch_size",
 )
 
-# Statistics of fewer pictures are poor, and of one 1x1 map none at all: nobody should get them
+# Statistics of fewer images are poor, and of one 1x1 map none at all: nobody should get them
 # because the machine is large.
 SMALLEST_SHARE = 8
 
@@ -238,7 +238,7 @@ def _with_bn_groups(
             if remembered is None and section.bn_group < SMALLEST_SHARE:
                 raise ValueError(
                     f"{section_name}.bn_group must be given where a device holds fewer than "
-                    f"{SMALLEST_SHARE} pictures at a time, got None for {section.bn_group} "
+                    f"{SMALLEST_SHARE} images at a time, got None for {section.bn_group} "
                     f"(batch_size {section.batch_size}, {mesh.size} devices): a larger batch_size "
                     "or fewer devices give BatchNorm better statistics"
                 )
@@ -283,7 +283,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _keep_scales(part: Part, state: Any, summary: dict, workdir: epath.Path) -> Scales:
-    """Save what a search found, with pictures of it and of how it came about."""
+    """Save what a search found, with figures of it and of how it came about."""
     scales = scales_of(part, state, part.steps, summary)
     if jax.process_index() == 0:
         save_scales(workdir / "scales.safetensors", scales)

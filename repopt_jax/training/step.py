@@ -53,10 +53,10 @@ class StepOptions:
       accumulation: number of equal parts of a batch whose gradients are averaged; BatchNorm
         sees them one after the other.
       ema_decay: of the moving averages; used only where the state has them.
-      group: pictures that mixup and cutmix mix with each other.
+      group: images that mixup and cutmix mix with each other.
       mixup: alpha of its Beta distribution; 0 for none.
       cutmix: likewise.
-      random_erasing: share of the pictures that lose a rectangle.
+      random_erasing: share of the images that lose a rectangle.
       seed: of these three, together with the number of the step.
       remat: keep only the results of convolutions and matrix products for the backward pass, and
         compute all else anew: less memory, some more time.
@@ -183,7 +183,7 @@ def train_step(
     if options.accumulation == 1:
         stats, (loss, correct, grads) = part(state.stats, (images, labels, 0))
     else:
-        # Every part takes some samples of every device, so that no picture changes its device.
+        # Every part takes some samples of every device, so that no image changes its device.
         parts = [
             x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
             for x in (images, labels)

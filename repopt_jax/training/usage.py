@@ -47,7 +47,7 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(
     graphdef: nnx.GraphDef, params: PyTree, stats: PyTree, image_shape: tuple[int, int, int]
 ) -> int:
-    """Floating-point operations of the network on one picture; a training step takes three times.
+    """Floating-point operations of the network on one image; a training step takes three times.
 
     Two per multiplication of convolutions and matrix products, those with padding included, as
     papers count; all else is left out, the merging of a search's kernels too.

@@ -1,4 +1,4 @@
-"""The pictures of a data set as deployment needs them: to calibrate with and to evaluate on."""
+"""The images of a data set as deployment needs them: to calibrate with and to evaluate on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from repopt_jax.data.sources import SubsetSource
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Small, because calibration keeps every activation of a batch: 40 MB per 224-pixel picture in B1.
+# Small, because calibration keeps every activation of a batch: 40 MB per 224-pixel image in B1.
 CALIBRATION_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """A data set, and how its pictures are brought to the network's size.
+class Images:
+    """A data set, and how its images are brought to the network's size.
 
     Attributes:
       dataset: from `load_dataset`.
-      image_size: side of the pictures. None: as they are, if they share one size.
+      image_size: side of the images. None: as they are, if they share one size.
       resize: the shorter side before the centre crop. None: `image_size`.
 
     >>> from repopt_jax.data import load_dataset
-    >>> pictures = Pictures(load_dataset("digits"))
-    >>> pictures.size, [len(batch) for batch in pictures.calibration(20)]
+    >>> images = Images(load_dataset("digits"))
+    >>> images.size, [len(batch) for batch in images.calibration(20)]
     ((8, 8), [8, 8, 4])
     """
 
@@ -42,50 +42,48 @@ class Pictures:
         """Height and width.
 
         Raises:
-          ValueError: pictures of several sizes and no `image_size`.
+          ValueError: images of several sizes and no `image_size`.
         """
         if self.image_size is not None:
             return self.image_size, self.image_size
         if self.dataset.image_shape is None:
             raise ValueError(
-                f"image_size must be given for {self.dataset.name!r}, whose pictures have several "
+                f"image_size must be given for {self.dataset.name!r}, whose images have several "
                 "sizes, got None"
             )
         return self.dataset.image_shape[:2]
 
     def evaluation(self, batch_size: int) -> Any:
-        """All evaluation pictures as batches of ``image``, ``label`` and ``mask``."""
+        """All evaluation images as batches of ``image``, ``label`` and ``mask``."""
         sizes = {"image_size": self.image_size, "resize": self.resize}
         return eval_batches(self.dataset, batch_size=batch_size, **sizes)
 
     def calibration(self, count: int, seed: int = 0) -> list[np.ndarray]:
-        """Training pictures drawn by `seed`, prepared as for evaluation, in batches of uint8.
+        """Training images drawn by `seed`, prepared as for evaluation, in batches of uint8.
 
         Raises:
           ValueError: there are fewer than `count`.
         """
         available = len(self.dataset.train)
         if not 1 <= count <= available:
-            raise ValueError(
-                f"number of calibration pictures must be in 1..{available}, got {count}"
-            )
+            raise ValueError(f"number of calibration images must be in 1..{available}, got {count}")
         drawn = np.sort(np.random.default_rng(seed).permutation(available)[:count])
         chosen = SubsetSource(self.dataset.train, drawn, np.zeros(count, np.int32))
-        pictures = dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, eval=chosen))
-        return [b["image"][b["mask"]] for b in pictures.evaluation(CALIBRATION_BATCH)]
+        images = dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, eval=chosen))
+        return [b["image"][b["mask"]] for b in images.evaluation(CALIBRATION_BATCH)]
 
 
-def configured_pictures(data: ConfigDict) -> Pictures:
-    """The pictures that the section `data` of a configuration names."""
+def configured_images(data: ConfigDict) -> Images:
+    """The images that the section `data` of a configuration names."""
     keys = ("name", "data_dir", "train_split", "eval_split", "classes")
     dataset = load_dataset(**{key: data[key] for key in keys})
-    return Pictures(dataset, data.image_size, data.eval_resize)
+    return Images(dataset, data.image_size, data.eval_resize)
 
 
 def unmasked(batches: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pictures and labels of evaluation batches, without the filler.
+    """Images and labels of evaluation batches, without the filler.
 
-    >>> batches = Pictures(load_dataset("digits")).evaluation(256)
+    >>> batches = Images(load_dataset("digits")).evaluation(256)
     >>> [images.shape for images, labels in unmasked(batches)]
     [(256, 8, 8, 3), (104, 8, 8, 3)]
     """
