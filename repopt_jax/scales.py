@@ -79,7 +79,7 @@ class Scales(Mapping):
         [2.0, 2.0, 2.0]
         """
         from repopt_jax.branches import initial_scales
-        from repopt_jax.paths import layer_at
+        from repopt_jax.tree_paths import layer_at
 
         return cls(
             {
@@ -122,7 +122,7 @@ class Scales(Mapping):
           ValueError: one message with everything that is missing, surplus, of the wrong width or
             not finite.
         """
-        from repopt_jax.paths import layer_at
+        from repopt_jax.tree_paths import layer_at
 
         wanted = {}
         blocks = blocks_of(model, blocks)
@@ -240,7 +240,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
 
     from safetensors.numpy import save
 
-    from repopt_jax.finished import finished_file
+    from repopt_jax.atomic_write import atomic_write
 
     tensors = {key: np.array(v, np.float32) for key, v in scales.flat().items()}
     metadata = {"format_version": FORMAT_VERSION, **scales.metadata}
@@ -249,7 +249,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with finished_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 

@@ -27,7 +27,7 @@ import optax
 
 from repopt_jax.branches import RULES, Block, BranchMult, branch_mult
 from repopt_jax.mult_checks import check_fits, check_mult, is_known
-from repopt_jax.paths import path_str
+from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree

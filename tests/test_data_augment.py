@@ -51,9 +51,9 @@ def test_a_seed_decides_everything():
     for name in ("weak", "raug15", "jitter"):
         augment = preset(name)
         first, second = augment.draw(2, rng)
-        image = augment.image(image, first, 32)
-        np.testing.assert_array_equal(image, augment.image(image, first, 32))
-        assert (image != augment.image(image, second, 32)).any()
+        crop = augment.image(image, first, 32)
+        np.testing.assert_array_equal(crop, augment.image(image, first, 32))
+        assert (crop != augment.image(image, second, 32)).any()
 
 
 def test_jitter_changes_brightness_by_at_most_its_strength_and_keeps_grey_grey():

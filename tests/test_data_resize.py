@@ -36,9 +36,9 @@ def test_evaluation_is_pillows_resize_and_a_centre_crop(size, resize, shape):
     image = photo(*shape)
     short = resize or size
     height, width = (short * n // min(shape) for n in shape)
-    image = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    expected = np.asarray(image.crop((left, top, left + size, top + size)))
+    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
     np.testing.assert_array_equal(resize_and_crop(image, size, resize), expected)
 
 

@@ -22,7 +22,7 @@ from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
 from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
 from repopt_jax.models import repopt_ghost
 from repopt_jax.models.layers import BatchNorm
-from repopt_jax.paths import path_str
+from repopt_jax.tree_paths import path_str
 
 PICTURES = load_dataset("digits").eval.images[:32]
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}

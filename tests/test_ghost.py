@@ -14,7 +14,7 @@ from repopt_jax.branches import Identity
 from repopt_jax.deploy import fold
 from repopt_jax.ghost_sizes import GHOST_SIZES
 from repopt_jax.models.layers import BatchNorm
-from repopt_jax.paths import layer_at
+from repopt_jax.tree_paths import layer_at
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
 from repopt_jax.torch_files.conversion import _write
 from repopt_jax.torch_files.scales import official_names, scales_in

@@ -11,7 +11,7 @@ from repopt_jax import create_model, init_target, search_network, searched_scale
 from repopt_jax.deploy import fold
 from repopt_jax.models.layers import BatchNorm, materialize
 from repopt_jax.models.search import search_layers
-from repopt_jax.paths import layer_at
+from repopt_jax.tree_paths import layer_at
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 

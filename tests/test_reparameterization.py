@@ -20,7 +20,7 @@ from repopt_jax import (
     weight_decay_mask,
 )
 from repopt_jax.check_equivalence.layers import METHODS
-from repopt_jax.paths import path_str
+from repopt_jax.tree_paths import path_str
 
 BLOCKS = {
     "conv": {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()},

@@ -28,7 +28,7 @@ from repopt_jax import (
     target_network,
 )
 from repopt_jax.models import search_layers
-from repopt_jax.paths import path_str
+from repopt_jax.tree_paths import path_str
 
 FULL = {"full": Full()}
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import repopt_jax
 from repopt_jax import Centre, Full, Identity, grad_mults, repopt_adamw, repopt_sgd
 from repopt_jax import scale_by_grad_mult as by_mult
-from repopt_jax.paths import path_str
+from repopt_jax.tree_paths import path_str
 
 BLOCK = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
 BLOCKS = {"conv": BLOCK}

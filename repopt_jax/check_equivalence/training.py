@@ -13,7 +13,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.models import search_layers
-from repopt_jax.paths import layer_at
+from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree

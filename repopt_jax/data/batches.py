@@ -79,8 +79,8 @@ class TrainBatch:
     def _read(self, indices, make, draws=None) -> tuple[np.ndarray, np.ndarray]:
         images = np.empty((len(indices), *self._shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        images = self._reader.read_all(indices.tolist(), make, draws)
-        for row, (image, label) in enumerate(images):
+        pairs = self._reader.read_all(indices.tolist(), make, draws)
+        for row, (image, label) in enumerate(pairs):
             images[row], labels[row] = image, label
         return images, labels
 

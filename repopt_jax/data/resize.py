@@ -41,8 +41,8 @@ def resize_and_crop(image: np.ndarray, size: int, resize: int | None = None) -> 
     if min(height, width) != resize:
         # The longer side is rounded down.
         new_height, new_width = (resize * n // min(height, width) for n in (height, width))
-        image = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
-        image = np.asarray(image)
+        resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+        image = np.asarray(resized)
         height, width = new_height, new_width
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]
@@ -130,8 +130,8 @@ def random_resized_crop(
         mode = cv2.INTER_CUBIC if bicubic else cv2.INTER_LINEAR
         return cv2.resize(crop, (size, size), interpolation=mode)
     if bicubic:
-        image = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(image)
+        resized = Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(resized)
     return antialiased(crop, size)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from repopt_jax.deploy.runtime import OnnxNetwork
-from repopt_jax.finished import finished_file
+from repopt_jax.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     import onnx
@@ -261,5 +261,5 @@ def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) ->
     for ax in (spread, extent, noise):
         ax.grid(True, color="0.9", linewidth=0.8)
         ax.spines[["top", "right"]].set_visible(False)
-    with finished_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished)

@@ -22,7 +22,7 @@ import repopt_jax
 from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.finished import finished_file
+from repopt_jax.atomic_write import atomic_write
 from repopt_jax.models.layers import SqueezeExcite
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
@@ -93,7 +93,7 @@ def save_onnx(path: str | os.PathLike, model: onnx.ModelProto) -> None:
     """Write an ONNX model to a file, which appears when it is complete."""
     import onnx
 
-    with finished_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         onnx.save(model, unfinished)
 
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 import repopt_jax
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.finished import finished_file
+from repopt_jax.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -95,7 +95,7 @@ def export_stablehlo(
         **preprocessing.metadata(),
     }
     # Weights do not compress: stored as they are.
-    with finished_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+    with atomic_write(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         archive.writestr("metadata.json", json.dumps(metadata, indent=2))
         archive.writestr("network.bin", bytes(exported.serialize()))
 

@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity, check_block
-from repopt_jax.paths import layer_at
+from repopt_jax.tree_paths import layer_at
 
 
 def check_layer(layer: Any, block: Block) -> None:

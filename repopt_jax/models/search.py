@@ -21,7 +21,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block, init_weights, initial_scales, merge
 from repopt_jax.models.blocks import check_layers
-from repopt_jax.paths import layer_at
+from repopt_jax.tree_paths import layer_at
 from repopt_jax.scales import Scales, check_scales, frozen_seeds
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from repopt_jax.finished import finished_file
+from repopt_jax.atomic_write import atomic_write
 from repopt_jax.ghost_sizes import FAMILY as GHOST
 from repopt_jax.scales import load_scales, save_scales
 from repopt_jax.torch_files.scales import load_torch_scales, official_names, read_state_dict
@@ -101,7 +101,7 @@ def _require(target: pathlib.Path, *suffixes: str) -> None:
 
 def _write(target: pathlib.Path, tensors: dict, metadata: dict | None = None) -> None:
     """Write all or nothing."""
-    with finished_file(target) as unfinished:
+    with atomic_write(target) as unfinished:
         if target.suffix == ".safetensors":
             from safetensors.numpy import save_file
 

@@ -15,7 +15,7 @@ from flax import nnx
 from repopt_jax.ghost_sizes import FAMILY as GHOST
 from repopt_jax.ghost_sizes import GHOST_SIZES, ghost_width
 from repopt_jax.models import RepOptGhost, RepOptVGG, create_model
-from repopt_jax.paths import path_str
+from repopt_jax.tree_paths import path_str
 from repopt_jax.sizes import size_name
 from repopt_jax.torch_files.limits import TorchFileError
 from repopt_jax.torch_files.names import is_torch_only, torch_names

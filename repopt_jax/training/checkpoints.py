@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from repopt_jax.finished import finished_file
+from repopt_jax.atomic_write import atomic_write
 from repopt_jax.training.damage import (
     DamagedError,
     failure_is_damage,
@@ -264,7 +264,7 @@ class Checkpoints:
         manifest["metrics"] |= {name: float(value) for name, value in metrics.items()}
         self._keep.metrics[step] = manifest["metrics"]
         if jax.process_index() == 0:
-            with finished_file(self.directory / str(step) / "manifest" / "metadata") as unfinished:
+            with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
                 unfinished.write_text(json.dumps(seal(manifest)))
 
     def wait(self):

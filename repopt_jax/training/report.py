@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from repopt_jax.finished import finished_file
+from repopt_jax.atomic_write import atomic_write
 
 
 def _jsonable(value: Any) -> Any:
@@ -61,7 +61,7 @@ def _replace(path: epath.Path, text: str):
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with finished_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(text)
 
 

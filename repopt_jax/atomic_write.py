@@ -9,7 +9,7 @@ from etils import epath
 
 
 @contextlib.contextmanager
-def finished_file(path: epath.PathLike) -> Iterator[epath.Path]:
+def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a path to write to; it gets the name `path` only when the block ends without error.
 
     The yielded path has the ending of `path`, by which some writers choose their format.
@@ -19,7 +19,7 @@ def finished_file(path: epath.PathLike) -> Iterator[epath.Path]:
 
     >>> import os, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with finished_file(f"{folder}/a.txt") as unfinished:
+    ...     with atomic_write(f"{folder}/a.txt") as unfinished:
     ...         _ = unfinished.write_text("all of it")
     ...     os.listdir(folder)
     ['a.txt']
