@@ -38,7 +38,7 @@ from environment import environment
 from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_adds
 from op_shares import op_shares
 
-from repopt_jax.sizes import SIZES, stage_widths
+from repopt_jax.models.repopt_vgg import SIZES, stage_widths
 from repopt_jax.training.usage import peak_flops
 
 HERE = pathlib.Path(__file__).parent

@@ -1,13 +1,14 @@
 """RepOptimizers (gradient re-parameterization) for JAX, Flax and Optax.
 
-Public names are loaded when they are first used: reading a scales file needs no JAX, and starts
-in a fraction of a second.
+Public names are loaded when they are first used, so that `repopt_jax.data`, whose worker
+processes must start quickly, loads no JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+from etils import epy as _epy
 
-if TYPE_CHECKING:
+__version__ = "0.1.0"
+
+with _epy.lazy_api_imports(globals()):
     from repopt_jax.branches import Block as Block
     from repopt_jax.branches import BlockDiagonal as BlockDiagonal
     from repopt_jax.branches import Branch as Branch
@@ -52,62 +53,4 @@ if TYPE_CHECKING:
     from repopt_jax.transforms import scale_by_grad_mult as scale_by_grad_mult
     from repopt_jax.transforms import weight_decay_mask as weight_decay_mask
 
-__version__ = "0.1.0"
-
-_MODULE_OF = {
-    "Block": "branches",
-    "BlockDiagonal": "branches",
-    "Branch": "branches",
-    "BranchMult": "branches",
-    "Centre": "branches",
-    "Diagonal": "branches",
-    "Dilated": "branches",
-    "FoldedConv": "branches",
-    "FrozenPointwise": "branches",
-    "Full": "branches",
-    "Identity": "branches",
-    "LowRank": "branches",
-    "PooledPointwise": "branches",
-    "Window": "branches",
-    "branch_mult": "branches",
-    "check_block": "branches",
-    "init_weights": "branches",
-    "initial_scales": "branches",
-    "merge": "branches",
-    "pull_back": "branches",
-    "RepOptGhost": "models",
-    "RepOptVGG": "models",
-    "Target": "models",
-    "create_model": "models",
-    "find_blocks": "models",
-    "init_target": "models",
-    "repvgg_branches": "models",
-    "search_network": "models",
-    "searched_scales": "models",
-    "target_network": "models",
-    "ReparameterizeState": "reparameterization",
-    "reparameterize": "reparameterization",
-    "Scales": "scales",
-    "load_scales": "scales",
-    "load_torch_weights": "torch_files.weights",
-    "load_weights": "torch_files.weights",
-    "save_scales": "scales",
-    "ScaleByGradMultState": "transforms",
-    "grad_mults": "transforms",
-    "repopt_adamw": "transforms",
-    "repopt_sgd": "transforms",
-    "scale_by_grad_mult": "transforms",
-    "weight_decay_mask": "transforms",
-}
-
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__all__ = [name for name in globals()["__dir__"]() if not name.startswith("_")]

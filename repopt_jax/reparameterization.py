@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from repopt_jax.branches import Block, check_block, merge, pull_back, wide_type
-from repopt_jax.mult_checks import is_known
+from repopt_jax.transforms import is_known
 from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from repopt_jax.branches import RULES, Block, BranchMult, branch_mult
-from repopt_jax.mult_checks import check_fits, check_mult, is_known
+from repopt_jax.branches import RULES, Block, BranchMult, branch_mult, check_block
 from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:
@@ -49,6 +49,65 @@ def _multiply(mult: Array | BranchMult, update: Array) -> Array:
     if isinstance(mult, BranchMult):
         return mult(update)
     return update * jnp.broadcast_to(mult, update.shape).astype(update.dtype)
+
+
+def is_known(x: Any) -> bool:
+    """Whether `x` has a value yet: optax.inject_hyperparams calls factories under jit."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _check_mult(path: str, mult: Any, rule: str) -> None:
+    """Refuse a multiplier that no parameter could take."""
+    if isinstance(mult, BranchMult):
+        if mult.rule != rule:
+            raise ValueError(
+                f"grad_mults[{path!r}] must follow the rule {rule!r} here, got {mult.rule!r}"
+            )
+        arrays = {f"scale of {name}": scale for name, scale in mult.scales.items()}
+    else:
+        arrays = {"multiplier": mult}
+    for what, value in arrays.items():
+        if not is_known(value):
+            continue
+        try:
+            array = np.asarray(value)
+            finite = np.isfinite(array)
+        except TypeError:
+            raise ValueError(
+                f"grad_mults[{path!r}] must be an array, a BranchMult or None, "
+                f"got {type(mult).__name__}"
+            ) from None
+        if not finite.all():
+            raise ValueError(f"grad_mults[{path!r}]: the {what} must be finite, got {array}")
+        if what == "multiplier" and (array < 0).any():
+            raise ValueError(
+                f"grad_mults[{path!r}]: the {what} must not be negative, got {array.min()}"
+            )
+
+
+def _check_fits(path: str, mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
+    """Refuse a multiplier that does not fit its parameter."""
+    if isinstance(mult, BranchMult):
+        try:
+            check_block(dict(mult.block), shape)
+        except ValueError as error:
+            raise ValueError(f"grad_mults[{path!r}], {error}") from None
+        wrong = {n: s.shape for n, s in mult.scales.items() if s.shape != shape[-1:]}
+        if wrong:
+            raise ValueError(
+                f"grad_mults[{path!r}]: scales must have the shape {shape[-1:]} of the "
+                f"parameter's last axis, got {wrong}"
+            )
+        return
+    try:
+        fits = np.broadcast_shapes(np.shape(mult), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"grad_mults[{path!r}] must broadcast against its parameter of shape {shape}, "
+            f"got shape {np.shape(mult)}"
+        )
 
 
 class ScaleByGradMultState(NamedTuple):
@@ -102,7 +161,7 @@ def scale_by_grad_mult(
     by_path = {path_str(path): mult for path, mult in leaves}
     mults = {path: mult for path, mult in by_path.items() if mult is not None}
     for path, mult in mults.items():
-        check_mult(path, mult, rule)
+        _check_mult(path, mult, rule)
 
     def init_fn(params):
         # None stands for no parameter: a bias that a layer of Equinox goes without.
@@ -119,7 +178,7 @@ def scale_by_grad_mult(
             )
         for path, mult in mults.items():
             if path in names and not _is_masked(names[path]):
-                check_fits(path, mult, jnp.shape(names[path]))
+                _check_fits(path, mult, jnp.shape(names[path]))
         # Copies: a step that is given the state to reuse its memory deletes what is in it.
         return ScaleByGradMultState(jax.tree.map(jnp.array, mults))
 

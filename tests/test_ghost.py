@@ -12,14 +12,14 @@ import repopt_jax
 from repopt_jax import create_model
 from repopt_jax.branches import Identity
 from repopt_jax.deploy import fold
-from repopt_jax.ghost_sizes import GHOST_SIZES
 from repopt_jax.models.layers import BatchNorm
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.models.repopt_ghost import GHOST_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
 from repopt_jax.torch_files.conversion import _write
 from repopt_jax.torch_files.scales import official_names, scales_in
 from repopt_jax.torch_files.weights import load_weights, variables
 from repopt_jax.training.step import StepOptions, loss_function
+from repopt_jax.tree_paths import layer_at
 
 NAME = "RepOpt-GhostNet"
 
@@ -94,7 +94,7 @@ def test_every_module_states_its_two_branches():
 
 
 def test_search_network_computes_conv_plus_identity(x64, strict):
-    module = small("hs", dtype=np.float64).blocks[2][0].ghost1
+    module = small("hs", dtype=np.float64).stages[2][0].ghost1
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 4)))
     layer = module.cheap_conv
     convolved = jax.lax.conv_general_dilated(
@@ -127,14 +127,14 @@ def test_folded_bottleneck_computes_the_same(kind, x64):
     model = small(kind, dtype=np.float64)
     model.eval()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 4)))
-    assert_same_outputs(lambda x: (model.blocks[3][0](x), fold(model).blocks[3][0](x)), x)
+    assert_same_outputs(lambda x: (model.stages[3][0](x), fold(model).stages[3][0](x)), x)
 
 
 def headed(dropout):
     """A network without stages, the head of which gets the same from every image."""
     model = small(dropout=dropout)
     model.conv_stem, model.bn1 = nnx.Conv(3, 96, (1, 1), rngs=nnx.Rngs(0)), BatchNorm(96)
-    model.blocks = nnx.List([])
+    model.stages = nnx.List([])
     model.conv_head.kernel[...] *= 0
     model.classifier.kernel[...] = jnp.ones((1280, 3)) / 1280
     return model
@@ -227,7 +227,7 @@ def test_every_published_size_is_recognized_by_its_scales(name):
 def test_half_a_network_is_refused():
     names = official_names(repopt_jax.Scales.initial(shapes(name=f"{NAME}-0.5x", width=0.5)))
     del names["blocks.8.3.ghost2.cheap_operation.1.weight"]
-    with pytest.raises(TorchFileError, match="missing blocks/8/3/ghost2/cheap_conv/conv"):
+    with pytest.raises(TorchFileError, match="missing stages/8/3/ghost2/cheap_conv/conv"):
         scales_in(names)
     weights = export_weights(small())
     weights["blocks.0.0.ghost1.cheap_operation.0.weight"] = np.ones((9, 1, 3, 3))

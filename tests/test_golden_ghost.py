@@ -11,6 +11,7 @@ from test_golden import assert_same_weights, load, relative, sgd, train
 
 import repopt_jax
 from repopt_jax.torch_files import export_weights, load_torch_scales
+from repopt_jax.torch_files.names import torch_block
 from repopt_jax.torch_files.scales import official_names, read_state_dict
 
 
@@ -31,7 +32,7 @@ def golden_scales(golden, model):
     names = {"conv": "cheap_operation.1.weight", "identity": "fusion_scale.weight"}
     return {
         path: {
-            branch: weights[f"{path.removesuffix('/cheap_conv').replace('/', '.')}.{name}"]
+            branch: weights[f"{torch_block(path.removesuffix('/cheap_conv'))}.{name}"]
             for branch, name in names.items()
         }
         for path in model.blocks()

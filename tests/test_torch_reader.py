@@ -3,7 +3,6 @@
 import collections
 import pathlib
 import pickle
-import subprocess
 import sys
 
 import ml_dtypes
@@ -265,23 +264,6 @@ def test_golden_state_dicts_are_read(golden):
             count = key.endswith("num_batches_tracked")
             assert value.dtype == (np.int64 if count else np.float64)
             assert value.ndim == (0 if count else value.ndim) and np.isfinite(value).all()
-
-
-def test_importing_the_reader_needs_numpy_and_ml_dtypes_alone():
-    """The package's own start-up is kept out of it: it loads jax for other modules."""
-    code = (
-        "import sys, types, pathlib, numpy, ml_dtypes; before = set(sys.modules)\n"
-        "package = types.ModuleType('repopt_jax'); package.__path__ = [sys.argv[1]]\n"
-        "sys.modules['repopt_jax'] = package\n"
-        "import repopt_jax.torch_files\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(*sorted(new - sys.stdlib_module_names))"
-    )
-    folder = str(BENCHMARKS.parent / "repopt_jax")
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["repopt_jax"]
 
 
 def test_files_written_by_torch_itself_give_its_numbers(tmp_path):

@@ -167,11 +167,3 @@ def test_command_refuses_in_one_sentence(arguments, message, tmp_path):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.pth"]
-
-
-def test_command_needs_no_jax():
-    """It starts in a fraction of a second because it imports numpy only."""
-    code = "import sys, repopt_jax.torch_files.conversion; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=SCRIPT.parent)  # fmt: skip
-    assert done.stdout == "False\n"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.atomic_write import atomic_write
+from repopt_jax.deploy.runtime import OnnxNetwork
 
 if TYPE_CHECKING:
     import onnx

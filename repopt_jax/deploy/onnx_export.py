@@ -19,10 +19,10 @@ import jax
 from flax import nnx
 
 import repopt_jax
+from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.atomic_write import atomic_write
 from repopt_jax.models.layers import SqueezeExcite
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
@@ -127,14 +127,14 @@ def _block(graph: GraphWriter, x: str, block: FoldedBlock, path: str) -> str:
 
 
 def _repopt_ghost(graph: GraphWriter, x: str, model: RepOptGhost) -> tuple[str, int]:
-    if not isinstance(model.blocks[0][0].ghost1, FoldedGhost):
+    if not isinstance(model.stages[0][0].ghost1, FoldedGhost):
         model = fold(model)
     x = graph.relu(graph.conv(x, model.conv_stem, "conv_stem"), "relu_stem")
-    *stages, (last,) = model.blocks
+    *stages, (last,) = model.stages
     for s, stage in enumerate(stages):
         for b, bottleneck in enumerate(stage):
-            x = _bottleneck(graph, x, bottleneck, f"blocks/{s}/{b}")
-    path = f"blocks/{len(stages)}/0"
+            x = _bottleneck(graph, x, bottleneck, f"stages/{s}/{b}")
+    path = f"stages/{len(stages)}/0"
     x = graph.relu(graph.conv(x, last.conv, f"{path}/conv"), f"{path}/relu")
     x = graph.relu(graph.conv(graph.pool(x, "pool"), model.conv_head, "conv_head"), "relu_head")
     layer = model.classifier

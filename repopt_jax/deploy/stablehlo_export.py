@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import repopt_jax
-from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.atomic_write import atomic_write
+from repopt_jax.deploy.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from jaxtyping import Array

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flax import nnx
 
-from repopt_jax.ghost_sizes import FAMILY as GHOST
-from repopt_jax.ghost_sizes import GHOST_SIZES
-from repopt_jax.models.repopt_ghost import RepGhost, RepOptGhost
-from repopt_jax.models.repopt_vgg import RepOptVGG, RepVGGBlock
+from repopt_jax.models.repopt_ghost import FAMILY as GHOST
+from repopt_jax.models.repopt_ghost import GHOST_SIZES, RepGhost, RepOptGhost
+from repopt_jax.models.repopt_vgg import SIZES, RepOptVGG, RepVGGBlock, stage_widths
 from repopt_jax.models.search import search_network
-from repopt_jax.sizes import SIZES, stage_widths
 
 if TYPE_CHECKING:
     from jaxtyping import Array

@@ -1,6 +1,7 @@
 """RepOpt-GhostNet: RepGhostNet that states the branches of its depthwise kernels as blocks.
 
-Papers: RepGhost, arXiv 2211.06088; RepOptimizers, arXiv 2205.15242.
+Papers: RepGhost, arXiv 2211.06088 (bottlenecks of table 2, widths of table 3); RepOptimizers,
+arXiv 2205.15242.
 A ghost module is a pointwise convolution, then a depthwise one plus the identity. Two modules make
 a bottleneck, sixteen bottlenecks in nine stages the network. Images are NHWC.
 
@@ -10,18 +11,103 @@ Deviation from the authors' code: it names layers by their place in a list, this
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block, Full, Identity
-from repopt_jax.ghost_sizes import HEAD, LAST, STAGES, STEM, Bottleneck, ghost_channels
 from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+
+class Bottleneck(NamedTuple):
+    """One bottleneck: side of the big depthwise kernel, channels, squeeze-excite and stride."""
+
+    kernel: int
+    hidden: int
+    out: int
+    se: bool
+    stride: int
+
+
+# Stages of bottlenecks at width 1.
+STAGES = (
+    (Bottleneck(3, 8, 16, False, 1),),
+    (Bottleneck(3, 24, 24, False, 2),),
+    (Bottleneck(3, 36, 24, False, 1),),
+    (Bottleneck(5, 36, 40, True, 2),),
+    (Bottleneck(5, 60, 40, True, 1),),
+    (Bottleneck(3, 120, 80, False, 2),),
+    (
+        Bottleneck(3, 100, 80, False, 1),
+        Bottleneck(3, 120, 80, False, 1),
+        Bottleneck(3, 120, 80, False, 1),
+        Bottleneck(3, 240, 112, True, 1),
+        Bottleneck(3, 336, 112, True, 1),
+    ),
+    (Bottleneck(5, 336, 160, True, 2),),
+    (
+        Bottleneck(5, 480, 160, False, 1),
+        Bottleneck(5, 480, 160, True, 1),
+        Bottleneck(5, 480, 160, False, 1),
+        Bottleneck(5, 480, 160, True, 1),
+    ),
+)
+STEM, LAST, HEAD = 16, 960, 1280  # the head has the same channels at every width
+
+FAMILY = "RepOpt-GhostNet"
+GHOST_WIDTHS = (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)
+GHOST_SIZES = {f"{FAMILY}-{width}x": width for width in GHOST_WIDTHS}
+
+
+def ghost_channels(channels: float) -> int:
+    """A number of channels as a network has it: a multiple of 4, at most a tenth too low.
+
+    >>> [ghost_channels(c) for c in (1.6, 18, 5, 50)]
+    [4, 20, 8, 52]
+    """
+    rounded = max(4, int(channels + 2) // 4 * 4)
+    return rounded if rounded >= 0.9 * channels else rounded + 4
+
+
+def ghost_modules(width: float) -> dict[str, int]:
+    """The paths of all depthwise kernels that get branches, and their channels.
+
+    >>> len(ghost_modules(0.5)), ghost_modules(0.5)["stages/1/0/ghost1/cheap_conv"]
+    (32, 12)
+    """
+    return {
+        f"stages/{s}/{b}/ghost{i}/cheap_conv": ghost_channels(channels * width)
+        for s, stage in enumerate(STAGES)
+        for b, spec in enumerate(stage)
+        for i, channels in enumerate((spec.hidden, spec.out), 1)
+    }
+
+
+def ghost_width(found: Mapping[str, int], last: int | None = None) -> float | None:
+    """The width of a network from the channels of its modules; None if it is none.
+
+    Neighbouring widths have the same channels: a published one is taken first, then the one with
+    the fewest decimals, up to three.
+
+    Args:
+      found: path -> channels, as of `ghost_modules`.
+      last: channels before the average pooling. None: not known.
+
+    >>> ghost_width(ghost_modules(0.5)), ghost_width(ghost_modules(0.1)), ghost_width({"conv": 4})
+    (0.5, 0.1, None)
+    """
+    widest = max(found.values(), default=0) / max(spec.hidden for s in STAGES for spec in s)
+    near = [k / d for d in (1, 10, 100, 1000) for k in range(1, 8 * d) if abs(k / d - widest) < 0.1]
+    for width in (*GHOST_WIDTHS, *near):
+        if last in (None, ghost_channels(LAST * width)) and ghost_modules(width) == dict(found):
+            return width
+    return None
 
 
 class _Makers:
@@ -149,38 +235,8 @@ class PointwiseBlock(nnx.Module):
         return jax.nn.relu(self.bn1(self.conv(x)))
 
 
-class Stages(nnx.List):
-    """The stages; called, they state the branches, as `blocks` of every network does.
-
-    The authors' code and the scale files call the stages `blocks`, as all our networks call the
-    method that states the branches: here one attribute is both.
-    """
-
-    def __call__(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the modules are not plain ones."""
-        if not isinstance(self[0][0].ghost1, PlainGhost):
-            return {}
-        found, out, n = {}, None, 0
-        for s, stage in enumerate(STAGES):
-            for b, spec in enumerate(stage):
-                # A run is the bottlenecks of one number of channels, stages notwithstanding.
-                n = n if spec.out == out else 0
-                out = spec.out
-                for name in ("ghost1", "ghost2"):
-                    n += 1
-                    groups = getattr(self[s][b], name).primary_conv.kernel.shape[-1]
-                    found[f"blocks/{s}/{b}/{name}/cheap_conv"] = {
-                        "conv": Full(scale=math.sqrt(2 / (n + 1))),
-                        "identity": Identity(groups=groups),
-                    }
-        return found
-
-
 class RepOptGhost(nnx.Module):
     """The network; `PlainGhost` makes it RepOpt-GhostNet, `RepGhost` RepGhostNet in training form.
-
-    ``blocks()`` is path of a layer -> its branches. A search starts the scale of the ``n``-th
-    module in a run of bottlenecks with as many output channels at ``sqrt(2 / (n + 1))``.
 
     Args:
       width: factor of all channels but the head's.
@@ -198,7 +254,7 @@ class RepOptGhost(nnx.Module):
     >>> net = nnx.eval_shape(lambda: RepOptGhost(0.1, num_classes=10, rngs=nnx.Rngs(0)))
     >>> jax.eval_shape(lambda net, x: net(x), net, jnp.ones((2, 32, 32, 3))).shape
     (2, 10)
-    >>> len(net.blocks()), list(net.blocks()["blocks/0/0/ghost1/cheap_conv"])
+    >>> len(net.blocks()), list(net.blocks()["stages/0/0/ghost1/cheap_conv"])
     (32, ['conv', 'identity'])
     """
 
@@ -231,7 +287,7 @@ class RepOptGhost(nnx.Module):
                 stage.append(block)
             stages.append(nnx.List(stage))
         last = ghost_channels(LAST * width)
-        self.blocks = Stages([*stages, nnx.List([PointwiseBlock(features, last, make=make)])])
+        self.stages = nnx.List([*stages, nnx.List([PointwiseBlock(features, last, make=make)])])
         self.conv_head = make.pointwise(last, HEAD, use_bias=True)
         self.classifier = linear(HEAD, num_classes, **make.types)
         self.dropout = dropout
@@ -246,7 +302,7 @@ class RepOptGhost(nnx.Module):
           ValueError: no `key` in training with dropout.
         """
         x = jax.nn.relu(self.bn1(self.conv_stem(images)))
-        for stage in self.blocks:
+        for stage in self.stages:
             for block in stage:
                 x = block(x)
         x = jax.nn.relu(self.conv_head(x.mean((1, 2), keepdims=True)))[:, 0, 0]
@@ -258,3 +314,26 @@ class RepOptGhost(nnx.Module):
             kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
         return self.classifier(x)
+
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; empty if the modules are not plain ones.
+
+        A search starts the scale of the ``n``-th module in a run of bottlenecks with as many
+        output channels at ``sqrt(2 / (n + 1))``.
+        """
+        if not isinstance(self.stages[0][0].ghost1, PlainGhost):
+            return {}
+        found, out, n = {}, None, 0
+        for s, stage in enumerate(STAGES):
+            for b, spec in enumerate(stage):
+                # A run is the bottlenecks of one number of channels, stages notwithstanding.
+                n = n if spec.out == out else 0
+                out = spec.out
+                for name in ("ghost1", "ghost2"):
+                    n += 1
+                    groups = getattr(self.stages[s][b], name).primary_conv.kernel.shape[-1]
+                    found[f"stages/{s}/{b}/{name}/cheap_conv"] = {
+                        "conv": Full(scale=math.sqrt(2 / (n + 1))),
+                        "identity": Identity(groups=groups),
+                    }
+        return found

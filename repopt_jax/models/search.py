@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.branches import Block, init_weights, initial_scales, merge
-from repopt_jax.models.blocks import check_layers
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.models.branched_layers import check_layers
 from repopt_jax.scales import Scales, check_scales, frozen_seeds
+from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array

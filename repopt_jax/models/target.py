@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import Block, BranchMult, init_weights, merge
-from repopt_jax.models.blocks import check_layers
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.models.branched_layers import check_layers
 from repopt_jax.reparameterization import reparameterize
 from repopt_jax.scales import blocks_of, check_scales
 from repopt_jax.transforms import grad_mults
+from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree

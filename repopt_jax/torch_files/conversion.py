@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from repopt_jax.atomic_write import atomic_write
-from repopt_jax.ghost_sizes import FAMILY as GHOST
+from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.scales import load_scales, save_scales
 from repopt_jax.torch_files.scales import load_torch_scales, official_names, read_state_dict
 

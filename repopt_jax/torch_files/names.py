@@ -64,7 +64,7 @@ VGG = (
     Row("linear.bias", "linear/bias"),
 )
 
-GHOST_BLOCK = r"blocks/\d/\d(?:/ghost[12])?"
+GHOST_BLOCK = r"stages/\d/\d(?:/ghost[12])?"  # the stages are called blocks in torch
 GHOST = (
     # target
     Row("{block}.cheap_operation.0.weight", "{block}/cheap_conv/kernel", CONV),
@@ -115,6 +115,24 @@ GHOST_MARK = ".fusion_scale."  # elsewhere, cheap_operation.1 is a BatchNorm
 VGG_LAYER, GHOST_LAYER = "conv", "cheap_conv"
 
 
+def torch_block(path: str) -> str:
+    """The torch name of a block.
+
+    >>> torch_block("stages/0/1/ghost1")
+    'blocks.0.1.ghost1'
+    """
+    return re.sub("^stages/", "blocks/", path).replace("/", ".")
+
+
+def block_path(name: str) -> str:
+    """The path of a torch block.
+
+    >>> block_path("blocks.0.1.ghost1")
+    'stages/0/1/ghost1'
+    """
+    return re.sub("^blocks/", "stages/", name.replace(".", "/"))
+
+
 def torch_names(path: str) -> list[tuple[str, tuple[int, ...] | None]]:
     """Every torch name and axes that the tables have for a variable's path.
 
@@ -128,7 +146,7 @@ def torch_names(path: str) -> list[tuple[str, tuple[int, ...] | None]]:
         pattern = re.escape(row.path).replace(r"\{block\}", f"(?P<block>{block})")
         match = re.fullmatch(pattern, path)
         if match:
-            name = match.groupdict().get("block", "").replace("/", ".")
+            name = torch_block(match.groupdict().get("block", ""))
             found.append((row.torch.format(block=name), row.axes))
     return found
 
@@ -140,7 +158,7 @@ def is_torch_only(name: str) -> bool:
     True
     """
     for row, block in _rows():
-        inside = block.replace("/", r"\.")
+        inside = block.replace("/", r"\.").replace("stages", "blocks")
         pattern = row.torch.replace(".", r"\.").replace("{block}", f"(?:{inside})")
         if row.path is None and re.fullmatch(pattern, name):
             return True

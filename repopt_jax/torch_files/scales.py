@@ -9,13 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.ghost_sizes import FAMILY as GHOST
-from repopt_jax.ghost_sizes import GHOST_SIZES, GHOST_WIDTHS, ghost_modules, ghost_width
+from repopt_jax.models.repopt_ghost import FAMILY as GHOST
+from repopt_jax.models.repopt_ghost import GHOST_SIZES, GHOST_WIDTHS, ghost_modules, ghost_width
+from repopt_jax.models.repopt_vgg import scale_widths, size_name
 from repopt_jax.scales import Scales
-from repopt_jax.sizes import scale_widths, size_name
 from repopt_jax.torch_files.limits import TorchFileError
 from repopt_jax.torch_files.modules import state_dict
-from repopt_jax.torch_files.names import GHOST_LAYER, GHOST_MARK, SCALE_NAMES, VGG_LAYER
+from repopt_jax.torch_files.names import (
+    GHOST_LAYER,
+    GHOST_MARK,
+    SCALE_NAMES,
+    VGG_LAYER,
+    block_path,
+    torch_block,
+)
 from repopt_jax.torch_files.reader import read_torch_file
 from repopt_jax.torch_files.standin import Standin
 
@@ -106,7 +113,7 @@ def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:
                     f"{name} must be a vector of floats, got shape {value.shape} of {value.dtype}"
                 )
             layer = GHOST_LAYER if match[1] in ghosts else VGG_LAYER
-            path = f"{match[1].replace('.', '/')}/{layer}"
+            path = f"{block_path(match[1])}/{layer}"
             blocks.setdefault(path, {})[branch] = value.astype(np.float32)
     if not blocks:
         raise TorchFileError("it has no scales (scale_conv, scale_1x1, scale_identity)")
@@ -190,5 +197,5 @@ def official_names(scales: Scales) -> dict[str, np.ndarray]:
         for name, vector in block.items():
             if (layer, name) not in suffixes:
                 raise ValueError(f"the official code has no branch {name!r} of a layer {path!r}")
-            found[f"{parent.replace('/', '.')}.{suffixes[layer, name]}"] = np.asarray(vector)
+            found[f"{torch_block(parent)}.{suffixes[layer, name]}"] = np.asarray(vector)
     return found

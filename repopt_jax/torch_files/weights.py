@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from repopt_jax.ghost_sizes import FAMILY as GHOST
-from repopt_jax.ghost_sizes import GHOST_SIZES, ghost_width
 from repopt_jax.models import RepOptGhost, RepOptVGG, create_model
-from repopt_jax.tree_paths import path_str
-from repopt_jax.sizes import size_name
+from repopt_jax.models.repopt_ghost import FAMILY as GHOST
+from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
+from repopt_jax.models.repopt_vgg import size_name
 from repopt_jax.torch_files.limits import TorchFileError
-from repopt_jax.torch_files.names import is_torch_only, torch_names
+from repopt_jax.torch_files.names import block_path, is_torch_only, torch_names
 from repopt_jax.torch_files.scales import read_state_dict
+from repopt_jax.tree_paths import path_str
 
 
 def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.Module:
@@ -164,7 +164,7 @@ def _recognize_ghost(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     marks = {"fusion_scale.weight": "hs", "fusion_bn.weight": "rep", "final_bn.weight": "target"}
     kinds = [kind for mark, kind in marks.items() if f"blocks.0.0.ghost1.{mark}" in shapes]
     modules = {
-        f"{match[1].replace('.', '/')}/cheap_conv": shape[0]
+        f"{block_path(match[1])}/cheap_conv": shape[0]
         for name, shape in shapes.items()
         if (match := re.fullmatch(r"(.*)\.cheap_operation\.0\.weight", name)) and shape
     }
