@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,19 @@ def load_dataset(
         )
         dataset = dataclasses.replace(dataset, image_shape=dataset.train.images.shape[1:])
     return dataset
+
+
+def dataset_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_dataset` among the fields of a configuration's section `data`.
+
+    >>> section = {"name": "digits", "augment": "crop"} | dict.fromkeys(
+    ...     ("data_dir", "train_split", "eval_split", "classes")
+    ... )
+    >>> load_dataset(**dataset_arguments(section)).num_classes
+    10
+    """
+    keys = ("name", "data_dir", "train_split", "eval_split", "classes")
+    return {key: section[key] for key in keys}
 
 
 def _load_digits() -> Dataset:
