@@ -3,16 +3,9 @@
 from repopt_jax.extras import needs_extra
 
 with needs_extra("train"):
-    from repopt_jax.data.datasets import (
-        Dataset,
-        dataset_arguments,
-        load_dataset,
-    )
-    from repopt_jax.data.pipeline import (
-        eval_batches,
-        steps_per_epoch,
-        train_batches,
-    )
+    from repopt_jax.data.datasets import dataset_arguments, load_dataset
+    from repopt_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
+    from repopt_jax.data.sources import Dataset
 
 __all__ = [
     "Dataset",
