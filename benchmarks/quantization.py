@@ -28,12 +28,11 @@ from environment import REPOSITORY, environment
 from ml_collections import ConfigDict
 from onnx import numpy_helper
 
-from repopt_jax.deploy.dataset_images import Images, configured_images, unmasked
-from repopt_jax.deploy.evaluation import evaluate, images_per_second, speedup
+from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.layer_report import LayerReport, layer_reports, plot
 from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
-from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.deploy.runtime import OnnxNetwork, evaluate, images_per_second, speedup
 from repopt_jax.deploy.trained import data_section, load_run
 from repopt_jax.training import run
 from repopt_jax.training.report import format_table, write_json
@@ -84,12 +83,12 @@ def spread(graph, reports: list[LayerReport]) -> dict[str, float]:
 def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dict:
     """One network: its graphs, their accuracy, spread and speed."""
     trained = load_run(config, workdir, part=name, checkpoint="latest")
-    data: Images = configured_images(data_section(config, name))
+    data = configured_images(data_section(config, name))
     graph = onnx_model(trained.model, trained.preprocessing, name=trained.name)
     save_onnx(workdir / f"{name}.onnx", graph)
 
     def accuracy(model) -> dict[str, float]:
-        return evaluate(OnnxNetwork(model), unmasked(data.evaluation(100)))
+        return evaluate(OnnxNetwork(model), data.evaluation(100))
 
     found = {"seed": seed, "network": name, "float": accuracy(graph), "int8": {}}
     batches = data.calibration(arguments.images)

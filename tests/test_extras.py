@@ -42,3 +42,18 @@ def test_importing_data_without_its_packages_names_the_command(package):
     done = without(package, "import repopt_jax.data")
     last = done.stderr.splitlines()[-1]
     assert last == f"ModuleNotFoundError: {package} is missing: pip install 'repopt_jax[train]'"
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "grain", "tqdm"])
+def test_the_command_deploy_names_its_extra(package):
+    code = "from repopt_jax.deploy.__main__ import main\nmain(['benchmark', 'a.onnx'])"
+    done = without(package, code)
+    assert (done.returncode, done.stdout) == (1, "")
+    sentence = f"{package} is missing: pip install 'repopt_jax[deploy]'"
+    assert done.stderr == f"repopt-deploy: {sentence}\n"
+
+
+def test_importing_onnx_export_without_onnx_names_the_command():
+    done = without("onnx", "import repopt_jax.deploy.onnx_export")
+    last = done.stderr.splitlines()[-1]
+    assert last == "ModuleNotFoundError: onnx is missing: pip install 'repopt_jax[deploy]'"

@@ -8,10 +8,15 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from repopt_jax.deploy.dataset_images import Images, configured_images
-from repopt_jax.deploy.quantization import CALIBRATION_PICTURES, CALIBRATIONS, PERCENTILE
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from repopt_jax.data import load_dataset
+from repopt_jax.deploy.image_set import ImageSet, configured_images
+from repopt_jax.deploy.quantization import CALIBRATION_IMAGES, CALIBRATIONS, PERCENTILE
 from repopt_jax.deploy.trained import (
     Trained,
     data_section,
@@ -21,10 +26,7 @@ from repopt_jax.deploy.trained import (
 )
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-PROGRAM = "python -m repopt_jax.deploy"
+PROGRAM = "repopt-deploy"
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +74,7 @@ def make_parser() -> Parser:
     quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
     quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
     quantize.add_argument("--percentile", type=float, help=f"default {PERCENTILE}")
-    quantize.add_argument("--images", type=int, default=CALIBRATION_PICTURES, metavar="N")
+    quantize.add_argument("--images", type=int, default=CALIBRATION_IMAGES, metavar="N")
     quantize.add_argument("--seed", type=int, default=0, help="of the choice of images")
     quantize.add_argument("--reduce-range", action="store_true", help="for x86 without VNNI")
     quantize.add_argument("--float-layers", nargs="+", default=(), metavar="NODE")
@@ -154,9 +156,6 @@ def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> Co
     Raises:
       ValueError: there is no configuration, or an override does not fit.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     values = flags.FlagValues()
     argv = [PROGRAM, *overrides]
     options = {"flag_values": values, "sys_argv": argv}
@@ -213,14 +212,12 @@ def trained(arguments: argparse.Namespace, overrides: Sequence[str]) -> Trained:
 
 def images(
     arguments: argparse.Namespace, overrides: Sequence[str], size: tuple[int, int]
-) -> Images:
+) -> ImageSet:
     """The data set that --workdir, --config or --data names, its images brought to `size`.
 
     Raises:
       ValueError: none or several are given, or it does not have such images.
     """
-    from repopt_jax.data import load_dataset
-
     by_run = arguments.workdir is not None or arguments.config is not None
     if by_run == (arguments.data is not None):
         raise ValueError("images must be named by either --data or --workdir")
@@ -234,7 +231,7 @@ def images(
         keys = ("data_dir", "train_split", "eval_split")
         dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
         square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
-        found = Images(dataset, square, arguments.resize)
+        found = ImageSet(dataset, square, arguments.resize)
     if found.size != size:
         raise ValueError(f"images must have the graph's size {size}, got {found.size}")
     return found
@@ -254,6 +251,4 @@ def refuse(arguments: argparse.Namespace, needed: str, *names: str) -> None:
 
 def progress(label: str, batches: Iterable[Any], total: int | None = None) -> Any:
     """`batches`, with a bar on standard error where that is a terminal."""
-    from tqdm import tqdm
-
     return tqdm(batches, label, total, leave=False, file=sys.stderr, disable=None)

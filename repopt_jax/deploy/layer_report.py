@@ -10,28 +10,31 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.extras import needs_extra
 
-if TYPE_CHECKING:
+with needs_extra("deploy"):
     import onnx
+    from onnx import numpy_helper
 
-HEADER = (
-    "layer",
-    "kernel",
-    "std",
-    "centre std",
-    "surround std",
-    "min",
-    "max",
-    "error",
-    "SNR dB",
-    "per-channel SNR dB",
-)
+# Of a table: header -> attribute of `LayerReport` and how to print it.
+COLUMNS = {
+    "layer": ("name", ""),
+    "kernel": ("shape", ""),
+    "std": ("std", ".4f"),
+    "centre std": ("centre_std", ".4f"),
+    "surround std": ("surround_std", ".4f"),
+    "min": ("low", ".3f"),
+    "max": ("high", ".3f"),
+    "error": ("error", ".5f"),
+    "SNR dB": ("snr", ".1f"),
+    "per-channel SNR dB": ("channel_snr", ".1f"),
+    "output SNR dB": ("output_snr", ".1f"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +93,6 @@ def layer_reports(
     >>> [(report.name, report.shape) for report in reports][-2:]
     [('stage4/0/conv', (8, 8, 3, 3)), ('linear', (3, 8))]
     """
-    from onnx import numpy_helper
-
     if (int8 is None) != (images is None):
         raise ValueError(
             "int8 and images must be given together, got only "
@@ -183,8 +184,6 @@ def _output_snrs(
 
 
 def _outputs(model: onnx.ModelProto, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
-    import onnx
-
     extended = onnx.ModelProto()
     extended.CopyFrom(model)
     present = {output.name for output in extended.graph.output}
@@ -205,19 +204,17 @@ def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[
     [('linear', '3x8', '0.2000', '', '', '-0.400', '0.500', '0.00100', '45.0', '47.0')]
     """
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     measured = any(report.output_snr is not None for report in reports)
-    rows = []
-    for r in reports:
-        row = [r.name, "x".join(map(str, r.shape))]
-        row += [number(x, ".4f") for x in (r.std, r.centre_std, r.surround_std)]
-        row += [number(r.low, ".3f"), number(r.high, ".3f"), number(r.error, ".5f")]
-        row += [number(r.snr, ".1f"), number(r.channel_snr, ".1f")]
-        row += [number(r.output_snr, ".1f")] if measured else []
-        rows.append(tuple(row))
-    return rows, (*HEADER, "output SNR dB") if measured else HEADER
+    header = list(COLUMNS) if measured else list(COLUMNS)[:-1]
+    return [tuple(_cell(report, title) for title in header) for report in reports], tuple(header)
+
+
+def _cell(report: LayerReport, title: str) -> str:
+    attribute, form = COLUMNS[title]
+    value = getattr(report, attribute)
+    if title == "kernel":
+        return "x".join(map(str, value))
+    return "" if value is None else format(value, form)
 
 
 def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) -> None:

@@ -32,18 +32,20 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from repopt_jax.deploy.onnx_export import INPUT
-from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
+from repopt_jax.deploy.runtime import OnnxNetwork, metadata_of, read_onnx
+from repopt_jax.extras import needs_extra
 
-if TYPE_CHECKING:
+with needs_extra("deploy"):
     import onnx
+    from onnxruntime import quantization as ort
 
 CALIBRATIONS = ("minmax", "percentile", "entropy")
-CALIBRATION_PICTURES = 512
+CALIBRATION_IMAGES = 512
 PERCENTILE = 99.99
 
 _QUANTIZED_OPS = ["Conv", "Gemm", "Relu", "GlobalAveragePool", "Flatten", "Mul", "Add", "Concat"]
@@ -63,7 +65,7 @@ def quantize(
 
     Args:
       graph: a float graph of this project, the file or the model.
-      batches: calibration images, uint8 NHWC, such as `Images.calibration` gives.
+      batches: calibration images, uint8 NHWC, such as `ImageSet.calibration` gives.
       per_channel: one weight scale per output channel. False: one per layer.
       calibration: how the ranges of activations are found.
       percentile: share of the values in percent that is kept; used by "percentile" only.
@@ -85,8 +87,6 @@ def quantize(
     >>> OnnxNetwork(int8)(images).shape, OnnxNetwork(int8).metadata["quantization"]
     ((8, 3), 'per tensor, minmax, 8 images')
     """
-    from onnxruntime import quantization as ort
-
     if calibration not in CALIBRATIONS:
         raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {calibration!r}")
     if not 50 < percentile <= 100:
@@ -172,11 +172,8 @@ class _Reader:
 def _with_metadata(
     path: pathlib.Path, source: onnx.ModelProto, description: str
 ) -> onnx.ModelProto:
-    import onnx
-
     model = onnx.load(path)
-    kept = {entry.key: entry.value for entry in source.metadata_props}
-    onnx.helper.set_model_props(model, kept | {"quantization": description})
+    onnx.helper.set_model_props(model, metadata_of(source) | {"quantization": description})
     model.producer_name, model.producer_version = source.producer_name, source.producer_version
     onnx.checker.check_model(model)
     return model

@@ -13,6 +13,7 @@ import jax
 from etils import epath
 from flax import nnx
 
+from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
@@ -153,8 +154,6 @@ def _filled(
 
 def _image_size(data: ConfigDict) -> tuple[int, int]:
     """Height and width; only images that keep their own size need be looked at."""
-    from repopt_jax.deploy.dataset_images import configured_images
-
     if data.image_size is not None:
         return data.image_size, data.image_size
     return configured_images(data).size
