@@ -1,6 +1,8 @@
 """Encoded images to uint8 arrays, tolerant of what real data sets contain."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -57,29 +59,33 @@ def decode(
             )
         except ValueError:
             pass  # Pillow decides whether the file is unusual or broken.
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:
-        # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
-        raise ValueError(f"the image cannot be decoded: {error}") from error
+    with _opened(data) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def decoded_size(data: bytes) -> tuple[int, int]:
     """Height and width of the whole image, from the file's header.
 
     Raises:
-      ValueError: the bytes do not begin like an image.
+      ValueError: the bytes do not begin like those of an image.
     """
     if data[:3] == _JPEG_MAGIC:
         try:
             return simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError:
             pass
+    with _opened(data) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A Pillow image; all that goes wrong with it is a ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
+            yield image
     except Exception as error:
+        # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
         raise ValueError(f"the image cannot be decoded: {error}") from error
 
 

@@ -53,13 +53,7 @@ def make_parser() -> Parser:
     export.add_argument(
         "--averaged", action="store_true", default=None, help="moving averages of a run's weights"
     )
-    export.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file, not a run")
-    export.add_argument("--model", metavar="NAME", help="that the weights must be of")
-    export.add_argument("--kind", help="that the weights must be of")
-    export.add_argument("--strides", type=int, nargs=5, help="of the weights' stages, default 2")
-    export.add_argument("--image-size", type=int, help="for the weights, default 224")
-    export.add_argument("--mean", type=float, nargs=3, help="for the weights, default ImageNet's")
-    export.add_argument("--std", type=float, nargs=3, help="for the weights, default ImageNet's")
+    _add_weights(export)
     export.add_argument(
         "--no-preprocess",
         action="store_true",
@@ -109,6 +103,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workdir", metavar="DIR")
     group.add_argument("--config", metavar="FILE", help="default: what the run has left in DIR")
     group.add_argument("--part", help="default: target")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a weights file", "in place of a run")
+    group.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file")
+    group.add_argument("--model", metavar="NAME", help="that the file must hold")
+    group.add_argument("--kind", help="that the file must hold")
+    group.add_argument("--strides", type=int, nargs=5, help="of the stages, default 2")
+    group.add_argument("--image-size", type=int, help="default 224")
+    group.add_argument("--mean", type=float, nargs=3, help="default ImageNet's")
+    group.add_argument("--std", type=float, nargs=3, help="default ImageNet's")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
