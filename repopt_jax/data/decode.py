@@ -69,7 +69,7 @@ def decoded_size(data: bytes) -> tuple[int, int]:
     """Height and width of the whole image, from the file's header.
 
     Raises:
-      ValueError: the bytes do not begin like a image.
+      ValueError: the bytes do not begin like an image.
     """
     if data[:3] == _JPEG_MAGIC:
         try:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from repopt_jax.deploy.dataset_images import Images, configured_images
-from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from repopt_jax.deploy.quantization import CALIBRATION_PICTURES, CALIBRATIONS, PERCENTILE
 from repopt_jax.deploy.trained import (
     Trained,
@@ -20,6 +19,7 @@ from repopt_jax.deploy.trained import (
     load_weights_file,
     run_config,
 )
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

@@ -13,7 +13,8 @@ import jax
 from etils import epath
 from flax import nnx
 
-from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
