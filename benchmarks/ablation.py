@@ -18,7 +18,7 @@ import pathlib
 import sys
 
 from environment import environment
-from trainings import (
+from variants import (
     PACKAGES,
     RESULTS,
     Variant,
