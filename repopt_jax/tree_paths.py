@@ -19,6 +19,15 @@ def path_str(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree by their paths.
+
+    >>> by_path({"conv": {"kernel": 1}, "momentum": (2, None)})
+    {'conv/kernel': 1, 'momentum/0': 2}
+    """
+    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def parent_and_key(model: Any, path: str) -> tuple[Any, str]:
     """The module that holds the layer at `path`, and the layer's name or index in it."""
     *parents, key = path.split("/")
