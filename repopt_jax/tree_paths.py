@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
+
+# Names below `blocks/<stage>/<block>/` of RepOpt-GhostNet, and of no network of other makers.
+_OLD_STAGES = re.compile(
+    r"(^|/)blocks/(?=\d/\d/(?:ghost[12]/|shortcut/(?:conv|bn)_|se/(?:down|up)/"
+    r"|(?:conv_dw|conv)/kernel|(?:bn_dw|bn1)/(?:scale|bias|mean|var)\b))"
+)
 
 
 def path_str(path: tuple) -> str:
@@ -17,6 +24,31 @@ def path_str(path: tuple) -> str:
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # what nnx.Variable appends
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def current_path(path: str) -> str:
+    """The path of today for one from a file, which an earlier version may have written.
+
+    The stages of RepOpt-GhostNet were once called ``blocks``. All other paths stay,
+    those of networks with ``blocks`` of their own included.
+
+    >>> current_path("blocks/0/0/ghost1/cheap_conv/conv")
+    'stages/0/0/ghost1/cheap_conv/conv'
+    >>> current_path("params/blocks/9/0/conv/kernel/value")
+    'params/stages/9/0/conv/kernel/value'
+    >>> current_path("blocks/0/conv/conv3x3")
+    'blocks/0/conv/conv3x3'
+    """
+    return _OLD_STAGES.sub(r"\1stages/", path)
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree by their paths.
+
+    >>> by_path({"conv": {"kernel": 1}, "momentum": (2, None)})
+    {'conv/kernel': 1, 'momentum/0': 2}
+    """
+    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def parent_and_key(model: Any, path: str) -> tuple[Any, str]:

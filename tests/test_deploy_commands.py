@@ -15,7 +15,7 @@ from flax import nnx
 
 import repopt_jax
 from repopt_jax.data import load_dataset
-from repopt_jax.deploy.__main__ import main
+from repopt_jax.deploy.command_line import main
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.deploy.stablehlo_export import load_stablehlo

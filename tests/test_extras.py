@@ -46,7 +46,7 @@ def test_importing_data_without_its_packages_names_the_command(package):
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnx", "grain", "tqdm"])
 def test_the_command_deploy_names_its_extra(package):
-    code = "from repopt_jax.deploy.__main__ import main\nmain(['benchmark', 'a.onnx'])"
+    code = "from repopt_jax.deploy.command_line import main\nmain(['benchmark', 'a.onnx'])"
     done = without(package, code)
     assert (done.returncode, done.stdout) == (1, "")
     sentence = f"{package} is missing: pip install 'repopt_jax[deploy]'"

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.extras import needs_extra
+from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
 
 with needs_extra("deploy"):
     import onnx
@@ -225,38 +225,29 @@ def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) ->
       reports: from `layer_reports`.
       title: of the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [report.name.removesuffix("/conv") for report in reports]
     places = np.arange(len(names))
-    figure = Figure(figsize=(max(7, 0.32 * len(names) + 2), 8), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    spread, extent, noise = figure.subplots(3, 1, sharex=True)
+    width = max(7, 0.32 * len(names) + 2)  # inches
+    figure, (spread, extent, noise) = styled_figure(width, 8, rows=3, sharex=True)
     figure.suptitle(title)
-    colours = ("#0072B2", "#D55E00", "#009E73")  # of the Okabe-Ito palette
 
-    def draw(ax, label: str, colour: str, marker: str, values: list[float | None]) -> None:
+    def draw(ax, label: str, colour: int, marker: str, values: list[float | None]) -> None:
         y = [math.nan if v is None or math.isinf(v) else v for v in values]
-        ax.plot(places, y, marker, color=colour, label=label, markersize=4)
+        ax.plot(places, y, marker, color=COLOURS[colour], label=label, markersize=4)
 
-    draw(spread, "all", colours[0], "o-", [r.std for r in reports])
-    draw(spread, "centre", colours[1], "s-", [r.centre_std for r in reports])
-    draw(spread, "surround", colours[2], "^-", [r.surround_std for r in reports])
+    draw(spread, "all", 0, "o-", [r.std for r in reports])
+    draw(spread, "centre", 1, "s-", [r.centre_std for r in reports])
+    draw(spread, "surround", 2, "^-", [r.surround_std for r in reports])
     spread.set_ylabel("Standard deviation")
     low, high = [r.low for r in reports], [r.high for r in reports]
-    extent.vlines(places, low, high, color=colours[0], linewidth=3)
+    extent.vlines(places, low, high, color=COLOURS[0], linewidth=3)
     extent.set_ylabel("Weights, least to largest")
-    draw(noise, "weights, a scale per layer", colours[0], "o-", [r.snr for r in reports])
-    draw(noise, "a scale per channel", colours[1], "s-", [r.channel_snr for r in reports])
+    draw(noise, "weights, a scale per layer", 0, "o-", [r.snr for r in reports])
+    draw(noise, "a scale per channel", 1, "s-", [r.channel_snr for r in reports])
     if any(r.output_snr is not None for r in reports):
-        draw(noise, "output of the INT8 graph", colours[2], "^-", [r.output_snr for r in reports])
+        draw(noise, "output of the INT8 graph", 2, "^-", [r.output_snr for r in reports])
     noise.set_ylabel("Signal to noise, dB")
     noise.set_xticks(places, names, rotation=90, fontsize=7)
     for ax in (spread, noise):
         ax.legend(frameon=False, fontsize=8)
-    for ax in (spread, extent, noise):
-        ax.grid(True, color="0.9", linewidth=0.8)
-        ax.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as unfinished:
-        figure.savefig(unfinished)
+    save_figure(figure, path)

@@ -16,6 +16,7 @@ from flax import nnx
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.tree_paths import by_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -127,7 +128,6 @@ def _filled(
     averaged: bool,
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.manifests import by_path
     from repopt_jax.training.parts import builder
 
     # The checkpoint knows the number of classes, so that the data need not be there.
