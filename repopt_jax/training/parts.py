@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data as data_lib
+from repopt_jax.branches import grad_mults
 from repopt_jax.models import create_model, init_target
 from repopt_jax.scales import Scales
 from repopt_jax.training.config import PARTS
@@ -25,7 +26,6 @@ from repopt_jax.training.devices import samples_per_group, state_shardings
 from repopt_jax.training.optimizer import make_optimizer, update_rule
 from repopt_jax.training.schedules import make_schedule
 from repopt_jax.training.step import StepOptions, TrainState, init_state
-from repopt_jax.transforms import grad_mults
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
