@@ -36,8 +36,8 @@ from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.deploy.trained import data_section, load_run
 from repopt_jax.training import run
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.stopping import RunStopped
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
 COLOURS = {"repvgg": "#0072B2", "target": "#D55E00", "plain": "#666666"}

@@ -23,8 +23,8 @@ from environment import REPOSITORY, environment
 from quantization import COLOURS, NETWORKS, PACKAGES, measured
 
 from repopt_jax.training import run
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.stopping import RunStopped
 
 
 def configuration(arguments, width: int, seed: int):
