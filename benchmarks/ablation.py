@@ -33,9 +33,9 @@ from variants import (
 )
 
 from repopt_jax.scales import Scales
+from repopt_jax.training.interruption import RunStopped
+from repopt_jax.training.loop import scales_by_epoch
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.searching import load_along
-from repopt_jax.training.stopping import RunStopped
 
 PLAIN = Variant("plain SGD", part="plain", rate="plain SGD")
 FULL = Variant("RepOptimizer (SGD)")
@@ -65,7 +65,7 @@ QUICK_DEPTHS = (12, DEPTH)
 
 def searched_for(config, workdir) -> Scales:
     """The scales at the end of a search with the network of `config`."""
-    return list(load_along(search(config, workdir)).values())[-1]
+    return list(scales_by_epoch(search(config, workdir)).values())[-1]
 
 
 def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[dict]]:

@@ -29,9 +29,9 @@ from variants import (
 )
 
 from repopt_jax.training.figures import plot_scales_by_epoch
+from repopt_jax.training.interruption import RunStopped
+from repopt_jax.training.loop import scales_by_epoch
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.searching import load_along
-from repopt_jax.training.stopping import RunStopped
 
 FULL = Variant("search in full")
 OTHERS = (
@@ -89,7 +89,7 @@ def main() -> None:
     config = cifar_config(arguments)
     config.model.num_blocks, config.model.widths = NUM_BLOCKS, WIDTHS
     config.eval_every = 1.0
-    along = load_along(search(config, workdir / "search"))
+    along = scales_by_epoch(search(config, workdir / "search"))
     config.eval_every = 1e6
     initial = initial_scales(config)
     unknown = [n for n in arguments.lengths if n not in along]

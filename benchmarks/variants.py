@@ -116,13 +116,13 @@ def part_of(variant: Variant, config: ConfigDict, scales: Scales) -> Part:
     config.identity = variant.identity
     if variant.optimizer == "adamw":
         config.target.optimizer.weight_decay = 0.05
-    mesh = make_mesh()
-    part = prepare(config, variant.part, mesh, scales if variant.part == "target" else None)
-    if not variant.initialized:
-        part = dataclasses.replace(part, build=prepare(config, "plain", mesh).build)
-    if not variant.multiplied:
-        part = dataclasses.replace(part, tx=prepare(config, "plain", mesh).tx)
-    return part
+    part = prepare(config, variant.part, make_mesh(), scales)
+    spec = dataclasses.replace(
+        part.spec,
+        initialized=part.spec.initialized and variant.initialized,
+        multiplied=part.spec.multiplied and variant.multiplied,
+    )
+    return dataclasses.replace(part, spec=spec)
 
 
 def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathlib.Path) -> dict:

@@ -8,7 +8,7 @@ import pytest
 
 from repopt_jax.training import run
 from repopt_jax.training.devices import make_mesh
-from repopt_jax.training.stopping import RunStopped
+from repopt_jax.training.interruption import RunStopped
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

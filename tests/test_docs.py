@@ -14,7 +14,7 @@ import result_tables
 import write_tables
 
 from repopt_jax.training.devices import make_mesh, samples_per_group
-from repopt_jax.training.run import SMALLEST_SHARE
+from repopt_jax.training.workdir import SMALLEST_SHARE
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
