@@ -80,7 +80,7 @@ def nhwc(images):
 class Unit(nnx.Module):
     """Convolution and BatchNorm."""
 
-    def __init__(self, inputs, outputs, size, stride, padding=None):
+    def __init__(self, inputs, outputs, size, stride):
         types = {"dtype": None, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
         self.conv = conv(inputs, outputs, size, stride, **types)
         self.bn = BatchNorm(outputs, param_dtype=jnp.float64)
@@ -168,3 +168,17 @@ def conv_paths():
             paths.append(f"stage{stage}/projection")
         paths += [f"stage{stage}/block{i}/conv{j}" for i in range(3) for j in (1, 2)]
     return [f"{path}/conv" for path in paths]
+
+
+class Sequential(nnx.Module):
+    """The network of the AOFP results."""
+
+    def __init__(self):
+        self.c0 = Unit(3, 6, 3, 1)
+        self.c1 = Unit(6, 8, 3, 2)
+        self.c2 = Unit(8, 5, 3, 1)
+        self.linear = linear(5, 5, dtype=None, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+    def __call__(self, images):
+        x = jax.nn.relu(self.c1(jax.nn.relu(self.c0(images))))
+        return self.linear(self.c2(x).mean((1, 2)))

@@ -1,5 +1,7 @@
 """The pruning rules and their surgery give the numbers of the original code, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 from pruning_networks import (
     CifarResNet,
+    Sequential,
     assert_network,
     cifar_resnet_channels,
     conv_paths,
@@ -21,12 +24,16 @@ from pruning_networks import (
 )
 
 from repopt_jax.pruning import (
+    Aofp,
+    ChannelGroup,
+    Follower,
     add_compactors,
     fold_compactors,
     is_compactor,
     magnitude_masks,
     merge_clusters,
     multiply_adds,
+    prune_filters,
     scale_by_csgd,
     scale_by_gsm,
     scale_by_resrep,
@@ -190,6 +197,88 @@ def test_resrep_conversion(x64):
         factor = norm.scale / np.sqrt(norm.var + norm.epsilon)
         name = path.replace("/", ".")
         expected = from_torch(golden[f"after/{name}.weight"])
-        np.testing.assert_allclose(layer.kernel * factor, expected, rtol=1e-9)
+        np.testing.assert_allclose(
+            np.asarray(layer.kernel) * np.asarray(factor), expected, rtol=1e-9
+        )
         expected = golden[f"after/{name}.bias"]
         np.testing.assert_allclose(norm.bias - norm.mean * factor, expected, rtol=1e-9)
+
+
+def sequential_channels():
+    return {
+        "0": ChannelGroup({"c0/conv": "c0/bn"}, ("c1/conv",)),
+        "1": ChannelGroup({"c1/conv": "c1/bn"}, ("c2/conv",)),
+    }
+
+
+def without_base_path(arrays):
+    return {name.replace("base_path.", ""): array for name, array in arrays.items()}
+
+
+def test_aofp(x64):
+    """Two searches in a network that really trains, with the original's draws."""
+    golden = load_golden("aofp_steps")
+    rate, momentum, decay, vector_decay, steps, threshold = golden["hyper"]
+    assert vector_decay == 0
+    followers = {"0": Follower("c1/conv", "c1/bn", jax.nn.relu), "1": Follower("c2/conv", "c2/bn")}
+    search = Aofp(
+        sequential_channels(), followers, steps=int(steps), threshold=threshold, warm_up=1
+    )
+    model = load(Sequential(), without_base_path(section(golden, "init/")))
+    state = search.init(model)
+    tx = optax.chain(optax.add_decayed_weights(decay, kernels), optax.sgd(rate, momentum))
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    opt_state = tx.init(params)
+    labels = jnp.asarray(golden["label"])
+
+    @jax.jit
+    def step(params, stats, opt_state, state, images):
+        def loss(params):
+            model = nnx.merge(graphdef, params, stats, copy=True)
+            logits, damages = search.forward(state, model, images)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), (damages, nnx.state(model, nnx.Not(nnx.Param)))
+
+        (value, (damages, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, doubled_biases(updates))
+        return params, stats, opt_state, search.update(state, damages), value, damages
+
+    for i in range(16):
+        drawn = search.draw(state)
+        masks = {n: jnp.asarray(golden[f"step{i}/score_mask/{n}"], bool) for n in followers}
+        for n, mask in masks.items():  # another draw, but of as many filters
+            assert drawn.score_masks[n].sum() == mask.sum()
+        state = state._replace(score_masks=masks)
+        images = nhwc(golden[f"step{i}/input"])
+        params, stats, opt_state, state, value, damages = step(
+            params, stats, opt_state, state, images
+        )
+        np.testing.assert_allclose(value, golden[f"step{i}/loss"], rtol=1e-9)
+        for n in followers:
+            np.testing.assert_allclose(
+                damages[n], golden[f"step{i}/t_value/{n}"], rtol=1e-9, atol=1e-20
+            )
+            np.testing.assert_array_equal(state.base_masks[n], golden[f"step{i}/base_mask/{n}"])
+            expected = golden[f"step{i}/search_space/{n}"]
+            np.testing.assert_array_equal(state.search_sets[n], expected)
+        if arrays := without_base_path(section(golden, f"step{i}/state/")):
+            assert_network(nnx.merge(graphdef, params, stats), arrays, rtol=1e-9)
+
+
+def test_aofp_surgery(x64):
+    golden = load_golden("aofp_surgery")
+    model = load(Sequential(), without_base_path(section(golden, "before/")))
+    model.eval()
+    masks = section(golden, "base_mask/")
+    small = prune_filters(model, sequential_channels(), masks)
+    assert_network(small, section(golden, "after/"), rtol=1e-12)
+    images = nhwc(golden["input"])
+    np.testing.assert_allclose(small(images), golden["output_after"], rtol=1e-10)
+    search = Aofp(sequential_channels(), {"0": Follower("c1/conv")}, steps=1, threshold=1.0)
+    state = search.init(model)._replace(base_masks={n: jnp.asarray(m) for n, m in masks.items()})
+    followers = {"0": Follower("c1/conv"), "1": Follower("c2/conv")}
+    search = dataclasses.replace(search, followers=followers)
+    state = state._replace(score_masks=state.base_masks)
+    outputs, _ = search.forward(state, model, images)
+    np.testing.assert_allclose(outputs, golden["output_before"], rtol=1e-10)

@@ -5,8 +5,12 @@
 | GSM | `scale_by_gsm` | `magnitude_masks` |
 | C-SGD | `cluster_filters`, `scale_by_csgd` | `merge_clusters` |
 | ResRep | `add_compactors`, `scale_by_resrep` | `fold_compactors` |
+| AOFP | `Aofp` | `prune_filters` |
 """
 
+from repopt_jax.pruning.aofp import Aofp as Aofp
+from repopt_jax.pruning.aofp import AofpState as AofpState
+from repopt_jax.pruning.aofp import Follower as Follower
 from repopt_jax.pruning.channels import ChannelGroup as ChannelGroup
 from repopt_jax.pruning.channels import multiply_adds as multiply_adds
 from repopt_jax.pruning.channels import repopt_vgg_channels as repopt_vgg_channels
