@@ -7,6 +7,7 @@ and one alone in 160. A source of which some classes are kept needs `labels`.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,3 +88,12 @@ def read_items(source, indices: Sequence[int]) -> list[dict[str, Any]]:
 def chunks(source) -> list[list[int]]:
     """All indices of a source in lists of at most 1000."""
     return [list(range(i, min(i + 1000, len(source)))) for i in range(0, len(source), 1000)]
+
+
+def printable(name: str | bytes) -> str:
+    r"""The name of a file as text; bytes that are no UTF-8 are escaped.
+
+    >>> print(printable(b"caf\xe9.jpg"))
+    caf\xe9.jpg
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")

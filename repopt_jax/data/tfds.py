@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.data.sources import Dataset, chunks
+from repopt_jax.data.sources import Dataset, chunks, printable
 
 # TFDS 4.9 declares none of the three, and its command cannot do without them.
 _COMMAND = "the command needs `pip install tensorflow apache-beam mlcroissant`"
@@ -44,7 +44,7 @@ class TfdsSource:
             {
                 "image": record[self._image_key],
                 "label": int(record[self._label_key]),
-                "name": _text(record.get("file_name", "")),
+                "name": printable(record.get("file_name", "")),
             }
             for record in records
         ]
@@ -155,7 +155,3 @@ def _keys(builder) -> tuple[str, str]:
     """Names of the image and of the label in the set's records."""
     keys = builder.info.supervised_keys
     return keys if keys and len(keys) == 2 else ("image", "label")
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name
