@@ -1,4 +1,4 @@
-"""The paper's Table 4 on CIFAR-10 images: what each half of the method, and each scale, is worth.
+"""The paper's Table 4 on CIFAR-10 images: the worth of each half of the method and of the scales.
 
     python benchmarks/ablation.py --epochs=4 (an hour and a half on two CPU cores)
     python benchmarks/ablation.py --epochs=4 --quick (one seed, a quarter of the steps, half of
@@ -6,21 +6,20 @@
 
 A narrow network of RepOpt-VGG-B1's depth; the scales are searched on the images of classes 0
 to 4, everything else is trained on classes 5 to 9, with equal budgets. Learning rates come from
-a sweep for each optimizer with and without the method, on one seed and on images that are
-neither trained on nor in the test set. Prints mean and standard deviation of the test accuracy,
+a sweep for each optimizer, with and without the method, on one seed and on images that are neither
+trained on nor in the test set. Prints mean and standard deviation of the test accuracy,
 writes JSON and a figure of the table and of the effect against depth.
 
-Resumable: the same command goes on where it stopped.
+The same command resumes where it stopped.
 """
 
 import argparse
 import pathlib
 import sys
 
-from environment import environment
-from trainings import (
+from environment import RESULTS, environment
+from variants import (
     PACKAGES,
-    RESULTS,
     Variant,
     add_arguments,
     changed,
@@ -70,7 +69,7 @@ def searched_for(config, workdir) -> Scales:
 
 
 def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[dict]]:
-    """The best learning rate of every key of `SWEEPS`, and all that was tried."""
+    """The best learning rate for every key of `SWEEPS`, and all results."""
     config = config.copy_and_resolve_references()
     most = LEAST_HELD_OUT if arguments.quick else MOST_HELD_OUT
     held_out = min(most, 50_000 - arguments.images)
@@ -89,7 +88,7 @@ def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[di
 
 
 def against_depth(arguments, config, rates, workdir) -> list[dict]:
-    """Plain SGD and RepOptimizer for networks of several depths."""
+    """Train networks of several depths with plain SGD and RepOptimizer."""
     rows = []
     for depth in QUICK_DEPTHS if arguments.quick else DEPTHS:
         config = config.copy_and_resolve_references()
@@ -105,7 +104,7 @@ def against_depth(arguments, config, rates, workdir) -> list[dict]:
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
-    """Accuracy by variant with standard deviations, and against depth."""
+    """Draw accuracy by variant and against depth, with standard deviations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)

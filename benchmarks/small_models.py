@@ -8,17 +8,16 @@ branches that start at 1 or where the search ended, with scales of 1 and average
 against RepVGG and plain SGD. Prints means and standard deviations over the seeds, writes JSON, a
 figure of accuracy against search length, and one of the scales by depth over the search.
 
-Resumable: the same command goes on where it stopped.
+The same command resumes where it stopped.
 """
 
 import argparse
 import pathlib
 import sys
 
-from environment import environment
-from trainings import (
+from environment import RESULTS, environment
+from variants import (
     PACKAGES,
-    RESULTS,
     Variant,
     add_arguments,
     changed,
@@ -47,7 +46,7 @@ WIDTHS = (12, 12, 24, 48, 160)
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
-    """Accuracy against search length, with RepVGG's and plain SGD's beside it."""
+    """Draw accuracy against search length, beside RepVGG's and plain SGD's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)

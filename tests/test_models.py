@@ -72,7 +72,7 @@ def test_batch_norm_takes_statistics_of_bfloat16_in_float32():
 
 
 def test_batch_norm_refuses_a_group_that_does_not_divide():
-    with pytest.raises(ValueError, match="bn_group must divide the batch of 4, got 3"):
+    with pytest.raises(ValueError, match=r"bn_group.*3"):
         BatchNorm(2, group=3)(jnp.ones((4, 2)))
 
 
@@ -176,7 +176,7 @@ def test_folded_network_computes_the_same(kind, se, x64):
     folded = fold(model)
     np.testing.assert_allclose(folded(x), model(x), rtol=1e-10, atol=1e-12)
     assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))
-    with pytest.raises(ValueError, match="must have blocks to fold"):
+    with pytest.raises(ValueError, match=r"blocks.*FoldedBlock"):
         fold(folded)
 
 
@@ -189,9 +189,9 @@ def test_computation_in_bfloat16_keeps_parameters_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("RepOpt-VGG-B9",), "name must be one of"),
-        (("RepOpt-VGG",), r"needs num_blocks and widths, missing \['num_blocks', 'widths'\]"),
-        (("RepOpt-VGG-A0", "plain"), "kind must be one of .* got 'plain'"),
+        (("RepOpt-VGG-B9",), "name.*RepOpt-VGG-B9"),
+        (("RepOpt-VGG",), r"\['num_blocks', 'widths'\]"),
+        (("RepOpt-VGG-A0", "plain"), "kind.*plain"),
     ],
 )
 def test_create_model_refuses(arguments, message):
@@ -200,5 +200,5 @@ def test_create_model_refuses(arguments, message):
 
 
 def test_network_refuses_sequences_of_the_wrong_length():
-    with pytest.raises(ValueError, match=r"strides must have 5 entries, got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"strides.*5.*\(2, 2\)"):
         small(strides=(2, 2))

@@ -1,25 +1,21 @@
 """The studies of docs/results.md run from their commands to their files, with tiny networks."""
 
 import json
-import pathlib
 import sys
 
+import ablation
+import input_pipeline
 import jax
 import numpy as np
 import pytest
+import quantization
+import quantization_width
+import small_models
+import step_time
+import variants
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import ablation  # noqa: E402
-import input_pipeline  # noqa: E402
-import quantization  # noqa: E402
-import quantization_width  # noqa: E402
-import small_models  # noqa: E402
-import step_time  # noqa: E402
-import trainings  # noqa: E402
-
-from repopt_jax.training import run as training_run  # noqa: E402
-from repopt_jax.training.devices import make_mesh  # noqa: E402
+from repopt_jax.training import run as training_run
+from repopt_jax.training.devices import make_mesh
 
 TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 
@@ -28,7 +24,7 @@ TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 def one_device(monkeypatch):
     """A tiny network is not worth eight."""
     one = make_mesh(devices=jax.devices()[:1])
-    for module in (trainings, training_run):
+    for module in (variants, training_run):
         monkeypatch.setattr(module, "make_mesh", lambda *_: one)
 
 

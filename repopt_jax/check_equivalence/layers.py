@@ -31,11 +31,12 @@ from repopt_jax.branches import (
     LowRank,
     PooledPointwise,
     Window,
+    grad_mults,
 )
 from repopt_jax.check_equivalence.training import differences, random_scales, train
 from repopt_jax.models import search_layers, search_network
 from repopt_jax.reparameterization import reparameterize
-from repopt_jax.transforms import grad_mults, repopt_adamw, repopt_sgd, weight_decay_mask
+from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
 from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.branches import Block, Centre, Full, Identity
+from repopt_jax.branches import Block, Centre, Full, Identity, grad_mults
 from repopt_jax.check_equivalence.training import differences, random_scales, train
 from repopt_jax.models import create_model, search_layers, search_network
-from repopt_jax.transforms import grad_mults, repopt_adamw, repopt_sgd, weight_decay_mask
+from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
 from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:

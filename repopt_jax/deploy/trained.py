@@ -13,7 +13,10 @@ import jax
 from etils import epath
 from flax import nnx
 
-from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from repopt_jax.deploy.image_set import configured_images
+from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.tree_paths import by_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -125,7 +128,6 @@ def _filled(
     averaged: bool,
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.manifests import by_path
     from repopt_jax.training.parts import builder
 
     # The checkpoint knows the number of classes, so that the data need not be there.
@@ -152,8 +154,6 @@ def _filled(
 
 def _image_size(data: ConfigDict) -> tuple[int, int]:
     """Height and width; only images that keep their own size need be looked at."""
-    from repopt_jax.deploy.dataset_images import configured_images
-
     if data.image_size is not None:
         return data.image_size, data.image_size
     return configured_images(data).size

@@ -20,13 +20,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data as data_lib
+from repopt_jax.branches import grad_mults
 from repopt_jax.models import create_model, init_target, searched_scales
 from repopt_jax.scales import Scales
 from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section
 from repopt_jax.training.devices import replicate, samples_per_group, state_shardings
 from repopt_jax.training.optimizer import make_optimizer, make_schedule, steps_in, update_rule
 from repopt_jax.training.step import StepOptions, TrainState, init_state
-from repopt_jax.transforms import grad_mults
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
