@@ -176,6 +176,23 @@ def test_the_scales_file_holds_what_the_search_ended_with(finished):
     assert scales.metadata["dataset"] == "digits"
 
 
+def test_the_target_multiplies_with_the_scales_that_the_search_wrote(finished):
+    """Read back from the optimizer's state in the target's checkpoint."""
+    _, workdir, _, _ = finished
+    checkpoints = Checkpoints(workdir / "target", read_only=True)
+    _, arrays = checkpoints.restore()
+    checkpoints.close()
+    found = {path: x for path, x in arrays.items() if "grad_mults" in path}
+    for path, block in load_scales(workdir / "scales.safetensors").vectors.items():
+        scaled = {name: vector for name, vector in block.items() if name != "identity"}
+        kept = {p.split("/")[-1]: found.pop(p) for p in list(found) if f"{path}/kernel/" in p}
+        assert kept.keys() == scaled.keys()
+        for name, vector in scaled.items():
+            np.testing.assert_array_equal(kept[name], vector)
+            assert (vector != vector[0]).any()  # else those that the search began with
+    assert not found
+
+
 def test_the_scales_of_every_evaluation_of_the_search_are_kept(finished):
     """By epoch; the last ones are those of the run, the others are others."""
     _, workdir, _, _ = finished
