@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from repopt_jax.scales import Scales
 
 # Of the networks, by their paths in a checkpoint.
-LAST_BIASES = ("params/linear/bias/value", "params/classifier/bias/value")
+LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _filled(
     averaged: bool,
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.manifests import by_path
     from repopt_jax.training.parts import builder
+    from repopt_jax.tree_paths import by_path
 
     # The checkpoint knows the number of classes, so that the data need not be there.
     (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)

@@ -228,7 +228,7 @@ class _Loop:
         if not _all_finite(self.state):
             self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
         with told_in_a_sentence():
-            self.checkpoints.save(self.step, self.state, self.batches, metrics=metrics, force=True)
+            self.checkpoints.save(self.step, self.state, self.batches, metrics)
 
     def _require_finite_loss(self, step: int, metrics: dict[str, jax.Array]) -> None:
         loss = float(metrics["loss"])
