@@ -234,7 +234,7 @@ class _Loop:
         if not _all_finite(self.state):
             self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
         with plain_errors():
-            self.checkpoints.save(self.step, self.state, self.batches, metrics=metrics, force=True)
+            self.checkpoints.save(self.step, self.state, self.batches, metrics)
         if metrics is None:
             self.saved_at = time.perf_counter()
 
