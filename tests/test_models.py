@@ -10,6 +10,7 @@ import repopt_jax
 from repopt_jax import create_model, init_target, search_network, searched_scales
 from repopt_jax.deploy import fold
 from repopt_jax.models.layers import BatchNorm, materialize
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 from repopt_jax.models.search import search_layers
 from repopt_jax.tree_paths import layer_at
 
@@ -79,6 +80,21 @@ def test_batch_norm_refuses_a_group_that_does_not_divide():
 def test_materialize_changes_nothing():
     x = normal(0, (2, 3, 3, 4)).astype(jnp.float32)
     assert (jax.jit(materialize)(x) == x).all()
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_block_costs_the_same_however_many_stand_before_it():
+    """What `materialize` is for: XLA would compute the sums of all earlier blocks anew."""
+
+    def flops(count):
+        types = {"se": False, "bn_group": None, "dtype": None, "param_dtype": jnp.float32}
+        blocks = [RepVGGBlock(2, 2, 1, **types, rngs=nnx.Rngs(0)) for _ in range(count)]
+        graphdef, state = nnx.split(nnx.Sequential(*blocks))
+        run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+        return run.lower(state, jnp.ones((2, 8, 8, 2))).compile().cost_analysis()["flops"]
+
+    one, two, four = map(flops, (1, 2, 4))
+    assert four - two <= 1.01 * 2 * (two - one)
 
 
 def test_search_network_equals_branch_by_branch_form(x64, strict):
