@@ -1,9 +1,7 @@
 """What devices there are changes where numbers live, and none of the numbers."""
 
 import math
-import pathlib
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from small_run import small_config
 
 from repopt_jax.scales import Scales
 from repopt_jax.training import devices
 from repopt_jax.training.devices import make_mesh, put_batch, samples_per_group, state_shardings
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.step import jitted_train_step
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("optimized")  # claims about compiled programs
 STEPS = 5

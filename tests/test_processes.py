@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -12,14 +11,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from kill_and_resume import final_states
+from small_run import command, lines_written, small_config
 
 from repopt_jax.training import processes
 from repopt_jax.training.processes import join_processes
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from kill_and_resume import final_states  # noqa: E402
-from small_run import command, lines_written, small_config  # noqa: E402
 
 FLAGS = (
     "--config.dtype=float64",

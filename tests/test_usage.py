@@ -1,21 +1,15 @@
 """Speed, memory and profile that a run tells."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from small_run import small_config
 
 from repopt_jax import create_model
 from repopt_jax.training import loop, run, usage
 from repopt_jax.training.report import read_metrics
 from repopt_jax.training.usage import forward_flops, peak_flops
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 def test_flops_of_a_convolution_and_a_dense_layer():

@@ -85,7 +85,7 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
 
 
 def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:
-    """Refuse branches that do not fit the kernel or are not linear: GR needs both.
+    """Refuse branches that do not fit the kernel or are not linear.
 
     Args:
       block: branch name -> branch.
