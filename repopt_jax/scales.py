@@ -321,12 +321,3 @@ def parse_scales(data: bytes, name: str) -> Scales:
 def _in_network_order(key: str) -> list[tuple[int, int, str]]:
     """Sort ``stage1/2`` before ``stage1/10``."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split("/")]
-
-
-def __getattr__(name: str) -> Any:
-    # Until everyone imports it from where it is.
-    if name == "load_scales":
-        from repopt_jax.files import load_scales
-
-        return load_scales
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

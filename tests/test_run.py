@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from small_run import small_config
 
-from repopt_jax.scales import load_scales
+from repopt_jax.files import load_scales
 from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS

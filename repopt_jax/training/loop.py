@@ -22,7 +22,8 @@ from clu import parameter_overview
 from etils import epath
 from flax import nnx
 
-from repopt_jax.scales import Scales, load_scales, save_scales
+from repopt_jax.files import load_scales
+from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import put_batch
 from repopt_jax.training.evaluation import evaluate_state

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from repopt_jax.scales import Scales, load_scales, save_scales
+from repopt_jax.files import load_scales
+from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
 from repopt_jax.training.devices import make_mesh, put_batch
