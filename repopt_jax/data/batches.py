@@ -117,7 +117,8 @@ class ImageReader:
         Args:
           indices: into the source.
           make: `make(image, row)` gives the finished array of the array or encoded bytes that stand
-            at `indices[row]`, and raises ValueError if it cannot.
+            at `indices[row]`, and raises ValueError or MemoryError if it
+            cannot.
 
         Yields:
           The array, None for a bad image, and the label. One at a time, so that arrays can be
@@ -130,7 +131,7 @@ class ImageReader:
         for row, (index, item) in enumerate(zip(indices, items, strict=True)):
             try:
                 image = make(item["image"], row)
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 self._note(index, item, error)
                 image = None
             yield image, item["label"]
@@ -147,7 +148,7 @@ class ImageReader:
                 ((image, label),) = self.read([other], lambda data, _, row=row: make(data, row))
             yield image, label
 
-    def _note(self, index: int, item: dict, error: ValueError) -> None:
+    def _note(self, index: int, item: dict, error: Exception) -> None:
         name = f"{self._split} image {index}"
         if item.get("name"):
             name += f" ({item['name']})"
