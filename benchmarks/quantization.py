@@ -36,8 +36,8 @@ from repopt_jax.deploy.runtime import OnnxNetwork, evaluate, images_per_second, 
 from repopt_jax.deploy.trained import data_section, load_run
 from repopt_jax.training import run
 from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.stopping import RunStopped
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
 LINE_COLOURS = {"repvgg": COLOURS[0], "target": COLOURS[1], "plain": "#666666"}

@@ -24,8 +24,8 @@ from quantization import LINE_COLOURS, NETWORKS, PACKAGES, measured
 
 from repopt_jax.training import run
 from repopt_jax.training.figures import save_figure, styled_figure
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.stopping import RunStopped
 
 
 def configuration(arguments, width: int, seed: int):

@@ -12,10 +12,8 @@ import statistics
 
 import jax
 from environment import REPOSITORY
-from flax import nnx
 from ml_collections import ConfigDict
 
-from repopt_jax.models import create_model
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import train
@@ -91,14 +89,6 @@ def search(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
-def initial_scales(config: ConfigDict) -> Scales:
-    """The scales that a search with the network of `config` starts from."""
-    size = {key: config.model[key] for key in ("num_blocks", "widths", "strides")}
-    return Scales.initial(
-        nnx.eval_shape(lambda: create_model("RepOpt-VGG", rngs=nnx.Rngs(0), **size))
-    )
-
-
 def changed(scales: Scales, how: str, initial: Scales) -> Scales:
     """The scales of a variant."""
     return {
@@ -116,13 +106,13 @@ def part_of(variant: Variant, config: ConfigDict, scales: Scales) -> Part:
     config.identity = variant.identity
     if variant.optimizer == "adamw":
         config.target.optimizer.weight_decay = 0.05
-    mesh = make_mesh()
-    part = prepare(config, variant.part, mesh, scales if variant.part == "target" else None)
-    if not variant.initialized:
-        part = dataclasses.replace(part, build=prepare(config, "plain", mesh).build)
-    if not variant.multiplied:
-        part = dataclasses.replace(part, tx=prepare(config, "plain", mesh).tx)
-    return part
+    part = prepare(config, variant.part, make_mesh(), scales)
+    spec = dataclasses.replace(
+        part.spec,
+        initialized=part.spec.initialized and variant.initialized,
+        multiplied=part.spec.multiplied and variant.multiplied,
+    )
+    return dataclasses.replace(part, spec=spec)
 
 
 def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathlib.Path) -> dict:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -42,13 +44,14 @@ def current_path(path: str) -> str:
     return _OLD_STAGES.sub(r"\1stages/", path)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of any pytree by their paths.
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of any pytree by their paths, with `is_leaf` as `jax.tree.leaves` takes it.
 
     >>> by_path({"conv": {"kernel": 1}, "momentum": (2, None)})
     {'conv/kernel': 1, 'momentum/0': 2}
     """
-    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {path_str(path): leaf for path, leaf in leaves}
 
 
 def parent_and_key(model: Any, path: str) -> tuple[Any, str]:
@@ -76,3 +79,18 @@ def layer_at(model: Any, path: str) -> Any:
         raise ValueError(
             f"path must name a layer of {type(model).__name__}, got {path!r}"
         ) from None
+
+
+@contextlib.contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the place that it is about.
+
+    >>> with errors_at("block 'conv'"):
+    ...     raise ValueError("groups must be 1, got 2")
+    Traceback (most recent call last):
+    ValueError: block 'conv': groups must be 1, got 2
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
