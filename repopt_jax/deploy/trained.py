@@ -19,12 +19,13 @@ from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config, default_config
 from repopt_jax.training.parts import draw_network
+from repopt_jax.training.workdir import CONFIG, stored_classes
 from repopt_jax.tree_paths import by_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Of the networks, by their paths in a checkpoint.
+# Paths in a checkpoint, for runs of versions that did not store their number of classes.
 LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
@@ -49,7 +50,7 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
     Raises:
       ValueError: there is none, or it is none of this version's.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise ValueError(f"workdir must hold a run with its config.json, got {workdir}")
     config = default_config()
@@ -106,7 +107,11 @@ def load_run(
     _, arrays = restored
     if averaged and not any(path.startswith("ema/") for path in arrays):
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    model = _filled(config, part, arrays, averaged)
+    # Known without the data, which need not be there.
+    classes = stored_classes(workdir, part)
+    if classes is None:
+        classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
+    model = _filled(config, part, classes, arrays, averaged)
     data = data_section(config, part)
     height, width = _image_size(data)
     preprocessing = Preprocessing(
@@ -116,11 +121,9 @@ def load_run(
 
 
 def _filled(
-    config: ConfigDict, part: str, arrays: dict[str, jax.Array], averaged: bool
+    config: ConfigDict, part: str, classes: int, arrays: dict[str, jax.Array], averaged: bool
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    # The checkpoint knows the number of classes, so that the data need not be there.
-    (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)
     draw = functools.partial(draw_network, config, PARTS[part], None)
     model = nnx.eval_shape(functools.partial(draw, num_classes=classes, bn_group=1))
     model.eval()
