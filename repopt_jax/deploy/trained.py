@@ -21,7 +21,6 @@ from repopt_jax.tree_paths import by_path
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from repopt_jax.scales import Scales
 
 # Of the networks, by their paths in a checkpoint.
 LAST_BIASES = ("params/linear/bias/value", "params/classifier/bias/value")
@@ -64,7 +63,9 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
 
 def data_section(config: ConfigDict, part: str) -> ConfigDict:
     """The section of `config` that says which images a part was trained on."""
-    return config["search" if part == "search" else "target"].data
+    from repopt_jax.training.config import PARTS
+
+    return config[PARTS[part].section].data
 
 
 def load_run(
@@ -94,13 +95,13 @@ def load_run(
       OSError: the checkpoints are damaged.
     """
     from repopt_jax.training.checkpoints import Checkpoints
-    from repopt_jax.training.run import check, for_evaluation
+    from repopt_jax.training.run import for_evaluation
+    from repopt_jax.training.workdir import stored_classes
 
     folder = epath.Path(workdir) / part
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
     config = for_evaluation(config, workdir)
-    _, scales, _ = check(config, epath.Path(workdir))
     checkpoints = Checkpoints(folder, read_only=True)
     try:
         restored = checkpoints.restore(step=checkpoint)
@@ -111,7 +112,7 @@ def load_run(
     _, arrays = restored
     if averaged and not any(path.startswith("ema/") for path in arrays):
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    model = _filled(config, part, scales, arrays, averaged)
+    model = _filled(config, part, arrays, averaged, stored_classes(workdir, part))
     data = data_section(config, part)
     height, width = _image_size(data)
     preprocessing = Preprocessing(
@@ -123,16 +124,19 @@ def load_run(
 def _filled(
     config: ConfigDict,
     part: str,
-    scales: Scales | None,
     arrays: dict[str, jax.Array],
     averaged: bool,
+    classes: int | None,
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.parts import builder
+    from repopt_jax.training.config import PARTS
+    from repopt_jax.training.parts import draw_network
 
-    # The checkpoint knows the number of classes, so that the data need not be there.
-    (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)
-    model = nnx.eval_shape(builder(config, part, scales, num_classes=classes, bn_group=1))
+    if classes is None:  # a run of an earlier version: the last bias tells
+        (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)
+    size = {"num_classes": classes, "bn_group": 1}
+    # The scales are in the checkpoint, or in the kernels.
+    model = nnx.eval_shape(lambda: draw_network(config, PARTS[part], None, **size))
     model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     places = ("ema/0", "ema/1") if averaged else ("params", "stats")
