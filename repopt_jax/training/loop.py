@@ -23,16 +23,14 @@ from etils import epath
 from flax import nnx
 
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.devices import put_batch
+from repopt_jax.training.devices import Profile, forward_flops, peak_flops, peak_memory, put_batch
 from repopt_jax.training.evaluation import evaluate_state
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, gathered, wait_for_all
-from repopt_jax.training.progress import Progress
-from repopt_jax.training.report import MetricsWriter, read_metrics
+from repopt_jax.training.report import MetricsWriter, Progress, read_metrics
 from repopt_jax.training.searching import save_along
 from repopt_jax.training.step import TrainState, jitted_train_step
 from repopt_jax.training.stopping import RunStopped, StopSignal, told_in_a_sentence
-from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
