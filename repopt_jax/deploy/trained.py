@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Of the networks, by their paths in a checkpoint.
-LAST_BIASES = ("params/linear/bias/value", "params/classifier/bias/value")
+LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
 @dataclasses.dataclass(frozen=True)
