@@ -226,6 +226,34 @@ def test_skipped_files_are_masked_in_evaluation(folder):
     assert len(dataset.bad_images) == 1
 
 
+def test_an_image_for_which_memory_does_not_suffice_is_bad(folder, monkeypatch):
+    def fail(image, *_):
+        if image.shape[0] == 40:
+            raise MemoryError("cannot allocate 4 GiB")
+        return image[:8, :8]
+
+    monkeypatch.setattr("repopt_jax.data.batches.resize_and_crop", fail)
+    dataset = load(folder)
+    (batch,) = eval_batches(dataset, batch_size=6, image_size=8, skip_bad=True)
+    assert batch["mask"].tolist() == [False, True, True] * 2
+    with pytest.raises(ValueError, match=r"evaluation image 0 \(.*ant/0.JPEG\): cannot allocate"):
+        list(eval_batches(dataset, batch_size=6, image_size=8))
+
+
+def test_an_image_of_a_subset_is_told_by_its_index_in_the_whole(folder):
+    (folder / "val" / "bee" / "1.JPEG").write_bytes(b"")
+    dataset = load(folder, classes=[1])
+    with pytest.raises(ValueError, match=r"evaluation image 4 \("):
+        list(eval_batches(dataset, batch_size=3, image_size=32))
+
+
+def test_training_images_can_be_seen_as_for_evaluation(folder):
+    (batch,) = eval_batches(load(folder), batch_size=12, split="train", image_size=24, resize=28)
+    assert batch["mask"].all() and batch["label"].tolist() == [0] * 6 + [1] * 6
+    whole = decode(load(folder).train[8]["image"])
+    np.testing.assert_array_equal(batch["image"][8], resize_and_crop(whole, 24, 28))
+
+
 def test_a_set_of_broken_files_only_is_an_error(folder):
     for path in (folder / "train").glob("*/*.JPEG"):
         path.write_bytes(b"no image")

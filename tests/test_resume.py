@@ -14,6 +14,8 @@ import kill_and_resume
 import pytest
 from small_run import command, interrupt, lines_written
 
+pytestmark = pytest.mark.slow
+
 
 def environment(folder):
     """One device, and no program compiled twice."""

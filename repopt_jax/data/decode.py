@@ -10,6 +10,8 @@ from PIL import Image
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
+# A file of 700 bytes can claim 4 billion pixels. Pillow refuses more than this by itself.
+MAX_PIXELS = 178_956_970
 # Second bytes of JPEG markers.
 _BASELINE_FRAMES = (0xC0, 0xC1)
 _SCAN = 0xDA
@@ -37,8 +39,8 @@ def decode(
       divided by 257.
 
     Raises:
-      ValueError: the bytes are no image, break off early, or have values of unknown range (32 bits
-        or floating point).
+      ValueError: the bytes are no image or break off early; the image has more than `MAX_PIXELS`
+        or values of unknown range (32 bits or floating point); or memory does not suffice.
 
     >>> grey = np.full((80, 60, 1), 200, np.uint8)
     >>> data = simplejpeg.encode_jpeg(grey, colorspace="GRAY")
@@ -49,7 +51,7 @@ def decode(
         try:
             top = None if rows is None else _top_of_jpeg(data, rows)
             jpeg = top or data
-            height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
+            height, width = _jpeg_size(jpeg)
             return simplejpeg.decode_jpeg(
                 jpeg,
                 "RGB",
@@ -59,7 +61,7 @@ def decode(
                 min_width=-(-width // reduction),
                 strict=top is None,  # the rows that are left over count as an error
             )
-        except ValueError:
+        except (ValueError, MemoryError):
             pass  # Pillow decides whether the file is unusual or broken.
     with _opened(data) as image:
         return np.asarray(_eight_bits(image).convert("RGB"))
@@ -72,12 +74,17 @@ def decoded_size(data: bytes) -> tuple[int, int]:
       ValueError: the bytes do not begin like those of an image.
     """
     if data[:3] == _JPEG_MAGIC:
-        try:
-            return simplejpeg.decode_jpeg_header(data)[:2]
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            return _jpeg_size(data)
     with _opened(data) as image:
         return image.height, image.width
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise ValueError  # Pillow, asked next, will refuse it with a sentence.
+    return height, width
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -118,6 +119,9 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
+    parser.add_argument(
+        "--skip-bad", action="store_true", default=None, help="leave out undecodable images"
+    )
     group = parser.add_argument_group("images", "in place of a run's")
     group.add_argument("--data", metavar="NAME", help="digits, folder, or a TFDS set")
     for flag in ("--data-dir", "--train-split", "--eval-split"):
@@ -237,6 +241,8 @@ def images(
         dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
         square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
         found = ImageSet(dataset, square, arguments.resize)
+    if arguments.skip_bad:
+        found = dataclasses.replace(found, skip_bad=True)
     if found.size != size:
         raise ValueError(f"images must have the graph's size {size}, got {found.size}")
     return found

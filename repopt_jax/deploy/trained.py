@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from flax import nnx
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.config import PARTS, check_config, default_config
+from repopt_jax.training.parts import draw_network
+from repopt_jax.training.workdir import CONFIG, stored_classes
 from repopt_jax.tree_paths import by_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from repopt_jax.scales import Scales
-
-# Of the networks, by their paths in a checkpoint.
+# Paths in a checkpoint, for runs of versions that did not store their number of classes.
 LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
@@ -47,9 +50,7 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
     Raises:
       ValueError: there is none, or this version cannot read it.
     """
-    from repopt_jax.training.config import default_config
-
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise ValueError(f"workdir must hold a run with its config.json, got {workdir}")
     config = default_config()
@@ -63,7 +64,7 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
 
 def data_section(config: ConfigDict, part: str) -> ConfigDict:
     """The section of `config` that says which images a part was trained on."""
-    return config["search" if part == "search" else "target"].data
+    return config[PARTS[part].section].data
 
 
 def load_run(
@@ -92,14 +93,10 @@ def load_run(
       ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
       OSError: the checkpoints are damaged.
     """
-    from repopt_jax.training.checkpoints import Checkpoints
-    from repopt_jax.training.run import check, for_evaluation
-
     folder = epath.Path(workdir) / part
-    if not (folder / "checkpoints").is_dir():
+    if part not in PARTS or not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
-    config = for_evaluation(config, workdir)
-    _, scales, _ = check(config, epath.Path(workdir))
+    check_config(config)
     checkpoints = Checkpoints(folder, read_only=True)
     try:
         restored = checkpoints.restore(step=checkpoint)
@@ -110,7 +107,11 @@ def load_run(
     _, arrays = restored
     if averaged and not any(path.startswith("ema/") for path in arrays):
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    model = _filled(config, part, scales, arrays, averaged)
+    # Known without the data, which need not be there.
+    classes = stored_classes(workdir, part)
+    if classes is None:
+        classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
+    model = _filled(config, part, classes, arrays, averaged)
     data = data_section(config, part)
     height, width = _image_size(data)
     preprocessing = Preprocessing(
@@ -120,18 +121,11 @@ def load_run(
 
 
 def _filled(
-    config: ConfigDict,
-    part: str,
-    scales: Scales | None,
-    arrays: dict[str, jax.Array],
-    averaged: bool,
+    config: ConfigDict, part: str, classes: int, arrays: dict[str, jax.Array], averaged: bool
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.parts import builder
-
-    # The checkpoint knows the number of classes, so that the data need not be there.
-    (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)
-    model = nnx.eval_shape(builder(config, part, scales, num_classes=classes, bn_group=1))
+    draw = functools.partial(draw_network, config, PARTS[part], None)
+    model = nnx.eval_shape(functools.partial(draw, num_classes=classes, bn_group=1))
     model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     places = ("ema/0", "ema/1") if averaged else ("params", "stats")

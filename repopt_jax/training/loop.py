@@ -25,15 +25,13 @@ from flax import nnx
 from repopt_jax.files import load_scales
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.devices import put_batch
+from repopt_jax.training.devices import Profile, forward_flops, peak_flops, peak_memory, put_batch
 from repopt_jax.training.evaluation import evaluate_state
 from repopt_jax.training.interruption import RunStopped, StopSignal, plain_errors
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, gathered, wait_for_all
-from repopt_jax.training.progress import Progress
-from repopt_jax.training.report import MetricsWriter, read_metrics
+from repopt_jax.training.report import MetricsWriter, Progress, read_metrics
 from repopt_jax.training.step import TrainState, jitted_train_step
-from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -236,8 +234,7 @@ class _Loop:
             self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
         with plain_errors():
             self.checkpoints.save(self.step, self.state, self.batches, metrics)
-        if metrics is None:
-            self.saved_at = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
     def _require_finite_loss(self, step: int, metrics: dict[str, jax.Array]) -> None:
         loss = float(metrics["loss"])

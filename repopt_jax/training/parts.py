@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data as data_lib
 from repopt_jax.branches import grad_mults
-from repopt_jax.models import create_model, init_target, searched_scales
+from repopt_jax.models import (
+    create_model,
+    init_target,
+    search_network,
+    searched_scales,
+    start_scales,
+)
 from repopt_jax.scales import Scales
 from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section
 from repopt_jax.training.devices import replicate, samples_per_group, state_shardings
@@ -205,7 +210,7 @@ def prepare(
         check_section(section)
         group = _group(section, mesh)
     with _named(f"{spec.section}.data"):
-        loaded = load(**_dataset_arguments(section.data))
+        loaded = load(**data_lib.dataset_arguments(section.data))
         # The images that this part could not decode, not those of other parts.
         dataset = dataclasses.replace(loaded, bad_images=set())
     with _named(spec.section):
@@ -276,11 +281,15 @@ def draw_network(
     options = {key: value for key, value in config.model.items() if value is not None}
     options |= {"num_classes": num_classes, "bn_group": bn_group, "dtype": dtype, "rngs": rngs}
     options["param_dtype"] = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    if spec.network == "csla" and scales is not None:
-        one = config.identity == "one"
-        options["scales"] = _identity_at_one(scales) if one else scales
     with _named("model"):
-        model = create_model(kind=spec.network, **options)
+        model = create_model(kind="target" if spec.network == "csla" else spec.network, **options)
+    if spec.network == "csla":
+        blocks, starts = model.blocks(), None
+        if scales is not None:
+            scales.check(model)
+            with jax.ensure_compile_time_eval():  # checked by their values, also under eval_shape
+                starts = start_scales(blocks, scales.vectors, config.identity)
+        return search_network(model, blocks, kind="csla", scales=starts, rngs=rngs)
     if spec.initialized and scales is not None:
         init_target(model, scales, identity=config.identity, rngs=rngs)
     return model
@@ -290,13 +299,6 @@ def initial_scales(config: ConfigDict) -> Scales:
     """The scales that a search of the network of `config` starts with."""
     draw = functools.partial(draw_network, config, PARTS["plain"], None, num_classes=1, bn_group=1)
     return Scales.initial(nnx.eval_shape(draw))
-
-
-def _identity_at_one(scales: Scales) -> dict[str, dict[str, np.ndarray]]:
-    return {
-        path: {name: np.ones_like(v) if name == "identity" else v for name, v in vectors.items()}
-        for path, vectors in scales.vectors.items()
-    }
 
 
 def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: float):
@@ -335,8 +337,3 @@ def _named(place: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-
-
-def _dataset_arguments(section: ConfigDict) -> dict[str, Any]:
-    keys = ("name", "data_dir", "train_split", "eval_split", "classes")
-    return {key: section[key] for key in keys}
