@@ -117,9 +117,8 @@ class ImageReader:
 
         Args:
           indices: into the source.
-          make: `make(image, row)` gives the finished array of the array or encoded bytes that stand
-            at `indices[row]`, and raises ValueError or MemoryError if it
-            cannot.
+          make: `make(image, row)` returns the finished array for the array or encoded bytes at
+            `indices[row]`. It raises ValueError or MemoryError if it cannot.
 
         Yields:
           The array, None for a bad image, and the label. One at a time, so that arrays can be

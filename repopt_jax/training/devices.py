@@ -1,4 +1,4 @@
-"""Devices: the mesh, where the state and the batches live on it, and what the devices do.
+"""Devices: the mesh, the places of state and batches on it, and the devices' speed and memory.
 
 One mesh with the axes ``data`` and ``fsdp``. Batches are split over both, the state is replicated
 over ``data`` and split over ``fsdp`` along the output channels, which all of a kernel, its
@@ -172,7 +172,7 @@ def forward_flops(
 
 
 def _flops(jaxpr) -> int:
-    # XLA's own count is not to be had before compilation on GPU and TPU.
+    # On GPU and TPU, XLA counts only after compiling.
     total = 0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -195,7 +195,7 @@ def _flops(jaxpr) -> int:
 
 
 def peak_memory() -> int | None:
-    """Most bytes in use at a time on the first local device; None where jax does not know."""
+    """Peak memory of the first local device in bytes; None where jax does not know it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -204,7 +204,7 @@ class Profile:
 
     Args:
       workdir: the part's directory.
-      first: number of steps done before; ten more pass by unrecorded.
+      first: number of steps done before; the next ten are not recorded.
       steps: how many to record; 0 for none.
     """
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run and what it leaves behind: progress, metrics and tables.
+"""The report of a run: progress on the screen, metrics in files, tables.
 
 A working directory gets ``metrics.jsonl``, one JSON object per line with ``step``, ``epoch`` and
 what was measured (``train/loss``, ``train/lr``, ``eval/top1``, ...), the same numbers as events of
