@@ -43,10 +43,11 @@ def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
         raise FileNotFoundError(f"{what} must be an existing file, got {os.fspath(path)}")
     with source.open("rb") as file:
         head = file.read(262)
-    if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
-        return True
+    # Asked first: the length of its header, in the first bytes, may look like torch's.
     if head[8:9] == b"{":
         return False
+    if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
+        return True
     raise ValueError(
         f"{os.fspath(path)!r} must be a safetensors or a torch file, got one that starts with "
         f"{head[:16]!r}"
