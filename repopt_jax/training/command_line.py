@@ -83,7 +83,7 @@ def _check_fields(argv: list[str]) -> None:
 
 
 def _hint(section: object, key: str, field: str) -> str:
-    """What was probably meant by the unknown `key` in a section, or by the whole `field`."""
+    """A guess at what the unknown `key` of a section, or the whole `field`, should have been."""
     if field in _fields(default_config().target):
         return f"; did you mean --config.search.{field} or --config.target.{field}?"
     names = list(section) if isinstance(section, ConfigDict) else []
