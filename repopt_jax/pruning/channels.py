@@ -13,13 +13,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repopt_jax.tree_paths import layer_at, parent_and_key
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,22 @@ def _misfit(model: nnx.Module, group: ChannelGroup, width: int) -> str | None:
                 f"shape {layer.kernel.shape}"
             )
     return None
+
+
+def unsharded(x: Array) -> Array:
+    """`x`, whole on every device of an explicit mesh; other meshes see to it themselves."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def sharded_as(x: Array, other: Array) -> Array:
+    """`x` spread over the devices of an explicit mesh as `other` is."""
+    sharding = jax.typeof(other).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, sharding)
 
 
 def place(model: nnx.Module, path: str, layer: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, check_channels
+from repopt_jax.pruning.channels import ChannelGroup, check_channels, sharded_as, unsharded
 from repopt_jax.tree_paths import layer_at, path_str
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def scale_by_csgd(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("params must be given to update, got None")
 
         def pull(key_path, g, w):
             path = path_str(key_path)
@@ -119,11 +119,11 @@ def scale_by_csgd(
 
 def _centres(array: Array, label: Int[Array, " channels"], count: int) -> Array:
     """Every entry replaced by the mean over its cluster along the last axis."""
-    by_channel = jnp.moveaxis(array, -1, 0)
+    by_channel = jnp.moveaxis(unsharded(array), -1, 0)
     sums = jax.ops.segment_sum(by_channel, label, count)
     sizes = jax.ops.segment_sum(jnp.ones(label.shape, array.dtype), label, count)
     means = sums / jnp.expand_dims(sizes, tuple(range(1, sums.ndim)))
-    return jnp.moveaxis(means[label], 0, -1)
+    return sharded_as(jnp.moveaxis(means[label], 0, -1), array)
 
 
 def cluster_filters(

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import wide_type
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, place
+from repopt_jax.pruning.channels import ChannelGroup, check_channels, place, unsharded
 from repopt_jax.pruning.surgery import copied, prune_filters
 from repopt_jax.tree_paths import layer_at, path_str
 
@@ -155,8 +155,8 @@ def scale_by_resrep(
       An optax.GradientTransformationExtraArgs; its ``update`` needs the parameters.
 
     Raises:
-      ValueError: here, for a number out of range or a target that has no compactor's place; by
-        ``init``, if a target has no compactor.
+      ValueError: here, for a number out of range, a target that can have no compactor, or a
+        layer of a target without a count; by ``init``, if a target has no compactor.
 
     >>> import jax.numpy as jnp, optax
     >>> groups = {"hidden": ChannelGroup({"conv": "bn"})}
@@ -177,6 +177,9 @@ def scale_by_resrep(
         if value < bound:
             raise ValueError(f"{argument} must be at least {bound}, got {value}")
     compactors = {name: f"{norm}/compactor" for name, norm in _norms(groups, targets).items()}
+    touched = {path for name in targets for path in (*groups[name].layers, *groups[name].readers)}
+    if missing := sorted(touched - counts.keys()):
+        raise ValueError(f"counts must have the layers of all targets, missing: {missing}")
     names = {path: name for name, path in compactors.items()}
 
     def init_fn(params):
@@ -189,9 +192,11 @@ def scale_by_resrep(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("params must be given to update, got None")
         found = _by_path(params, names)
-        norms = {name: _column_norms(found[path])[0] for name, path in compactors.items()}
+        norms = {
+            name: unsharded(_column_norms(found[path])[0]) for name, path in compactors.items()
+        }
         share_left = _share_left(groups, counts, {name: norm.size for name, norm in norms.items()})
         masks = jax.lax.cond(
             (state.count >= start) & (state.count % every == 0),
