@@ -1,4 +1,4 @@
-"""The paper's Table 4 on CIFAR-10 images: what each half of the method, and each scale, is worth.
+"""The paper's Table 4 on CIFAR-10 images: the worth of each half of the method and of the scales.
 
     python benchmarks/ablation.py --epochs=4 (an hour and a half on two CPU cores)
     python benchmarks/ablation.py --epochs=4 --quick (one seed, a quarter of the steps, half of
@@ -6,26 +6,24 @@
 
 A narrow network of RepOpt-VGG-B1's depth; the scales are searched on the images of classes 0
 to 4, everything else is trained on classes 5 to 9, with equal budgets. Learning rates come from
-a sweep for each optimizer with and without the method, on one seed and on images that are
-neither trained on nor in the test set. Prints mean and standard deviation of the test accuracy,
+a sweep for each optimizer, with and without the method, on one seed and on images that are neither
+trained on nor in the test set. Prints mean and standard deviation of the test accuracy,
 writes JSON and a figure of the table and of the effect against depth.
 
-Resumable: the same command goes on where it stopped.
+The same command resumes where it stopped.
 """
 
 import argparse
 import pathlib
 import sys
 
-from environment import environment
-from trainings import (
+from environment import RESULTS, environment
+from variants import (
     PACKAGES,
-    RESULTS,
     Variant,
     add_arguments,
     changed,
     cifar_config,
-    initial_scales,
     measure,
     over_seeds,
     search,
@@ -34,9 +32,11 @@ from trainings import (
 )
 
 from repopt_jax.scales import Scales
+from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
+from repopt_jax.training.interruption import RunStopped
+from repopt_jax.training.loop import scales_by_epoch
+from repopt_jax.training.parts import initial_scales
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.searching import load_along
-from repopt_jax.training.stopping import RunStopped
 
 PLAIN = Variant("plain SGD", part="plain", rate="plain SGD")
 FULL = Variant("RepOptimizer (SGD)")
@@ -66,11 +66,11 @@ QUICK_DEPTHS = (12, DEPTH)
 
 def searched_for(config, workdir) -> Scales:
     """The scales at the end of a search with the network of `config`."""
-    return list(load_along(search(config, workdir)).values())[-1]
+    return list(scales_by_epoch(search(config, workdir)).values())[-1]
 
 
 def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[dict]]:
-    """The best learning rate of every key of `SWEEPS`, and all that was tried."""
+    """The best learning rate for every key of `SWEEPS`, and all results."""
     config = config.copy_and_resolve_references()
     most = LEAST_HELD_OUT if arguments.quick else MOST_HELD_OUT
     held_out = min(most, 50_000 - arguments.images)
@@ -89,7 +89,7 @@ def sweep(config, scales, workdir, arguments) -> tuple[dict[str, float], list[di
 
 
 def against_depth(arguments, config, rates, workdir) -> list[dict]:
-    """Plain SGD and RepOptimizer for networks of several depths."""
+    """Train networks of several depths with plain SGD and RepOptimizer."""
     rows = []
     for depth in QUICK_DEPTHS if arguments.quick else DEPTHS:
         config = config.copy_and_resolve_references()
@@ -105,40 +105,30 @@ def against_depth(arguments, config, rates, workdir) -> list[dict]:
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
-    """Accuracy by variant with standard deviations, and against depth."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
-    points, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    """Draw accuracy by variant and against depth, with standard deviations."""
+    figure, (points, lines) = styled_figure(11, 4, columns=2, width_ratios=(1.4, 1))
+    plain, ours = COLOURS[:2]
     rows = results["variants"][::-1]
     for place, r in enumerate(rows):
-        colour = "#D55E00" if r["variant"].startswith("RepOpt") else "#0072B2"
+        colour = ours if r["variant"].startswith("RepOpt") else plain
         style = {"color": colour, "marker": "o", "capsize": 3}
         points.errorbar(r["top1"], place, xerr=r["top1_deviation"], **style)
     points.set_yticks(range(len(rows)), [r["variant"] for r in rows])
     points.set_xlabel("Top-1 accuracy on the test images of 5 classes (%)")
-    for title, colour in ((PLAIN.title, "#0072B2"), (FULL.title, "#D55E00")):
-        found = [r for r in results["depth"] if r["variant"] == title]
-        lines.errorbar(
-            [r["layers"] for r in found],
-            [r["top1"] for r in found],
-            [r["top1_deviation"] for r in found],
-            label=title,
-            color=colour,
-            marker="o",
-            capsize=3,
+    for variant, colour in ((PLAIN, plain), (FULL, ours)):
+        found = [r for r in results["depth"] if r["variant"] == variant.title]
+        x, y, bars = zip(
+            *((r["layers"], r["top1"], r["top1_deviation"]) for r in found), strict=True
         )
+        style = {"color": colour, "marker": "o", "capsize": 3, "label": variant.title}
+        lines.errorbar(x, y, bars, **style)
     lines.set_xlabel("3x3 layers")
     lines.set_xticks(sorted({r["layers"] for r in results["depth"]}))
     lines.set_ylabel("Top-1 accuracy (%)")
     lines.legend(frameon=False)
-    for ax in (points, lines):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
     count = len(results["arguments"]["seeds"])
     figure.suptitle(f"Mean and standard deviation over {count} seeds", fontsize="medium")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

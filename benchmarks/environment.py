@@ -1,4 +1,4 @@
-"""With what and where a figure was measured, as every JSON file of results tells it."""
+"""The circumstances of a measurement, which every JSON file of results states."""
 
 import importlib.metadata
 import os
@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def environment(*packages: str) -> dict:
     """Commit, Python, versions of `packages`, processor, and JAX's devices where JAX is in use."""
-    made = (":!README.md", ":!benchmarks/results")  # of results, which may be newer
+    made = (":!README.md", ":!docs/results.md", ":!benchmarks/results")  # measuring changes these
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *made)
     info = pathlib.Path("/proc/cpuinfo")  # on Linux
     lines = [line.split(":") for line in info.read_text().splitlines()] if info.exists() else []
@@ -25,7 +26,7 @@ def environment(*packages: str) -> dict:
         "versions": {package: _version(package) for package in packages},
         "cpu": facts.get("model name", platform.machine()),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        # Whether the processor multiplies int8 and adds up in one instruction.
+        # Whether one instruction of the processor multiplies int8 and adds up.
         "vnni": bool({"avx512_vnni", "avx_vnni"} & set(facts.get("flags", "").split())),
     }
     if "jax" in sys.modules:
@@ -39,7 +40,7 @@ def _git(*arguments: str) -> str:
 
 
 def _version(package: str) -> str | None:
-    """None: not installed."""
+    """The installed version. None: the package is not installed."""
     for name in (package, f"{package}-cpu"):
         try:
             return importlib.metadata.version(name)

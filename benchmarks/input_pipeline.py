@@ -37,14 +37,15 @@ from environment import environment
 from repopt_jax.data import Dataset, load_dataset, train_batches
 from repopt_jax.data.augment import preset
 from repopt_jax.data.sources import read_items
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 HERE = pathlib.Path(__file__).parent
 PACKAGES = (
     "numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain", "torch", "tensorflow"
 )  # fmt: skip
 SIZE, BATCH = 224, 32
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
-STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
+MEAN = np.array(IMAGENET_MEAN, np.float32)[:, None, None]
+STD = np.array(IMAGENET_STD, np.float32)[:, None, None]
 
 
 def official(images, augment):

@@ -11,7 +11,7 @@ import repopt_jax
 from repopt_jax.training.step import StepOptions, init_state, train_step
 from repopt_jax.training.usage import forward_flops, peak_memory
 
-# What is compared: kind of network, and whether its optimizer multiplies gradients.
+# Kind of network, and whether its optimizer multiplies gradients.
 VARIANTS = {
     "target": ("target", True),
     "target, plain SGD": ("target", False),
@@ -48,7 +48,7 @@ def build(name, kind, multiplied, dtype):
 
 
 def multiply_adds(name, size):
-    """Of one image forward through the plain network: its convolutions and dense layer."""
+    """Multiply-adds of the plain network's forward pass for one image."""
     model = nnx.eval_shape(lambda: repopt_jax.create_model(name, rngs=nnx.Rngs(0)))
     model.eval()
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
@@ -56,19 +56,19 @@ def multiply_adds(name, size):
 
 
 def bytes_of(tree):
-    """Of all arrays of a tree."""
+    """Bytes of all arrays of a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def compile_timed(lower):
-    """The compiled program of `lower()`; seconds that both took, and CPU seconds."""
+    """Lower and compile; the program, and the seconds and CPU seconds that it took."""
     wall, cpu = time.perf_counter(), time.process_time()
     compiled = lower().compile()
     return compiled, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def program_bytes(compiled):
-    """Most memory that a program needs: arguments, results that reuse none, temporary arrays."""
+    """The memory that a program needs: arguments, temporary arrays, results with own memory."""
     m = compiled.memory_analysis()
     if m is None:
         return None
@@ -100,25 +100,25 @@ class JaxStep:
         self.optimizer_bytes = bytes_of(self.state.opt_state)
 
     def lower(self):
-        """The step traced and lowered anew, so that nothing compiled before is found again."""
+        """Trace and lower the step anew, so that no earlier compilation is reused."""
         step = jax.jit(
             lambda *a: train_step(self.graphdef, self.tx, self.options, *a), donate_argnums=0
         )
         return step.lower(self.state, self.batch)
 
     def run(self, count):
-        """Run steps and wait for their end; the last loss."""
+        """Run `count` steps and wait for them; the last loss."""
         for _ in range(count):
             self.state, metrics = self.compiled(self.state, self.batch)
         return float(metrics["loss"])
 
     def peak_bytes(self):
-        """Most memory the device held so far, for all that ran in this process. None: unknown."""
+        """The device's peak memory since this process began. None: unknown."""
         return peak_memory()
 
 
 class UpdateStep:
-    """The optimizer's part of a step alone.
+    """The optimizer's update without the rest of the step.
 
     Args:
       name: of the model.
@@ -143,7 +143,7 @@ class UpdateStep:
         self.program_bytes = program_bytes(self.compiled)
 
     def run(self, count):
-        """Run updates and wait for their end."""
+        """Run `count` updates and wait for them."""
         for _ in range(count):
             self.params, self.state = self.compiled(self.params, self.state, self.gradients)
         jax.block_until_ready(self.params)

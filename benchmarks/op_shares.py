@@ -1,4 +1,4 @@
-"""Which operations of a compiled program its time goes to, by JAX's profiler."""
+"""The operations that a compiled program spends its time in, by JAX's profiler."""
 
 import collections
 import gzip
@@ -14,12 +14,12 @@ def op_shares(run, steps=3, most=12):
     """Shares of the device's operations in their total time, by name without number.
 
     Args:
-      run: a function that runs a number of steps and waits for their end.
-      steps: how many to look at.
-      most: how many names to return; the others are summed as "others".
+      run: a function that runs a number of steps and waits for them.
+      steps: the number of steps to profile.
+      most: the number of names to return; the rest is summed as "others".
 
     Returns:
-      Name -> share. Empty where the profiler does not tell operations.
+      Share by name. Empty where the profiler reports no operations.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

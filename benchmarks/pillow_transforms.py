@@ -92,7 +92,7 @@ OPERATIONS = (
 
 
 def transform(data: bytes, size: int, rand_augment: bool) -> np.ndarray:
-    """Bytes of a image to uint8 (size, size, 3), not yet normalized."""
+    """Bytes of an image to uint8 (size, size, 3), not yet normalized."""
     with Image.open(io.BytesIO(data)) as image:
         image = image.convert("RGB")
     image = image.crop(crop_box(*image.size))

@@ -28,19 +28,19 @@ from environment import REPOSITORY, environment
 from ml_collections import ConfigDict
 from onnx import numpy_helper
 
-from repopt_jax.deploy.dataset_images import Images, configured_images, unmasked
-from repopt_jax.deploy.evaluation import evaluate, images_per_second, speedup
+from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.layer_report import LayerReport, layer_reports, plot
 from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
-from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.deploy.runtime import OnnxNetwork, evaluate, images_per_second, speedup
 from repopt_jax.deploy.trained import data_section, load_run
 from repopt_jax.training import run
+from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.stopping import RunStopped
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx", "onnxruntime")
-COLOURS = {"repvgg": "#0072B2", "target": "#D55E00", "plain": "#666666"}
+LINE_COLOURS = {"repvgg": COLOURS[0], "target": COLOURS[1], "plain": "#666666"}
 NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
 SETTINGS = tuple(itertools.product((False, True), CALIBRATIONS))
 
@@ -84,12 +84,12 @@ def spread(graph, reports: list[LayerReport]) -> dict[str, float]:
 def measure(name: str, seed: int, config: ConfigDict, workdir, arguments) -> dict:
     """One network: its graphs, their accuracy, spread and speed."""
     trained = load_run(config, workdir, part=name, checkpoint="latest")
-    data: Images = configured_images(data_section(config, name))
+    data = configured_images(data_section(config, name))
     graph = onnx_model(trained.model, trained.preprocessing, name=trained.name)
     save_onnx(workdir / f"{name}.onnx", graph)
 
     def accuracy(model) -> dict[str, float]:
-        return evaluate(OnnxNetwork(model), unmasked(data.evaluation(100)))
+        return evaluate(OnnxNetwork(model), data.evaluation(100))
 
     found = {"seed": seed, "network": name, "float": accuracy(graph), "int8": {}}
     batches = data.calibration(arguments.images)
@@ -152,23 +152,23 @@ def table(runs: list[dict]) -> str:
 
 def draw(runs: list[dict], path: pathlib.Path) -> None:
     """Signal to noise by layer: means over the seeds, from the least to the largest of them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150)
+    figure, both = styled_figure(9, 3.6, columns=2)
     titles = {"weights dB": "Weights, one scale per layer", "outputs dB": "Outputs, INT8 graph"}
-    for ax, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    for ax, (key, title) in zip(both, titles.items(), strict=True):
         for name, network in NETWORKS.items():
             values = np.array([r["layers"][key] for r in runs if r["network"] == name], float)
             layers = range(1, values.shape[1] + 1)
-            ax.plot(layers, values.mean(0), "o-", color=COLOURS[name], markersize=3, label=network)
-            ax.fill_between(layers, values.min(0), values.max(0), color=COLOURS[name], alpha=0.2)
+            ax.plot(
+                layers, values.mean(0), "o-", color=LINE_COLOURS[name], markersize=3, label=network
+            )
+            ax.fill_between(
+                layers, values.min(0), values.max(0), color=LINE_COLOURS[name], alpha=0.2
+            )
         ax.set_xlabel("Layer")
         ax.set_title(title, fontsize="medium")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="0.9", linewidth=0.8)
-    figure.axes[0].set_ylabel("Signal to noise (dB)")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path)
+    both[0].set_ylabel("Signal to noise (dB)")
+    both[0].legend(frameon=False)
+    save_figure(figure, path)
 
 
 def main() -> None:

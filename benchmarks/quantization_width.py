@@ -20,11 +20,12 @@ import statistics
 import sys
 
 from environment import REPOSITORY, environment
-from quantization import COLOURS, NETWORKS, PACKAGES, measured
+from quantization import LINE_COLOURS, NETWORKS, PACKAGES, measured
 
 from repopt_jax.training import run
+from repopt_jax.training.figures import save_figure, styled_figure
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.report import format_table, write_json
-from repopt_jax.training.stopping import RunStopped
 
 
 def configuration(arguments, width: int, seed: int):
@@ -57,27 +58,21 @@ def deviation(values: list[float]) -> float:
 
 def draw(runs: list[dict], path: pathlib.Path) -> None:
     """Points lost against width, for one scale per tensor and for one per channel."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150)
+    figure, both = styled_figure(9, 3.6, columns=2, sharey=True)
     widths = sorted({r["width"] for r in runs})
-    for ax, setting in zip(
-        figure.subplots(1, 2, sharey=True), ("tensor, minmax", "channel, minmax"), strict=True
-    ):
+    for ax, setting in zip(both, ("tensor, minmax", "channel, minmax"), strict=True):
         for network, title in NETWORKS.items():
             found = [drops(runs, width, network, setting) for width in widths]
             means, bars = map(statistics.mean, found), map(deviation, found)
-            style = {"color": COLOURS[network], "marker": "o", "capsize": 3, "label": title}
+            style = {"color": LINE_COLOURS[network], "marker": "o", "capsize": 3, "label": title}
             ax.errorbar(widths, list(means), list(bars), **style)
         ax.set_xscale("log", base=2)
         ax.set_xticks(widths, [f"{w}x" for w in widths])
         ax.set_xlabel("Width")
         ax.set_title(f"One scale per {setting.split(',')[0]}", fontsize="medium")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="0.9", linewidth=0.8)
-    figure.axes[0].set_ylabel("Top-1 lost to INT8 (points)")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path)
+    both[0].set_ylabel("Top-1 lost to INT8 (points)")
+    both[0].legend(frameon=False)
+    save_figure(figure, path)
 
 
 def table(runs: list[dict]) -> str:

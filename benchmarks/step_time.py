@@ -1,19 +1,20 @@
-"""What a training step costs: of the target, the search networks, RepVGG, and PyTorch's target.
+"""The cost of a training step: target, search networks, RepVGG, and the target in PyTorch.
 
     python benchmarks/step_time.py                         # this machine's defaults
     python benchmarks/step_time.py --models RepOpt-VGG-B2 --sizes 160 --batches 16 --rounds 5
 
 Times the training step of the target (with and without multipliers), of both search networks and
 of RepVGG, each compiled by XLA, and beside them the same network in PyTorch where it is installed,
-eager and compiled. Also the optimizer's update alone, and which operations a step's time goes to.
+eager and compiled. Also times the optimizer's update alone, and profiles the target's operations.
 
-Every round runs all variants in turn, every other one from the last to the first. Times are
+A round runs every variant once; every second round goes from the last to the first. Times are
 medians over the rounds, ratios are medians of the rounds' ratios to the target. On CPU the ratio
-of CPU seconds stands beside that of seconds: other work on the machine disturbs it less. Both
-libraries get all cores. Defaults: A0 and B1 at 64 px on CPU; on GPU B1 at 224 px in bfloat16 and
-batches of 32 to 512, with the share of the device's peak arithmetic (MFU), counting 6 operations
-per multiply-add of the forward pass.
-A variant that does not fit into the device's memory is left out, with the reason.
+of CPU seconds stands beside that of seconds, because other work on the machine disturbs it less.
+Both libraries get all cores.
+
+Defaults: A0 and B1 at 64 px on CPU; B1 at 224 px in bfloat16 and batches of 32 to 512 on GPU, with
+the share of the device's peak arithmetic (MFU), at 6 operations per multiply-add of the forward
+pass. A variant that does not fit into the device's memory is left out, with the reason.
 """
 
 import argparse
@@ -25,23 +26,22 @@ import pathlib
 import statistics
 import time
 
-# Both libraries share the device: neither may take it all beforehand.
+# Both libraries share the device, so neither may reserve all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Torch's waiting threads would spin into the next variant's turn, and on a busy machine against
-# the very thread that they wait for (4 s a step instead of 0.5).
+# Torch's waiting threads would spin into the next variant's turn. On a busy machine they would even
+# slow the thread that they wait for (4 s a step instead of 0.5).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from environment import environment
+from environment import RESULTS, environment
 from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_adds
 from op_shares import op_shares
 
 from repopt_jax.models.repopt_vgg import SIZES, stage_widths
 from repopt_jax.training.usage import peak_flops
 
-HERE = pathlib.Path(__file__).parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin")
 ON_CPU = jax.default_backend() == "cpu"
 
@@ -75,7 +75,7 @@ def torch_steps(flags, name, images, labels, dtype):
 
 
 def started(makers, warmup):
-    """The steps that fit into memory after some warm-up, and by name why others are left out."""
+    """The steps that fit into memory, warmed up; and for the others the reason by name."""
     steps, left_out = {}, {}
     for name, make in makers.items():
         try:
@@ -98,7 +98,7 @@ def started(makers, warmup):
 
 
 def timed(steps, rounds, count):
-    """Seconds and CPU seconds per step of every variant in every round, there and back in turn."""
+    """Seconds and CPU seconds per step of every variant in every round."""
     times = {name: {"wall": [], "cpu": []} for name in steps}
     for i in range(rounds):
         for name, step in list(steps.items())[:: -1 if i % 2 else 1]:
@@ -110,13 +110,13 @@ def timed(steps, rounds, count):
 
 
 def ratio(times, name, base, clock="wall"):
-    """Median over the rounds of one variant's time by another's."""
+    """Median over the rounds of one variant's time divided by another's."""
     pairs = zip(times[name][clock], times[base][clock], strict=True)
     return round(statistics.median(a / b for a, b in pairs), 4)
 
 
 def compare_steps(flags, name, size, batch, dtype):
-    """All variants of one setting."""
+    """Time all variants in one setting."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     labels = rng.integers(0, 1000, batch, np.int32)
@@ -165,11 +165,11 @@ def compare_steps(flags, name, size, batch, dtype):
 
 
 def compare_compilation(multiplied, plain, rounds):
-    """Seconds to trace and compile the target's step with multipliers, by those without."""
+    """Time to trace and compile the target's step with multipliers, divided by that without."""
     pairs = []
     for i in range(rounds):
         times = {}
-        # Neither is always the one that follows the other, or pays for the other's garbage.
+        # Neither may always follow the other, or pay for the other's garbage.
         for step in (plain, multiplied) if i % 2 else (multiplied, plain):
             gc.collect()
             _, *times[step] = compile_timed(step.lower)
@@ -179,10 +179,10 @@ def compare_compilation(multiplied, plain, rounds):
 
 
 def compare_updates(flags, name):
-    """The optimizer's update with and without multipliers.
+    """Time the optimizer's update with and without multipliers.
 
-    Three pairs with arrays of their own, one pair after the other: how far their ratios lie apart
-    shows how well the figure is known.
+    Three pairs have arrays of their own; the spread of their ratios shows how well the figure is
+    known.
     """
     pairs = []
     for _ in range(3):
@@ -210,10 +210,10 @@ def compare_updates(flags, name):
 
 
 def print_steps(result):
-    """The table of one setting."""
+    """Print the table of one setting."""
     print(
         f"\n{result['model']} {result['size']} px, batch {result['batch']}, {result['dtype']}, "
-        f"{result['giga_multiply_adds']} G multiply-adds a image"
+        f"{result['giga_multiply_adds']} G multiply-adds an image"
     )
     print(f"{'variant':20}{'ms':>9}{'images/s':>10}{'/target':>9}{'CPU':>7}{'compile s':>11}"
           f"{'GB':>7}{'MFU':>7}")  # fmt: skip
@@ -238,7 +238,7 @@ def print_steps(result):
         print(f"{variant:20}{reason}")
     if "compile" in result:
         print(f"compilation with multipliers / without: {result['compile']}")
-    print("where the target's time goes:", result.get("op_shares"))
+    print("shares of the target's time:", result.get("op_shares"))
 
 
 def parse():
@@ -257,12 +257,12 @@ def parse():
     parser.add_argument("--compilations", type=int, default=9)
     parser.add_argument("--no_torch", action="store_true")
     label = "cpu" if ON_CPU else jax.devices()[0].device_kind.lower().replace(" ", "_")
-    parser.add_argument("--output", default=str(HERE / "results" / f"step_time_{label}.json"))
+    parser.add_argument("--output", default=str(RESULTS / f"step_time_{label}.json"))
     return parser.parse_args()
 
 
 def main():
-    """Measures, prints the tables, writes the JSON after every setting."""
+    """Measure, print the tables, and write the JSON after every setting."""
     flags = parse()
     result = {
         "what": __doc__.splitlines()[0],

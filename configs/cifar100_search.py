@@ -6,7 +6,7 @@ Data: TFDS cifar100, prepared once by `tfds build cifar100 --file_format=array_r
 Hardware: one GPU or TPU core. Not run by us at full length.
 """
 
-from repopt_jax.training.config import default_config
+from repopt_jax.training.config import default_config, search_on_cifar100
 
 
 def get_config(name="RepOpt-VGG-B1"):
@@ -17,13 +17,5 @@ def get_config(name="RepOpt-VGG-B1"):
     config.eval_every = 10.0
     config.checkpoint.every = 10.0
 
-    search = config.search
-    search.data.name = "cifar100"
-    search.data.augment = "flip_crop"
-    search.data.mean = (0.5071, 0.4865, 0.4409)
-    search.data.std = (0.2673, 0.2564, 0.2762)
-    search.batch_size = 128
-    search.epochs = 240.0
-    search.optimizer.clip_norm = 5.0
-    search.schedule.warmup_epochs = 10.0
+    search_on_cifar100(config)
     return config

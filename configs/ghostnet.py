@@ -12,7 +12,7 @@ Other widths: --config=configs/ghostnet.py:RepOpt-GhostNet-1.0x, or --config.mod
 CIFAR-100 first. BatchNorm sees groups of 128 images, as on the official 8 GPUs.
 """
 
-from repopt_jax.training.config import default_config
+from repopt_jax.training.config import default_config, search_on_cifar100
 
 
 def get_config(name="RepOpt-GhostNet-0.5x"):
@@ -23,14 +23,8 @@ def get_config(name="RepOpt-GhostNet-0.5x"):
     config.log_every = 100
     config.checkpoint.minutes = 15.0  # where an epoch takes longer
 
-    search = config.search
-    search.data.name = "cifar100"
-    search.data.augment = "flip_crop"
-    search.data.mean = (0.5071, 0.4865, 0.4409)
-    search.data.std = (0.2673, 0.2564, 0.2762)
-    search.epochs = 600.0
-    search.optimizer.clip_norm = 5.0
-    search.schedule.warmup_epochs = 10.0
+    search_on_cifar100(config)
+    config.search.epochs = 600.0
 
     target = config.target
     target.data.name = "imagenet2012"
@@ -40,7 +34,7 @@ def get_config(name="RepOpt-GhostNet-0.5x"):
     target.epochs = 300.0
     target.schedule.warmup_lr = 1e-4
 
-    for part in (search, target):
+    for part in (config.search, target):
         part.batch_size = 1024
         part.bn_group = 128
         part.optimizer.weight_decay = 1e-5

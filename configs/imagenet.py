@@ -10,7 +10,7 @@ Without --config.scales the scales are searched on CIFAR-100 first. BatchNorm se
 images, as on the official 8 GPUs.
 """
 
-from repopt_jax.training.config import default_config
+from repopt_jax.training.config import default_config, search_on_cifar100
 
 
 def get_config(name="RepOpt-VGG-B1"):
@@ -20,15 +20,7 @@ def get_config(name="RepOpt-VGG-B1"):
     config.log_every = 100
     config.checkpoint.minutes = 15.0  # where an epoch takes longer
 
-    search = config.search
-    search.data.name = "cifar100"
-    search.data.augment = "flip_crop"
-    search.data.mean = (0.5071, 0.4865, 0.4409)
-    search.data.std = (0.2673, 0.2564, 0.2762)
-    search.batch_size = 128
-    search.epochs = 240.0
-    search.optimizer.clip_norm = 5.0
-    search.schedule.warmup_epochs = 10.0
+    search_on_cifar100(config)
 
     target = config.target
     target.data.name = "imagenet2012"

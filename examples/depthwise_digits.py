@@ -6,17 +6,14 @@ optimizer is AdamW with clipped gradients, for which no multiplier is exact: `re
 """
 
 import argparse
-import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
+from digits import load_digits, print_table, train
 from flax import nnx
 
 import repopt_jax
 
-BATCH = 64
 WIDTH = 24
 RATE = 1e-2
 
@@ -60,45 +57,8 @@ BRANCHES = {
 }
 
 
-def load_digits():
-    """1397 images for training and 400 for testing, 8x8 pixels from 0 to 1."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    images = (digits.images[order, :, :, None] / 16).astype(np.float32)
-    labels = digits.target[order].astype(np.int32)
-    return (images[400:], labels[400:]), (images[:400], labels[:400])
-
-
-@nnx.jit
-def train_step(model, optimizer, images, labels):
-    """One update."""
-
-    def loss(model):
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
-        return losses.mean()
-
-    optimizer.update(model, nnx.grad(loss)(model))
-
-
-def train(model, tx, data, steps):
-    """Train `model` in place; test accuracy and seconds."""
-    (images, labels), (test_images, test_labels) = data
-    start = time.perf_counter()
-    model.train()
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    rng = np.random.default_rng(0)
-    for _ in range(steps):
-        batch = rng.integers(0, len(labels), BATCH)
-        train_step(model, optimizer, images[batch], labels[batch])
-    model.eval()
-    predicted = np.asarray(nnx.jit(lambda m, x: jnp.argmax(m(x), -1))(model, test_images))
-    return (predicted == test_labels).mean(), time.perf_counter() - start
-
-
 def main(arguments=None):
-    """Search, RepOptimizer, plain AdamW; the rows of the table."""
+    """Search, RepOptimizer, plain AdamW."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=150, help="of every training")
     steps = parser.parse_args(arguments).steps
@@ -129,10 +89,7 @@ def main(arguments=None):
     rows.append(("plain", "AdamW", *train(DepthwiseNet(nnx.Rngs(2)), adamw, data, steps)))
 
     print(scales.describe())
-    print(f"\n{'network':<10}{'optimizer':<15}{'test accuracy':>14}{'seconds':>9}")
-    for network, optimizer, accuracy, seconds in rows:
-        print(f"{network:<10}{optimizer:<15}{accuracy:>14.1%}{seconds:>9.1f}")
-    return rows
+    print_table(rows)
 
 
 if __name__ == "__main__":

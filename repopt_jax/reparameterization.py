@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import Block, check_block, merge, pull_back, wide_type
-from repopt_jax.transforms import is_known
-from repopt_jax.tree_paths import path_str
+from repopt_jax.branches import Block, check_block, is_known, merge, pull_back, wide_type
+from repopt_jax.tree_paths import by_path, errors_at, path_str
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, PyTree
+    from jaxtyping import Array
 
 # Two ways of summing a few branches differ by a few units in the last place.
 ROUNDING = 16
@@ -39,11 +38,6 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves by path; what optax.masked or optax.partition hides is no leaf."""
-    return {path_str(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def _inner_tree(leaves: Mapping[str, Any], branches: Mapping[str, Mapping[str, Any]]) -> dict:
     """What the optimizer sees: a nested dict with a search network's names of parameters."""
     kernels = {f"{path}/kernel" for path in branches}
@@ -58,6 +52,15 @@ def _inner_tree(leaves: Mapping[str, Any], branches: Mapping[str, Mapping[str, A
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def _check_shapes(block: Block, weights: Mapping[str, Array], kernel_shape: tuple) -> None:
+    for name, branch in block.items():
+        wanted = branch.weight_shape(kernel_shape)
+        if weights[name].shape != wanted:
+            raise ValueError(
+                f"weights of {name!r} must have the shape {wanted}, got {weights[name].shape}"
+            )
 
 
 def _check_start(path: str, merged: Array, kernel: Array) -> None:
@@ -150,7 +153,7 @@ def reparameterize(
     }
 
     def init_fn(params):
-        leaves = _by_path(params)
+        leaves = by_path(params)
         hidden = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
         shown = [path for path in blocks if f"{path}/kernel" in leaves]
         missing = sorted(blocks.keys() - set(shown))
@@ -161,11 +164,10 @@ def reparameterize(
             kernel, block = leaves[f"{path}/kernel"], blocks[path]
             own_scales[path] = {n: jnp.array(scales[path][n]) for n, b in block.items() if b.scaled}
             own_weights[path] = {n: jnp.array(starts[path][n]) for n in block}
-            try:
+            with errors_at(f"block {path!r}"):
                 check_block(block, kernel.shape)
+                _check_shapes(block, own_weights[path], kernel.shape)
                 merged = merge(block, own_weights[path], own_scales[path], kernel.shape)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"block {path!r}: {error}") from None
             if is_known(merged) and is_known(kernel):
                 _check_start(path, merged, kernel)
         state = inner.init(_inner_tree(leaves, own_weights))
@@ -174,7 +176,7 @@ def reparameterize(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("params must be given to update: the kernels follow the branches")
-        gradients, leaves = _by_path(updates), _by_path(params)
+        gradients, leaves = by_path(updates), by_path(params)
         pulled = {}
         for path, own in state.weights.items():
             gradient = gradients[f"{path}/kernel"]
@@ -187,7 +189,7 @@ def reparameterize(
             _inner_tree(leaves, state.weights),
             **extra_args,
         )
-        moves = _by_path(moves)
+        moves = by_path(moves)
         weights = {
             path: {
                 n: optax.apply_updates(w, moves[f"{path}/branch_weights/{n}"])

@@ -18,7 +18,7 @@ scales: kernels with scales of mixed sign drift from the truth there, and do not
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import RULES, Block, BranchMult, branch_mult, check_block
-from repopt_jax.tree_paths import path_str
+from repopt_jax.branches import RULES, BranchMult, is_known
+from repopt_jax.tree_paths import by_path, errors_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
@@ -51,62 +51,34 @@ def _multiply(mult: Array | BranchMult, update: Array) -> Array:
     return update * jnp.broadcast_to(mult, update.shape).astype(update.dtype)
 
 
-def is_known(x: Any) -> bool:
-    """Whether `x` has a value yet: optax.inject_hyperparams calls factories under jit."""
-    return not isinstance(x, jax.core.Tracer)
-
-
-def _check_mult(path: str, mult: Any, rule: str) -> None:
+def _check_values(mult: Any, rule: str) -> None:
     """Refuse a multiplier that no parameter could take."""
     if isinstance(mult, BranchMult):
-        if mult.rule != rule:
-            raise ValueError(
-                f"grad_mults[{path!r}] must follow the rule {rule!r} here, got {mult.rule!r}"
-            )
-        arrays = {f"scale of {name}": scale for name, scale in mult.scales.items()}
-    else:
-        arrays = {"multiplier": mult}
-    for what, value in arrays.items():
-        if not is_known(value):
-            continue
+        mult.check(rule)
+    elif is_known(mult):
         try:
-            array = np.asarray(value)
-            finite = np.isfinite(array)
+            array = np.asarray(mult)
+            good = np.isfinite(array) & (array >= 0)
         except TypeError:
             raise ValueError(
-                f"grad_mults[{path!r}] must be an array, a BranchMult or None, "
-                f"got {type(mult).__name__}"
+                f"a multiplier must be an array, a BranchMult or None, got a {type(mult).__name__}"
             ) from None
-        if not finite.all():
-            raise ValueError(f"grad_mults[{path!r}]: the {what} must be finite, got {array}")
-        if what == "multiplier" and (array < 0).any():
-            raise ValueError(
-                f"grad_mults[{path!r}]: the {what} must not be negative, got {array.min()}"
-            )
+        if not good.all():
+            raise ValueError(f"a multiplier must be finite and at least 0, got {array[~good][0]}")
 
 
-def _check_fits(path: str, mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
-    """Refuse a multiplier that does not fit its parameter."""
+def _check_shape(mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
+    """Refuse a multiplier that does not fit its parameter of `shape`."""
     if isinstance(mult, BranchMult):
-        try:
-            check_block(dict(mult.block), shape)
-        except ValueError as error:
-            raise ValueError(f"grad_mults[{path!r}], {error}") from None
-        wrong = {n: s.shape for n, s in mult.scales.items() if s.shape != shape[-1:]}
-        if wrong:
-            raise ValueError(
-                f"grad_mults[{path!r}]: scales must have the shape {shape[-1:]} of the "
-                f"parameter's last axis, got {wrong}"
-            )
-        return
+        return mult.check_fits(shape)
     try:
         fits = np.broadcast_shapes(np.shape(mult), shape) == shape
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
-            f"grad_mults[{path!r}] must broadcast against its parameter of shape {shape}, "
-            f"got shape {np.shape(mult)}"
+            f"a multiplier must broadcast against its parameter of shape {shape}, got shape "
+            f"{np.shape(mult)}"
         )
 
 
@@ -157,28 +129,28 @@ def scale_by_grad_mult(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
-    leaves = jax.tree_util.tree_leaves_with_path(grad_mults, is_leaf=_is_mult_leaf)
-    by_path = {path_str(path): mult for path, mult in leaves}
-    mults = {path: mult for path, mult in by_path.items() if mult is not None}
+    given = by_path(grad_mults, is_leaf=_is_mult_leaf)
+    mults = {path: mult for path, mult in given.items() if mult is not None}
     for path, mult in mults.items():
-        _check_mult(path, mult, rule)
+        with errors_at(f"grad_mults[{path!r}]"):
+            _check_values(mult, rule)
 
     def init_fn(params):
         # None stands for no parameter: a bias that a layer of Equinox goes without.
-        shown = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_absent)
-        names = {path_str(path): param for path, param in shown}
-        missing = sorted(n for n in names.keys() - by_path.keys() if not _is_absent(names[n]))
-        surplus = sorted(by_path.keys() - names.keys())
+        shown = by_path(params, is_leaf=_is_absent)
+        missing = sorted(n for n in shown.keys() - given.keys() if not _is_absent(shown[n]))
+        surplus = sorted(given.keys() - shown.keys())
         # Wrappers may hide parameters; optax.tree.map_params shows none at all.
-        complete = names and not any(_is_masked(param) for param in names.values())
+        complete = shown and not any(map(_is_masked, shown.values()))
         if missing or (surplus and complete):
             raise ValueError(
                 "grad_mults must have the paths of the parameters (None: leave alone); "
                 f"missing: {missing or 'none'}, surplus: {surplus or 'none'}"
             )
         for path, mult in mults.items():
-            if path in names and not _is_masked(names[path]):
-                _check_fits(path, mult, jnp.shape(names[path]))
+            if path in shown and not _is_masked(shown[path]):
+                with errors_at(f"grad_mults[{path!r}]"):
+                    _check_shape(mult, jnp.shape(shown[path]))
         # Copies: a step that is given the state to reuse its memory deletes what is in it.
         return ScaleByGradMultState(jax.tree.map(jnp.array, mults))
 
@@ -193,52 +165,6 @@ def scale_by_grad_mult(
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def grad_mults(
-    params: PyTree,
-    blocks: Mapping[str, Block],
-    scales: Mapping[str, Mapping[str, Array]],
-    rule: Literal["linear", "direction"] = "linear",
-) -> PyTree:
-    """The multipliers of a network: a tree like `params` with a `BranchMult` per block.
-
-    For a kernel whose `blocks` state the branches ``E_b``, with ``s_b`` from `scales`:
-    ``sum_b s_b^2 E_b(1)`` under the rule "linear", ``sum_b |s_b| E_b(1)`` under "direction". For
-    every other parameter None, which leaves it alone.
-
-    Args:
-      params: the parameters of the plain network, any pytree.
-      blocks: path of a layer -> its branches; the multiplier belongs to ``<path>/kernel``.
-      scales: path of a layer -> branch name -> ``(out,)``, such as a `Scales`.
-      rule: "linear" for `repopt_sgd`, "direction" for `repopt_adamw`.
-
-    Raises:
-      ValueError: if a block has no kernel in `params`, or a branch no scales; for "direction", if a
-        branch is no 0/1 placement.
-
-    >>> import jax.numpy as jnp, repopt_jax
-    >>> params = {"conv": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}}
-    >>> blocks = {"conv": {"full": repopt_jax.Full()}}
-    >>> mults = repopt_jax.grad_mults(params, blocks, {"conv": {"full": jnp.array([1.0, 2.0])}})
-    >>> mults["conv"]["kernel"].dense((1, 1, 2, 2))[0, 0].tolist(), mults["conv"]["bias"]
-    ([[1.0, 4.0], [1.0, 4.0]], None)
-    """
-    names = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    without_kernel = [path for path in blocks if f"{path}/kernel" not in names]
-    without_scales = [
-        f"{path}/{name}"
-        for path, block in blocks.items()
-        for name, branch in block.items()
-        if path not in scales or (branch.scaled and name not in scales[path])
-    ]
-    if without_kernel or without_scales:
-        raise ValueError(
-            f"every block needs a kernel in params, and every branch scales; without a kernel: "
-            f"{without_kernel or 'none'}, without scales: {without_scales or 'none'}"
-        )
-    mults = {f"{path}/kernel": branch_mult(b, scales[path], rule) for path, b in blocks.items()}
-    return jax.tree_util.tree_map_with_path(lambda path, _: mults.get(path_str(path)), params)
 
 
 def weight_decay_mask(params: PyTree) -> PyTree:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+# Names below `blocks/<stage>/<block>/` of RepOpt-GhostNet, and of no network of other makers.
+_OLD_STAGES = re.compile(
+    r"(^|/)blocks/(?=\d/\d/(?:ghost[12]/|shortcut/(?:conv|bn)_|se/(?:down|up)/"
+    r"|(?:conv_dw|conv)/kernel|(?:bn_dw|bn1)/(?:scale|bias|mean|var)\b))"
+)
 
 
 def path_str(path: tuple) -> str:
@@ -17,6 +26,32 @@ def path_str(path: tuple) -> str:
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # what nnx.Variable appends
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def current_path(path: str) -> str:
+    """The path of today for one from a file, which an earlier version may have written.
+
+    The stages of RepOpt-GhostNet were once called ``blocks``. All other paths stay,
+    those of networks with ``blocks`` of their own included.
+
+    >>> current_path("blocks/0/0/ghost1/cheap_conv/conv")
+    'stages/0/0/ghost1/cheap_conv/conv'
+    >>> current_path("params/blocks/9/0/conv/kernel/value")
+    'params/stages/9/0/conv/kernel/value'
+    >>> current_path("blocks/0/conv/conv3x3")
+    'blocks/0/conv/conv3x3'
+    """
+    return _OLD_STAGES.sub(r"\1stages/", path)
+
+
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of any pytree by their paths, with `is_leaf` as `jax.tree.leaves` takes it.
+
+    >>> by_path({"conv": {"kernel": 1}, "momentum": (2, None)})
+    {'conv/kernel': 1, 'momentum/0': 2}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {path_str(path): leaf for path, leaf in leaves}
 
 
 def parent_and_key(model: Any, path: str) -> tuple[Any, str]:
@@ -44,3 +79,18 @@ def layer_at(model: Any, path: str) -> Any:
         raise ValueError(
             f"path must name a layer of {type(model).__name__}, got {path!r}"
         ) from None
+
+
+@contextlib.contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the place that it is about.
+
+    >>> with errors_at("block 'conv'"):
+    ...     raise ValueError("groups must be 1, got 2")
+    Traceback (most recent call last):
+    ValueError: block 'conv': groups must be 1, got 2
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

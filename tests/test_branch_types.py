@@ -167,25 +167,25 @@ class WrongShape(Custom):
 @pytest.mark.parametrize(
     ("branch", "reason"),
     [
-        (TwoLayers(), "linear in its weight; a product of weights"),
-        (BatchNormInside(), "linear in its weight; .*BatchNorm inside the branch"),
-        (Rectified(), "linear in its weight"),
-        (Offset(), "linear in its weight, got a constant added"),
-        (WrongShape(), "must return the kernel's shape"),
+        (TwoLayers(), "linear.*product"),
+        (BatchNormInside(), "linear.*BatchNorm"),
+        (Rectified(), "linear"),
+        (Offset(), "constant"),
+        (WrongShape(), r"\(1, 1, 4, 4\).*\(1, 1, 4, 1\)"),
         (
             "conv-bn",
-            "must be a Branch, got 'conv-bn': .* of two layers in a row one must be frozen",
+            "Branch.*conv-bn",
         ),
-        (Centre(3), "needs a window"),
+        (Centre(3), r"Centre\(size=3\).*\(1, 1, 4, 4\)"),
     ],
 )
 def test_what_has_no_equivalence_is_refused_with_the_reason(branch, reason):
-    with pytest.raises(ValueError, match=f"branch 'odd': .*{reason}|branch 'odd' {reason}"):
+    with pytest.raises(ValueError, match=f"'odd'.*{reason}"):
         check_block({"full": Full(), "odd": branch}, (1, 1, 4, 4))
 
 
 def test_empty_block_is_refused():
-    with pytest.raises(ValueError, match="at least one branch"):
+    with pytest.raises(ValueError, match=r"block.*none"):
         check_block({}, (3, 3, 4, 4))
 
 

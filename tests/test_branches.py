@@ -1,6 +1,7 @@
 """What a block's statement implies: merge, initialization, multipliers, the general operator."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -253,17 +254,17 @@ def test_initial_scales_are_those_of_the_branches():
     ],
 )
 def test_branch_that_does_not_fit_names_the_kernel(branch, shape):
-    with pytest.raises(ValueError, match=r"needs .* got a kernel of shape"):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
         branch.weight_shape(shape)
 
 
 def test_direction_rule_refuses_branches_without_a_closed_form():
-    with pytest.raises(ValueError, match=r"0/1 placements, got \['average'\]"):
+    with pytest.raises(ValueError, match=r"direction.*average"):
         branch_mult({"average": Average()}, {"average": jnp.ones(2)}, "direction")
 
 
 def test_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="rule must be one of"):
+    with pytest.raises(ValueError, match=r"rule.*adam"):
         branch_mult({"full": Full()}, {"full": jnp.ones(2)}, "adam")
 
 
@@ -293,7 +294,7 @@ def test_a_branch_by_channel_lets_the_scale_through_to_the_bit(branch, shape):
 
 def test_what_has_no_element_wise_multiplier_is_not_given_one():
     mult = branch_mult({"average": Average()}, {"average": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"^dense needs .* placements, got \['average'\]$"):
+    with pytest.raises(ValueError, match=r"dense.*average"):
         mult.dense((3, 3, 2, 2))
 
 
@@ -307,10 +308,10 @@ def test_a_block_is_checked_where_promotion_is_refused(branch, x64, strict):
 @pytest.mark.parametrize(
     ("embed", "message"),
     [
-        (lambda w, k: jnp.zeros(k).at[0, 0].set(w[0, 0]), "must override mask too"),
+        (lambda w, k: jnp.zeros(k).at[0, 0].set(w[0, 0]), "mask"),
         (
             lambda w, k: Centre(1).embed(w[..., ::-1], k),
-            "embed must keep the output channels apart",
+            "by_channel",
         ),
     ],
     ids=["another place", "channels exchanged"],
@@ -342,5 +343,5 @@ class Negative(Full):
 @pytest.mark.parametrize("branch", [Spread(), Negative()], ids=["several places", "not a copy"])
 def test_a_branch_that_is_no_placement_may_not_say_that_it_is(branch):
     """Its multiplier would be a mask, and silently wrong."""
-    with pytest.raises(ValueError, match="must copy each weight to one place of its own where"):
+    with pytest.raises(ValueError, match="placement"):
         check_block({"odd": branch}, (3, 3, 2, 2))

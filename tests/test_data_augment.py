@@ -92,5 +92,5 @@ def test_randaugment_works_on_what_the_weak_preset_makes():
     seeds = weak.draw(200, np.random.default_rng(0))
     pairs = [(weak.image(image, s, 16), strong.image(image, s, 16)) for s in seeds]
     equal = np.mean([(a == b).all() for a, b in pairs])
-    # Both operations leave a image alone now and then, e.g. a turn by 0 degrees.
+    # Both operations leave an image alone now and then, e.g. a turn by 0 degrees.
     assert 0 < equal < 0.2

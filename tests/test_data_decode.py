@@ -2,6 +2,7 @@
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,12 +11,12 @@ from repopt_jax.data.decode import decode, decoded_size
 
 RNG = np.random.default_rng(0)
 COARSE = RNG.integers(0, 256, (6, 5, 3)).astype(np.uint8)
-PICTURE = Image.fromarray(COARSE).resize((50, 61), Image.Resampling.BICUBIC)
+IMAGE = Image.fromarray(COARSE).resize((50, 61), Image.Resampling.BICUBIC)
 
 
 def encoded(mode="RGB", file_format="JPEG", **options):
     buffer = io.BytesIO()
-    PICTURE.convert(mode).save(buffer, file_format, **options)
+    IMAGE.convert(mode).save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
@@ -86,3 +87,38 @@ def test_a_truncated_jpeg_is_refused_even_if_its_top_is_there():
 def test_broken_files_are_refused(data):
     with pytest.raises(ValueError, match="the image cannot be decoded"):
         decode(data)
+
+
+def grey(values, file_format):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def pgm(largest, values):
+    return b"P5\n3 1\n%d\n" % largest + np.array(values, ">u2").tobytes()
+
+
+SIXTEEN_BITS = np.array([[0, 20000, 65535]], np.uint16)
+COLOUR = cv2.imencode(".png", np.repeat(SIXTEEN_BITS[..., None], 3, axis=-1))[1].tobytes()
+DEEP = {
+    "16-bit png": grey(SIXTEEN_BITS, "PNG"),
+    "16-bit tiff": grey(SIXTEEN_BITS, "TIFF"),
+    "16-bit pgm": pgm(65535, [0, 20000, 65535]),
+    "10-bit pgm": pgm(1023, [0, 312, 1023]),
+    "16-bit colour png": cv2.imencode(".png", np.repeat(SIXTEEN_BITS[..., None], 3, -1))[
+        1
+    ].tobytes(),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deeper_values_are_scaled_to_eight_bits(kind):
+    """20000 of 65535 and 312 of 1023 are 78 of 255."""
+    assert decode(DEEP[kind])[0].tolist() == [[0] * 3, [78] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_unknown_range_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"TIFF .* mode '{'I' if dtype == np.int32 else 'F'}'"):
+        decode(grey(np.array([[0.25, 1.0]]).astype(dtype), "TIFF"))

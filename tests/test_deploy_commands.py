@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 def documented(folder):
     """What every command of the document printed, in its folder."""
     commands = [
-        shlex.split(line)[3:]
+        shlex.split(line)[1:]
         for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
         for line in block.splitlines()
     ]
@@ -232,7 +232,7 @@ def test_what_is_wrong_ends_with_one_sentence(documented, folder, command, line,
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     status, out, err = command(line)
     assert (status, out) == (2, "")
-    assert err.startswith("python -m repopt_jax.deploy: ") and err.count("\n") == 1
+    assert err.startswith("repopt-deploy: ") and err.count("\n") == 1
     assert message in err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 

@@ -24,7 +24,7 @@ from repopt_jax.models import repopt_ghost
 from repopt_jax.models.layers import BatchNorm
 from repopt_jax.tree_paths import path_str
 
-PICTURES = load_dataset("digits").eval.images[:32]
+IMAGES = load_dataset("digits").eval.images[:32]
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
 DIGITS = {"mean": (0.3, 0.25, 0.2), "std": (0.35, 0.3, 0.4)}
 LAYERS = 5
@@ -53,13 +53,13 @@ def randomized(model):
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             module.momentum = 1.0
-    model(jnp.asarray(Preprocessing(8, 8, **DIGITS)(PICTURES)))
+    model(jnp.asarray(Preprocessing(8, 8, **DIGITS)(IMAGES)))
     model.eval()
     return model
 
 
 def logits(model, preprocessing):
-    return np.asarray(model(jnp.asarray(preprocessing(PICTURES))))
+    return np.asarray(model(jnp.asarray(preprocessing(IMAGES))))
 
 
 def assert_agree(found, expected):
@@ -76,8 +76,8 @@ def test_onnxruntime_agrees_with_jax_on_images(kind, se):
         preprocessing = Preprocessing(8, 8, inside=inside, **DIGITS)
         run = OnnxNetwork(onnx_model(model, preprocessing, name="tiny"))
         expected = logits(model, preprocessing)
-        assert_agree(run(PICTURES), expected)
-        np.testing.assert_allclose(run(PICTURES[:1]), expected[:1], atol=1e-4)
+        assert_agree(run(IMAGES), expected)
+        np.testing.assert_allclose(run(IMAGES[:1]), expected[:1], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["target", "hs", "rep"])
@@ -89,7 +89,7 @@ def test_ghost_networks_are_exported_too(kind, monkeypatch):
     model = randomized(repopt_jax.create_model("RepOpt-GhostNet", kind, **options))
     preprocessing = Preprocessing(8, 8, **DIGITS)
     exported = onnx_model(model, preprocessing, name="ghost")
-    assert_agree(OnnxNetwork(exported)(PICTURES), logits(model, preprocessing))
+    assert_agree(OnnxNetwork(exported)(IMAGES), logits(model, preprocessing))
     count = collections.Counter(node.op_type for node in exported.graph.node)
     assert (count["HardSigmoid"], count["Add"], count["Transpose"]) == (2, 2, 1)
 
@@ -172,7 +172,7 @@ def test_a_network_of_other_layers_takes_one_function(monkeypatch):
 
     monkeypatch.setitem(WRITERS, Mine, write)
     model, preprocessing = Mine(nnx.Rngs(0)), Preprocessing(8, 8)
-    found = OnnxNetwork(onnx_model(model, preprocessing, name="mine"))(PICTURES)
+    found = OnnxNetwork(onnx_model(model, preprocessing, name="mine"))(IMAGES)
     np.testing.assert_allclose(found, logits(model, preprocessing), rtol=1e-4, atol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_padding_without_numbers_is_refused():
         GraphWriter().conv("x", layer, "first")
 
 
-@pytest.mark.parametrize("images", [PICTURES[:, :4], PICTURES[..., :1]], ids=["size", "grey"])
+@pytest.mark.parametrize("images", [IMAGES[:, :4], IMAGES[..., :1]], ids=["size", "grey"])
 def test_images_of_another_shape_are_refused(images):
     run = OnnxNetwork(onnx_model(network(), Preprocessing(8, 8), name="tiny"))
     with pytest.raises(ValueError, match=r"images must have the shape \(8, 8, 3\) each, got"):
@@ -203,7 +203,7 @@ def test_stablehlo_agrees_with_the_network_at_any_batch_size(tmp_path, inside):
     exported = model if inside else fold(model)
     export_stablehlo(tmp_path / "a.zip", exported, preprocessing, name="tiny")
     loaded = load_stablehlo(tmp_path / "a.zip")
-    images = jnp.asarray(PICTURES if inside else preprocessing(PICTURES))
+    images = jnp.asarray(IMAGES if inside else preprocessing(IMAGES))
     assert_agree(loaded.call(images), logits(model, preprocessing))
     assert loaded.call(images[:3]).shape == (3, 10)
     assert loaded.preprocessing == preprocessing

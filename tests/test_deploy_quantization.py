@@ -11,15 +11,14 @@ from onnx import numpy_helper
 
 import repopt_jax
 from repopt_jax.data import load_dataset
-from repopt_jax.deploy.dataset_images import Images, unmasked
-from repopt_jax.deploy.evaluation import evaluate, images_per_second, speedup
+from repopt_jax.deploy.image_set import ImageSet
 from repopt_jax.deploy.layer_report import layer_reports, plot, table
 from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
-from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.deploy.runtime import OnnxNetwork, evaluate, images_per_second, speedup
 
-DIGITS = Images(load_dataset("digits"))
+DIGITS = ImageSet(load_dataset("digits"))
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
 LAYERS = [f"stage{i}/conv" for i in (0, "1/0", "2/0", "3/0", "4/0")] + ["linear"]
 
@@ -145,7 +144,7 @@ def test_evaluation_counts_every_image_once_and_no_tie_as_a_hit():
     """Against plain numpy; logits that are all equal are right for the first class alone."""
     graph = float_graph()
     network = OnnxNetwork(graph)
-    batches = list(unmasked(DIGITS.evaluation(100)))
+    batches = list(DIGITS.evaluation(100))
     assert [len(labels) for _, labels in batches] == [100, 100, 100, 60]
     found = evaluate(network, batches)
     images, labels = DIGITS.dataset.eval.images, DIGITS.dataset.eval.labels
@@ -211,7 +210,7 @@ def test_layer_reports_compare_the_outputs_of_two_graphs(graph, int8):
     assert all(r.output_snr > 100 for r in layer_reports(graph, graph, images))
 
 
-def test_a_report_becomes_a_table_and_a_image(graph, int8, tmp_path):
+def test_a_report_becomes_a_table_and_a_figure(graph, int8, tmp_path):
     reports = layer_reports(graph, int8, DIGITS.dataset.eval.images[:16])
     rows, header = table(reports)
     assert header[-1] == "output SNR dB" and all(len(row) == len(header) for row in rows)

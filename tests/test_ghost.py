@@ -12,12 +12,11 @@ import repopt_jax
 from repopt_jax import create_model
 from repopt_jax.branches import Identity
 from repopt_jax.deploy import fold
+from repopt_jax.files import load_weights, save_weights, variables
 from repopt_jax.models.layers import BatchNorm
 from repopt_jax.models.repopt_ghost import GHOST_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
-from repopt_jax.torch_files.conversion import _write
 from repopt_jax.torch_files.scales import official_names, scales_in
-from repopt_jax.torch_files.weights import load_weights, variables
 from repopt_jax.training.step import StepOptions, loss_function
 from repopt_jax.tree_paths import layer_at
 
@@ -117,7 +116,7 @@ def test_folded_network_computes_the_same(x64):
     assert_same_outputs(lambda x: (model(x), fold(model)(x)), images())
     folded = nnx.eval_shape(lambda: fold(model))
     assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))
-    with pytest.raises(ValueError, match="must have blocks to fold, got a folded RepOptGhost"):
+    with pytest.raises(ValueError, match=r"blocks.*folded RepOptGhost"):
         fold(folded)
 
 
@@ -148,7 +147,7 @@ def test_dropout_drops_its_share_of_the_head_in_training_alone():
     assert not np.allclose(first, second)
     assert not np.allclose(first[0], first[1])  # every image has its own
     np.testing.assert_allclose((first + second).mean(0) / 2, plain(x)[0], rtol=0.05)
-    with pytest.raises(ValueError, match=r"key must be given in training with dropout=0\.75"):
+    with pytest.raises(ValueError, match=r"key.*0\.75"):
         model(x)
     model.eval()
     np.testing.assert_allclose(model(x), plain(x), rtol=1e-6)
@@ -206,8 +205,8 @@ def test_round_trip_is_bit_exact(kind):
 
 def test_weights_file_round_trip(tmp_path):
     model = small("rep")
-    facts = {"name": NAME, "kind": "rep", "width": "0.1", "num_classes": "3"}
-    _write(tmp_path / "w.safetensors", variables(model), facts)
+    facts = {"name": NAME, "kind": "rep", "width": 0.1, "num_classes": 3}
+    save_weights(tmp_path / "w.safetensors", model, facts)
     loaded = load_weights(tmp_path / "w.safetensors")
     assert_same(variables(loaded), variables(model))
 
@@ -231,21 +230,21 @@ def test_half_a_network_is_refused():
         scales_in(names)
     weights = export_weights(small())
     weights["blocks.0.0.ghost1.cheap_operation.0.weight"] = np.ones((9, 1, 3, 3))
-    with pytest.raises(TorchFileError, match="it is no RepOpt-GhostNet: the channels"):
+    with pytest.raises(TorchFileError, match="RepOpt-GhostNet"):
         recognize(weights)
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((NAME,), {}, r"name 'RepOpt-GhostNet' needs width, missing \['width'\]"),
-        ((NAME,), {"width": 0.0}, "width must be above 0, got 0.0"),
-        ((NAME,), {"width": 0.1, "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ((f"{NAME}-0.6x",), {}, "name must be one of .*'RepOpt-GhostNet-0.58x'"),
-        ((f"{NAME}-0.5x",), {"se": True}, r"must be among \('width', .* got \['se'\]"),
-        ((f"{NAME}-0.5x", "repvgg"), {}, "kind 'repvgg' must be 'rep' for 'RepOpt-GhostNet-0.5x'"),
-        (("RepOpt-VGG-A0", "rep"), {}, "kind 'rep' must be 'repvgg' for 'RepOpt-VGG-A0'"),
-        (("RepOpt-VGG-A0",), {"width": 1.0}, r"got \['width'\]"),
+        ((NAME,), {}, r"RepOpt-GhostNet.*width"),
+        ((NAME,), {"width": 0.0}, r"width.*0\.0"),
+        ((NAME,), {"width": 0.1, "dropout": 1.0}, r"dropout.*1\.0"),
+        ((f"{NAME}-0.6x",), {}, "name.*RepOpt-GhostNet-0.6x"),
+        ((f"{NAME}-0.5x",), {"se": True}, r"width.*\['se'\]"),
+        ((f"{NAME}-0.5x", "repvgg"), {}, "kind.*repvgg.*RepOpt-GhostNet-0.5x"),
+        (("RepOpt-VGG-A0", "rep"), {}, "kind.*rep.*RepOpt-VGG-A0"),
+        (("RepOpt-VGG-A0",), {"width": 1.0}, r"RepOpt-VGG-A0.*\['width'\]"),
     ],
 )
 def test_create_model_refuses(arguments, options, message):

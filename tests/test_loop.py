@@ -15,9 +15,9 @@ import pytest
 from repopt_jax.training import evaluation, loop, run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
-from repopt_jax.training.stopping import RunStopped
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -160,7 +160,9 @@ def test_a_broken_image_ends_the_run_with_its_sentence(tmp_path, fake_step, monk
         type(prepare(small_config(), "plain", make_mesh())), split, lambda _: Broken()
     )
     monkeypatch.setattr(
-        loop, "evaluate_state", lambda part, *_: evaluation.evaluate(part, None, None)
+        loop,
+        "evaluate_state",
+        lambda part, *_: evaluation._evaluate_network(part, None, None, None),
     )
     with pytest.raises(RunStopped, match=r"^image cat.jpg cannot be decoded$") as stopped:
         run.run(small_config(parts=("plain",)), tmp_path)
@@ -176,14 +178,14 @@ def test_skipped_images_of_all_processes_are_counted_once_each(tmp_path, fake_st
         return [text, '["training image 5", "training image 9"]']
 
     monkeypatch.setattr(loop, "gathered", one_more)
-    build = run.prepare
+    prepare = run.prepare_parts
 
     def with_bad_images(*arguments):
-        part = build(*arguments)
-        part.dataset.bad_images.update({"training image 1", "training image 5"})
-        return part
+        parts = prepare(*arguments)
+        parts["plain"].dataset.bad_images.update({"training image 1", "training image 5"})
+        return parts
 
-    monkeypatch.setattr(run, "prepare", with_bad_images)
+    monkeypatch.setattr(run, "prepare_parts", with_bad_images)
     run.run(config, tmp_path)
     records = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     assert {record["data/bad_images"] for record in records} == {3}
@@ -224,7 +226,7 @@ def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
 def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
     """The step is saved at once, and evaluated when the run goes on; the best is known then."""
     config = small_config(parts=("plain",), eval_every=0.5, checkpoint__every=9.0)
-    real = evaluation.evaluate
+    real = evaluation._evaluate_network
 
     def interrupting(part, params, stats, stop):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -232,13 +234,13 @@ def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
         assert found is None
         return found
 
-    monkeypatch.setattr(evaluation, "evaluate", interrupting)
+    monkeypatch.setattr(evaluation, "_evaluate_network", interrupting)
     with pytest.raises(RunStopped, match="plain is saved at step 6 of 33") as stopped:
         run.run(config, tmp_path)
     assert stopped.value.exit_code == 143
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     assert told[-1]["step"] == 6 and "eval/top1" not in told[-1]
-    monkeypatch.setattr(evaluation, "evaluate", real)
+    monkeypatch.setattr(evaluation, "_evaluate_network", real)
     run.run(config, tmp_path)
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     evaluated = [r["step"] for r in told if "eval/top1" in r]

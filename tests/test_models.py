@@ -10,6 +10,7 @@ import repopt_jax
 from repopt_jax import create_model, init_target, search_network, searched_scales
 from repopt_jax.deploy import fold
 from repopt_jax.models.layers import BatchNorm, materialize
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 from repopt_jax.models.search import search_layers
 from repopt_jax.tree_paths import layer_at
 
@@ -72,13 +73,28 @@ def test_batch_norm_takes_statistics_of_bfloat16_in_float32():
 
 
 def test_batch_norm_refuses_a_group_that_does_not_divide():
-    with pytest.raises(ValueError, match="bn_group must divide the batch of 4, got 3"):
+    with pytest.raises(ValueError, match=r"bn_group.*3"):
         BatchNorm(2, group=3)(jnp.ones((4, 2)))
 
 
 def test_materialize_changes_nothing():
     x = normal(0, (2, 3, 3, 4)).astype(jnp.float32)
     assert (jax.jit(materialize)(x) == x).all()
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_block_costs_the_same_however_many_stand_before_it():
+    """What `materialize` is for: XLA would compute the sums of all earlier blocks anew."""
+
+    def flops(count):
+        types = {"se": False, "bn_group": None, "dtype": None, "param_dtype": jnp.float32}
+        blocks = [RepVGGBlock(2, 2, 1, **types, rngs=nnx.Rngs(0)) for _ in range(count)]
+        graphdef, state = nnx.split(nnx.Sequential(*blocks))
+        run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+        return run.lower(state, jnp.ones((2, 8, 8, 2))).compile().cost_analysis()["flops"]
+
+    one, two, four = map(flops, (1, 2, 4))
+    assert four - two <= 1.01 * 2 * (two - one)
 
 
 def test_search_network_equals_branch_by_branch_form(x64, strict):
@@ -176,7 +192,7 @@ def test_folded_network_computes_the_same(kind, se, x64):
     folded = fold(model)
     np.testing.assert_allclose(folded(x), model(x), rtol=1e-10, atol=1e-12)
     assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))
-    with pytest.raises(ValueError, match="must have blocks to fold"):
+    with pytest.raises(ValueError, match=r"blocks.*FoldedBlock"):
         fold(folded)
 
 
@@ -189,9 +205,9 @@ def test_computation_in_bfloat16_keeps_parameters_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("RepOpt-VGG-B9",), "name must be one of"),
-        (("RepOpt-VGG",), r"needs num_blocks and widths, missing \['num_blocks', 'widths'\]"),
-        (("RepOpt-VGG-A0", "plain"), "kind must be one of .* got 'plain'"),
+        (("RepOpt-VGG-B9",), "name.*RepOpt-VGG-B9"),
+        (("RepOpt-VGG",), r"\['num_blocks', 'widths'\]"),
+        (("RepOpt-VGG-A0", "plain"), "kind.*plain"),
     ],
 )
 def test_create_model_refuses(arguments, message):
@@ -200,5 +216,5 @@ def test_create_model_refuses(arguments, message):
 
 
 def test_network_refuses_sequences_of_the_wrong_length():
-    with pytest.raises(ValueError, match=r"strides must have 5 entries, got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"strides.*5.*\(2, 2\)"):
         small(strides=(2, 2))

@@ -20,8 +20,7 @@ def section(**changes):
 
 def kernels(config, mults, steps=4, lr=0.1):
     """The parameters after some steps with drawn gradients, and the gradients."""
-    reparameterized = any(m is not None for m in mults.values())
-    tx = make_optimizer(config, lambda _: lr, mults, reparameterized=reparameterized)
+    tx = make_optimizer(config, lambda _: lr, mults)
     params, state, rng = PARAMS, tx.init(PARAMS), np.random.default_rng(0)
     gradients = []
     for _ in range(steps):
@@ -67,7 +66,7 @@ def test_adamw_multiplies_the_direction_and_decays_after_it(mult):
 def test_the_learning_rate_follows_the_schedule_by_update():
     rates = jnp.array([0.0, 0.1, 0.4])
     config = section(momentum=0.0, nesterov=False, weight_decay=0.0)
-    tx = make_optimizer(config, lambda count: rates[count], NOTHING, reparameterized=False)
+    tx = make_optimizer(config, lambda count: rates[count], NOTHING)
     state, seen = tx.init(PARAMS), []
     for _ in range(3):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
@@ -78,7 +77,7 @@ def test_the_learning_rate_follows_the_schedule_by_update():
 def test_clipping_bounds_the_gradient_before_decay_and_learning_rate():
     """The global norm of the whole gradient; a smaller one is left alone."""
     config = section(momentum=0.0, nesterov=False, weight_decay=0.1, clip_norm=2.0)
-    tx = make_optimizer(config, lambda _: 0.5, NOTHING, reparameterized=False)
+    tx = make_optimizer(config, lambda _: 0.5, NOTHING)
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 4.0)}
     norm = np.sqrt(4 * 9 + 2 * 16)
     for factor, clipped in ((1.0, 2 / norm), (0.1, 0.1)):
@@ -91,7 +90,7 @@ def test_clipping_bounds_the_gradient_before_decay_and_learning_rate():
 
 def test_clipping_with_multipliers_is_refused():
     with pytest.raises(ValueError, match=r"clip_norm must be 0 for the part 'target'.* got 1\.0"):
-        make_optimizer(section(clip_norm=1.0), lambda _: 0.1, NOTHING, reparameterized=True)
+        make_optimizer(section(clip_norm=1.0), lambda _: 0.1, NOTHING | {"kernel": jnp.array(2.0)})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_clipping_with_multipliers_is_refused():
 )
 def test_a_field_out_of_its_range_is_named(field, value):
     with pytest.raises(ValueError, match=rf"{field} must .*{value}"):
-        make_optimizer(section(**{field: value}), lambda _: 0.1, NOTHING, reparameterized=False)
+        make_optimizer(section(**{field: value}), lambda _: 0.1, NOTHING)
 
 
 def test_the_rule_of_the_multipliers_is_that_of_the_optimizer():

@@ -12,7 +12,7 @@ from flax import nnx
 from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
-from repopt_jax.training.parts import prepare
+from repopt_jax.training.parts import initial_scales, prepare
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -20,13 +20,14 @@ from small_run import small_config  # noqa: E402
 
 
 def part_of(name, scales=None, **changes):
-    return prepare(small_config(**changes), name, make_mesh(devices=jax.devices()[:1]), scales)
+    config = small_config(**changes)
+    scales = initial_scales(config) if scales is None else scales
+    return prepare(config, name, make_mesh(devices=jax.devices()[:1]), scales)
 
 
 def drawn_scales():
     rng = np.random.default_rng(0)
-    initial = Scales.initial(nnx.eval_shape(part_of("plain").build))
-    blocks = initial.vectors.items()
+    blocks = initial_scales(small_config()).vectors.items()
     draw = {p: {n: rng.normal(size=v.shape).astype("f") for n, v in b.items()} for p, b in blocks}
     return Scales(draw)
 

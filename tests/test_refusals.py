@@ -13,8 +13,7 @@ from etils import epath
 
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training import run
-from repopt_jax.training.stopping import RunStopped
-from repopt_jax.training.throughput import throughput
+from repopt_jax.training.interruption import RunStopped
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -121,7 +120,7 @@ def test_csla_can_be_run_after_a_search(monkeypatch, tmp_path):
         run.run(small_config(parts=("search", "target", "csla")), tmp_path)
 
 
-@pytest.mark.parametrize("action", [run.run, lambda config, _: throughput(config)])
+@pytest.mark.parametrize("action", [run.run, lambda config, _: run.throughput(config)])
 def test_scales_of_another_model_are_refused(tmp_path, action):
     wrong = Scales({"stage0/conv": {"conv3x3": np.ones(4, np.float32)}})
     save_scales(tmp_path / "s.safetensors", wrong)
@@ -199,13 +198,15 @@ def test_a_workdir_that_the_system_refuses_to_make_is_told(tmp_path, monkeypatch
 def test_what_a_kill_left_of_a_configuration_does_not_bar_the_run(tmp_path, monkeypatch):
     """The very first file of a run is written under another name first."""
     (tmp_path / ".config.unfinished.json").write_text('{"parts"')
-    monkeypatch.setattr(run, "prepare", lambda *_: None)
+    config = small_config(parts=("plain",))
+    parts = run.prepare_parts(config, ("plain",), run.make_mesh())
+    monkeypatch.setattr(run, "prepare_parts", lambda *_: parts)
 
     def start(*_):
         raise RunStopped("started", 2)
 
     monkeypatch.setattr(run, "train", start)
-    assert refused(small_config(), tmp_path) == "started"
+    assert refused(config, tmp_path) == "started"
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 

@@ -1,5 +1,7 @@
 """`reparameterize`: any optimizer trains the merged kernels as it would train their branches."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +175,7 @@ def test_inner_names_are_those_of_a_search_network(x64):
 
 
 def test_kernel_stays_the_merged_kernel_over_many_steps():
-    """In float32, 3000 steps: roundings of the steps do not add up."""
+    """In float32, 300 steps: roundings of the steps do not add up."""
     params, state = train(
         exact(optax.adam(1e-2), jnp.float32), plain_params(jnp.float32), steps=300
     )
@@ -247,10 +249,10 @@ def test_nnx_states_are_parameters_too():
 def test_weights_of_another_kernel_are_refused_by_name(x64):
     """The mistake that would train another network without a word."""
     other = {**WEIGHTS, "dense": jax.tree.map(lambda w: w + 1e-6, WEIGHTS["dense"])}
-    with pytest.raises(ValueError, match=r"weights\['dense'\] must merge to the layer's kernel"):
+    with pytest.raises(ValueError, match=r"weights\['dense'\]"):
         exact(optax.sgd(0.1), weights=other).init(plain_params())
     nan = {**WEIGHTS, "conv": jax.tree.map(lambda w: w * np.nan, WEIGHTS["conv"])}
-    with pytest.raises(ValueError, match=r"weights\['conv'\] must merge"):
+    with pytest.raises(ValueError, match=r"weights\['conv'\]"):
         exact(optax.sgd(0.1), weights=nan).init(plain_params())
 
 
@@ -264,17 +266,16 @@ def test_missing_branches_are_refused_by_name(what):
     given = {"scales": SCALES, "weights": WEIGHTS}
     given[what] = {"conv": {"conv3x3": given[what]["conv"]["conv3x3"]}}
     missing = ["dense", "conv/conv1x1"] + ["conv/identity"] * (what == "weights")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"{what}.*{re.escape(str(missing))}"):
         reparameterize(optax.sgd(0.1), BLOCKS, given["scales"], weights=given["weights"])
-    assert str(caught.value) == f"{what} must have every branch of every block, missing: {missing}"
 
 
 def test_missing_kernel_and_parameters_are_refused():
     tx = exact(optax.sgd(0.1), jnp.float32)
     params = plain_params(jnp.float32)
-    with pytest.raises(ValueError, match=r"needs a kernel in params, missing: \['dense'\]"):
+    with pytest.raises(ValueError, match=r"params.*\['dense'\]"):
         tx.init({name: p for name, p in params.items() if name != "dense"})
-    with pytest.raises(ValueError, match="params must be given"):
+    with pytest.raises(ValueError, match="params"):
         tx.update(params, tx.init(params))
 
 
@@ -283,3 +284,9 @@ def test_kernel_of_another_shape_is_refused_by_name():
     params["dense"]["kernel"] = jnp.ones((3, 5))
     with pytest.raises(ValueError, match="block 'dense': "):
         exact(optax.sgd(0.1), jnp.float32).init(params)
+
+
+def test_weights_of_another_shape_are_refused_by_name():
+    other = {**WEIGHTS, "dense": {**WEIGHTS["dense"], "full": np.ones((5, 4))}}
+    with pytest.raises(ValueError, match=r"block 'dense'.*'full'.*\(3, 4\).*\(5, 4\)"):
+        exact(optax.sgd(0.1), jnp.float32, other).init(plain_params(jnp.float32))

@@ -15,15 +15,16 @@ from flax import nnx
 from repopt_jax.scales import load_scales
 from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.loop import scales_by_epoch
 from repopt_jax.training.parts import prepare
-from repopt_jax.training.searching import load_along
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from small_run import small_config  # noqa: E402
 
-PARTS = ("search", "target")
+NAMES = ("search", "target")
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def finished(tmp_path_factory):
 
 def restored(config, workdir, name):
     """A part, and the step and state of its newest checkpoint."""
-    part = prepare(config, name, make_mesh())
+    part = prepare(config, name, make_mesh(), load_scales(workdir / "scales.safetensors"))
     checkpoints = Checkpoints(workdir / name, read_only=True)
     step, state = checkpoints.restore(part.init())
     checkpoints.close()
@@ -70,8 +71,8 @@ def restored(config, workdir, name):
 def test_nothing_is_compiled_twice(finished):
     """Two epochs of every part, with partial last evaluation batches, averages and checkpoints."""
     *_, messages = finished
-    assert compiled(messages, "train_step") == len(PARTS)
-    assert compiled(messages, "eval_step") == len(PARTS)
+    assert compiled(messages, "train_step") == len(NAMES)
+    assert compiled(messages, "eval_step") == len(NAMES)
 
 
 def test_evaluation_counts_every_image_exactly_once(finished):
@@ -105,7 +106,7 @@ def test_eval_mode_reproduces_the_summary_and_changes_no_file(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     found = run.evaluate(config, workdir)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
-    for name in PARTS:
+    for name in NAMES:
         told = summary["parts"][name]
         latest = {key: value for key, value in told.items() if key.startswith("eval")}
         assert found[f"{name}/latest"] == latest
@@ -139,7 +140,7 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
     monkeypatch.setattr(run, "train", lambda *_: pytest.fail("trained again"))
     assert run.run(config, workdir) == summary
     table = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in table[2:4]] == [run.TITLES[name] for name in PARTS]
+    assert [line.split("  ")[0] for line in table[2:4]] == [PARTS[name].title for name in NAMES]
 
 
 def test_a_command_for_one_part_keeps_the_others_in_the_summary(finished):
@@ -175,10 +176,27 @@ def test_the_scales_file_holds_what_the_search_ended_with(finished):
     assert scales.metadata["dataset"] == "digits"
 
 
+def test_the_target_multiplies_with_the_scales_that_the_search_wrote(finished):
+    """Read back from the optimizer's state in the target's checkpoint."""
+    _, workdir, _, _ = finished
+    checkpoints = Checkpoints(workdir / "target", read_only=True)
+    _, arrays = checkpoints.restore()
+    checkpoints.close()
+    found = {path: x for path, x in arrays.items() if "grad_mults" in path}
+    for path, block in load_scales(workdir / "scales.safetensors").vectors.items():
+        scaled = {name: vector for name, vector in block.items() if name != "identity"}
+        kept = {p.split("/")[-1]: found.pop(p) for p in list(found) if f"{path}/kernel/" in p}
+        assert kept.keys() == scaled.keys()
+        for name, vector in scaled.items():
+            np.testing.assert_array_equal(kept[name], vector)
+            assert (vector != vector[0]).any()  # else those that the search began with
+    assert not found
+
+
 def test_the_scales_of_every_evaluation_of_the_search_are_kept(finished):
     """By epoch; the last ones are those of the run, the others are others."""
     _, workdir, _, _ = finished
-    along = load_along(workdir / "search")
+    along = scales_by_epoch(workdir / "search")
     assert list(along) == [1.0, 2.0]
     final = load_scales(workdir / "scales.safetensors")
     name = ("stage4/0/conv", "conv3x3")
@@ -191,8 +209,9 @@ def test_the_workdir_holds_what_the_design_says(finished):
     _, workdir, _, _ = finished
     names = {path.name for path in workdir.iterdir()}
     figures = {"scales.png", "scales_by_epoch.png", "curves.png"}
-    assert names == {*PARTS, *figures, "config.json", "scales.safetensors", "summary.json"}
-    for name in PARTS:
+    files = {"config.json", "classes.json", "scales.safetensors", "summary.json"}
+    assert names == {*NAMES, *figures, *files}
+    for name in NAMES:
         kept = {path.name for path in (workdir / name).iterdir()}
         files = {"metrics.jsonl", "train.log", "summary.json"}
         files |= {"scales"} if name == "search" else set()

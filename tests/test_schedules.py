@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from repopt_jax.training.schedules import SCHEDULES, make_schedule
+from repopt_jax.training.optimizer import SCHEDULES, make_schedule
 
 RUN = dict(base_lr=0.1, batch_size=256, steps_per_epoch=10, epochs=40, warmup_epochs=5)
 

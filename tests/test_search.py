@@ -84,9 +84,9 @@ def test_patterns_name_layers_and_the_first_match_counts():
     model = abstract(Net)
     blocks = find_blocks(model, {"body/1": {"first": Full()}, "body/*": FULL})
     assert blocks == {"body/0": FULL, "body/1": {"first": Full()}}
-    with pytest.raises(ValueError, match=r"every pattern of rule must match .* got \['tail'\]"):
+    with pytest.raises(ValueError, match=r"rule.*\['tail'\]"):
         find_blocks(model, {"tail": FULL, "head": FULL})
-    with pytest.raises(ValueError, match="rule must give branches to some layer"):
+    with pytest.raises(ValueError, match=r"rule.*body/0"):
         find_blocks(model, lambda path, layer: None)
 
 
@@ -142,7 +142,7 @@ def test_shared_layer_stays_shared():
     assert search.first is search.again[0]
     assert len(search_layers(search)) == 1
     assert isinstance(model.first, nnx.Linear)  # the plain network is not changed
-    with pytest.raises(ValueError, match="its layer is that of another block"):
+    with pytest.raises(ValueError, match="block 'again/0'"):
         search_network(model, {"first": FULL, "again/0": FULL}, rngs=nnx.Rngs(0))
 
 
@@ -155,25 +155,25 @@ def stacked(rngs):
 @pytest.mark.parametrize(
     ("make", "block", "message"),
     [
-        (lambda r: nnx.LayerNorm(2, rngs=r), FULL, "must have a kernel, got a LayerNorm"),
+        (lambda r: nnx.LayerNorm(2, rngs=r), FULL, "kernel.*LayerNorm"),
         (
             lambda r: nnx.ConvTranspose(2, 2, (3, 3), transpose_kernel=True, rngs=r),
             FULL,
-            "outputs on the kernel's last axis, got a ConvTranspose",
+            "ConvTranspose.*transpose_kernel",
         ),
-        (stacked, FULL, r"a single one with a kernel of rank 2, .* shape \(3, 2, 2\)"),
+        (stacked, FULL, r"rank 2.*\(3, 2, 2\)"),
         (
             lambda r: nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=r),
             {"identity": Identity(groups=4)},
-            "must have the layer's groups=2, got 4",
+            "'identity'.*groups=2.*4",
         ),
         (
             lambda r: nnx.Conv(4, 8, (3, 3), rngs=r),
             {"frozen": FrozenPointwise(4, groups=2)},
-            "must have the layer's groups=1, got 2",
+            "'frozen'.*groups=1.*2",
         ),
-        (lambda r: nnx.Linear(2, 3, rngs=r), {"centre": Centre(1)}, "branch 'centre': .* needs"),
-        (lambda r: nnx.Linear(2, 3, rngs=r), {"two": [Full(), Full()]}, "must be a Branch, got"),
+        (lambda r: nnx.Linear(2, 3, rngs=r), {"centre": Centre(1)}, "'centre'"),
+        (lambda r: nnx.Linear(2, 3, rngs=r), {"two": [Full(), Full()]}, "'two'.*Branch"),
     ],
 )
 def test_layers_without_an_equivalence_are_refused_by_path(make, block, message):
@@ -201,9 +201,9 @@ def test_layers_of_other_kinds_get_branches(make, block):
 
 
 def test_unknown_kind_and_path_are_refused():
-    with pytest.raises(ValueError, match="must be 'hs' or 'csla', got 'target'"):
+    with pytest.raises(ValueError, match=r"kind.*target"):
         search_network(abstract(Net), BLOCKS, kind="target", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="path must name a layer of Net, got 'tail'"):
+    with pytest.raises(ValueError, match=r"path.*tail"):
         search_network(abstract(Net), {"tail": FULL}, rngs=nnx.Rngs(0))
 
 
@@ -246,7 +246,7 @@ def test_target_is_a_copy_and_refuses_scales_that_do_not_fit():
 
 @pytest.mark.parametrize("use", [Scales.initial, lambda m: Scales({}).check(m)])
 def test_blocks_must_be_given_for_models_that_state_none(use):
-    with pytest.raises(ValueError, match=r"blocks must be given .* got None for a Net"):
+    with pytest.raises(ValueError, match=r"blocks.*Net"):
         use(abstract(Net))
 
 
@@ -256,7 +256,7 @@ def test_scales_found_with_another_frozen_factor_are_refused():
     scales = searched_scales(search_network(model, blocks, rngs=nnx.Rngs(0)))
     scales.check(model, blocks)
     other = {"layers/0": {"low_rank": LowRank(1, seed=4)}}
-    with pytest.raises(ValueError, match="seed of layers/0/low_rank must be 4, got 3"):
+    with pytest.raises(ValueError, match=r"layers/0/low_rank.*4.*3"):
         scales.check(model, other)
 
 
@@ -271,9 +271,9 @@ def test_identity_starts_as_searched_or_at_one():
 
     assert diagonal() == [0.5, 2.0]
     assert diagonal(identity="one") == [1.0, 1.0]
-    with pytest.raises(ValueError, match="identity must be 'searched' or 'one', got 'zero'"):
+    with pytest.raises(ValueError, match=r"identity.*zero"):
         diagonal(identity="zero")
-    with pytest.raises(ValueError, match="scales do not fit the model: missing layers/0/identity"):
+    with pytest.raises(ValueError, match=r"scales.*layers/0/identity"):
         init_target(model, {}, blocks=blocks, rngs=nnx.Rngs(0))
 
 
@@ -294,7 +294,7 @@ def test_scales_of_another_network_are_refused(scales, message):
     model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)))
     blocks = {"layers/0": {"full": Full(), "centre": Centre(1)}}
     for take in (init_target, target_network):
-        with pytest.raises(ValueError, match=f"^scales do not fit the model: .*{message}"):
+        with pytest.raises(ValueError, match=f"^scales.*{message}"):
             take(model, scales, blocks=blocks, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=f"^scales do not fit the model: .*{message}"):
+    with pytest.raises(ValueError, match=f"^scales.*{message}"):
         search_network(model, blocks, scales=scales, rngs=nnx.Rngs(0))

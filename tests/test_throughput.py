@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from repopt_jax.training import throughput
+from repopt_jax.training import run
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -12,8 +12,8 @@ from small_run import small_config  # noqa: E402
 
 def test_throughput_prints_a_table_of_the_parts(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(throughput, "TIMED_STEPS", 3)
-    found = throughput.throughput(small_config(parts=("plain",)))
+    monkeypatch.setattr(run, "TIMED_STEPS", 3)
+    found = run.throughput(small_config(parts=("plain",)))
     assert list(found) == ["plain"] and found["plain"] > 0
     header, _, row = capsys.readouterr().out.splitlines()
     assert header.split("  ")[0] == "part" and header.endswith("images/s")

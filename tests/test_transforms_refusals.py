@@ -13,16 +13,16 @@ from repopt_jax import scale_by_grad_mult as by_mult
 @pytest.mark.parametrize(
     ("mult", "message"),
     [
-        (np.array([1.0, np.nan]), r"grad_mults\['bn/scale'\]: the multiplier must be finite"),
-        (np.array([1.0, -1.0]), r"grad_mults\['bn/scale'\]: the multiplier must not be negative"),
-        ("one", r"grad_mults\['bn/scale'\] must be an array, a BranchMult or None, got str"),
+        (np.array([1.0, np.nan]), r"grad_mults\['bn/scale'\].*nan"),
+        (np.array([1.0, -1.0]), r"grad_mults\['bn/scale'\].*-1\.0"),
+        ("one", r"grad_mults\['bn/scale'\].*str"),
         (
             repopt_jax.branch_mult({"full": Full()}, {"full": np.ones(2)}, "direction"),
-            r"grad_mults\['bn/scale'\] must follow the rule 'linear' here, got 'direction'",
+            r"grad_mults\['bn/scale'\].*rule.*direction",
         ),
         (
             repopt_jax.branch_mult({"full": Full()}, {"full": np.array([1.0, np.inf])}),
-            r"grad_mults\['bn/scale'\]: the scale of full must be finite",
+            r"grad_mults\['bn/scale'\].*full.*inf",
         ),
     ],
 )
@@ -42,11 +42,11 @@ def test_factory_refuses(mult, message):
         ),
         (
             {"conv": {"kernel": None}, "bn": {"scale": np.ones(3), "bias": None}},
-            r"'bn/scale'\] must broadcast against its parameter of shape \(2,\), got shape \(3,\)",
+            r"'bn/scale'\].*\(2,\).*\(3,\)",
         ),
         (
             {"conv": {"kernel": np.ones((1, 3, 3, 2, 2))}, "bn": {"scale": None, "bias": None}},
-            r"'conv/kernel'\] must broadcast",
+            r"'conv/kernel'\].*\(1, 3, 3, 2, 2\)",
         ),
         (
             {
@@ -54,7 +54,7 @@ def test_factory_refuses(mult, message):
                                                           "conv1x1": np.ones(3)})},
                 "bn": {"scale": None, "bias": None},
             },
-            r"'conv/kernel'\]: scales must have the shape \(2,\).*'conv1x1': \(3,\)",
+            r"'conv/kernel'\].*\(2,\).*'conv1x1': \(3,\)",
         ),
         (
             {
@@ -62,7 +62,7 @@ def test_factory_refuses(mult, message):
                                                           {"big": np.ones(2)})},
                 "bn": {"scale": None, "bias": None},
             },
-            r"'conv/kernel'\], branch 'big': Centre\(size=5\) needs",
+            r"'conv/kernel'\].*'big'.*\(3, 3, 2, 2\)",
         ),
     ],
 )  # fmt: skip
@@ -74,8 +74,8 @@ def test_init_refuses(mults, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
+        ({"momentum": 1.0}, r"momentum.*1\.0"),
+        ({"weight_decay": -1.0}, r"weight_decay.*-1\.0"),
     ],
 )
 def test_sgd_refuses(options, message):
@@ -84,16 +84,16 @@ def test_sgd_refuses(options, message):
 
 
 def test_adamw_refuses_multipliers_of_the_linear_rule():
-    with pytest.raises(ValueError, match="must follow the rule 'direction' here, got 'linear'"):
+    with pytest.raises(ValueError, match=r"rule.*linear"):
         repopt_adamw(0.1, mults_of(make_params()))
 
 
 @pytest.mark.parametrize(
     ("blocks", "scales", "message"),
     [
-        ({"nope": BLOCK}, {"nope": SCALES["conv"]}, r"without a kernel: \['nope'\]"),
-        (BLOCKS, {}, r"without scales: \['conv/conv3x3', 'conv/conv1x1'"),
-        (BLOCKS, {"conv": {"conv3x3": jnp.ones(3)}}, r"without scales: \['conv/conv1x1'\]"),
+        ({"nope": BLOCK}, {"nope": SCALES["conv"]}, r"kernel.*\['nope'\]"),
+        (BLOCKS, {}, r"scales.*\['conv/conv3x3', 'conv/conv1x1'"),
+        (BLOCKS, {"conv": {"conv3x3": jnp.ones(3)}}, r"scales.*\['conv/conv1x1'\]"),
     ],
 )
 def test_grad_mults_refuses(blocks, scales, message):
@@ -102,5 +102,5 @@ def test_grad_mults_refuses(blocks, scales, message):
 
 
 def test_an_unknown_rule_is_refused_though_no_multiplier_has_one():
-    with pytest.raises(ValueError, match=r"^rule must be one of .* got 'dirction'$"):
+    with pytest.raises(ValueError, match=r"rule.*dirction"):
         by_mult({"w": jnp.ones(2)}, rule="dirction")

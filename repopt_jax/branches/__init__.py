@@ -27,11 +27,11 @@ from repopt_jax.branches.blocks import (
     merge,
     pull_back,
 )
-from repopt_jax.branches.branch import Branch, Full, Identity, uniform_fan_in, wide_type
+from repopt_jax.branches.branch import Branch, Full, Identity, is_known, uniform_fan_in, wide_type
 from repopt_jax.branches.frozen import frozen_uniform
 from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
 from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
-from repopt_jax.branches.multiplier import RULES, BranchMult, branch_mult
+from repopt_jax.branches.multiplier import RULES, BranchMult, branch_mult, grad_mults
 
 __all__ = [
     "RULES",
@@ -52,8 +52,10 @@ __all__ = [
     "branch_mult",
     "check_block",
     "frozen_uniform",
+    "grad_mults",
     "init_weights",
     "initial_scales",
+    "is_known",
     "merge",
     "pull_back",
     "uniform_fan_in",

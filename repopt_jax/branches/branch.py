@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,15 @@ def wide_type(dtype: DTypeLike) -> DTypeLike:
     ('float32', 'float64')
     """
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def is_known(x: Any) -> bool:
+    """Whether `x` has a value yet; under `jax.jit` it has none, and cannot be checked.
+
+    >>> is_known(1.0)
+    True
+    """
+    return not isinstance(x, jax.core.Tracer)
 
 
 def centre_mask(kernel_shape: tuple[int, ...], sizes: tuple[int, ...]) -> Array:

@@ -1,4 +1,4 @@
-"""The multiplier of a merged kernel's gradient: the Rule of Iteration, compact."""
+"""The multipliers of merged kernels' gradients: the Rule of Iteration, compact."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from repopt_jax.branches.blocks import Block, merge, pull_back
-from repopt_jax.branches.branch import Branch, wide_type
+from repopt_jax.branches.blocks import Block, check_block, merge, pull_back
+from repopt_jax.branches.branch import Branch, is_known, wide_type
+from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float
+    from jaxtyping import Array, DTypeLike, Float, PyTree
 
 Rule = Literal["linear", "direction", "mean"]
 RULES = get_args(Rule)
@@ -73,6 +75,24 @@ class BranchMult:
     def is_elementwise(self) -> bool:
         """Whether the multiplier is one factor per entry of the kernel."""
         return not self._other_than_placements()
+
+    def check(self, rule: str) -> None:
+        """Refuse a multiplier of another rule, or with scales that are not finite."""
+        if self.rule != rule:
+            raise ValueError(f"the rule must be {rule!r} here, got {self.rule!r}")
+        for name, scale in self.scales.items():
+            if is_known(scale) and not np.isfinite(scale).all():
+                raise ValueError(f"the scale of {name!r} must be finite, got {scale}")
+
+    def check_fits(self, kernel_shape: tuple[int, ...]) -> None:
+        """Refuse a kernel for which this is no multiplier."""
+        check_block(dict(self.block), kernel_shape)
+        wrong = {n: s.shape for n, s in self.scales.items() if s.shape != kernel_shape[-1:]}
+        if wrong:
+            raise ValueError(
+                f"scales must have the shape {kernel_shape[-1:]} of the kernel's last axis, "
+                f"got {wrong}"
+            )
 
     def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         """The element-wise multiplier as an array of `kernel_shape`.
@@ -136,3 +156,49 @@ def branch_mult(
     """
     vectors = {name: jnp.asarray(scales[name]) for name, b in block.items() if b.scaled}
     return BranchMult(vectors, tuple(block.items()), rule)
+
+
+def grad_mults(
+    params: PyTree,
+    blocks: Mapping[str, Block],
+    scales: Mapping[str, Mapping[str, Array]],
+    rule: Rule = "linear",
+) -> PyTree:
+    """The multipliers of a network: a tree like `params` with a `BranchMult` per block.
+
+    For a kernel whose `blocks` state the branches ``E_b``, with ``s_b`` from `scales`:
+    ``sum_b s_b^2 E_b(1)`` under the rule "linear", ``sum_b |s_b| E_b(1)`` under "direction". For
+    every other parameter None, which leaves it alone.
+
+    Args:
+      params: the parameters of the plain network, any pytree.
+      blocks: path of a layer -> its branches; the multiplier belongs to ``<path>/kernel``.
+      scales: path of a layer -> branch name -> ``(out,)``, such as a `Scales`.
+      rule: "linear" for `repopt_sgd`, "direction" for `repopt_adamw`.
+
+    Raises:
+      ValueError: if a block has no kernel in `params`, or a branch no scales; for "direction", if a
+        branch is no 0/1 placement.
+
+    >>> import jax.numpy as jnp, repopt_jax
+    >>> params = {"conv": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)}}
+    >>> blocks = {"conv": {"full": repopt_jax.Full()}}
+    >>> mults = repopt_jax.grad_mults(params, blocks, {"conv": {"full": jnp.array([1.0, 2.0])}})
+    >>> mults["conv"]["kernel"].dense((1, 1, 2, 2))[0, 0].tolist(), mults["conv"]["bias"]
+    ([[1.0, 4.0], [1.0, 4.0]], None)
+    """
+    names = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    without_kernel = [path for path in blocks if f"{path}/kernel" not in names]
+    without_scales = [
+        f"{path}/{name}"
+        for path, block in blocks.items()
+        for name, branch in block.items()
+        if path not in scales or (branch.scaled and name not in scales[path])
+    ]
+    if without_kernel or without_scales:
+        raise ValueError(
+            f"every block needs a kernel in params, and every branch scales; without a kernel: "
+            f"{without_kernel or 'none'}, without scales: {without_scales or 'none'}"
+        )
+    mults = {f"{path}/kernel": branch_mult(b, scales[path], rule) for path, b in blocks.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, _: mults.get(path_str(path)), params)

@@ -1,17 +1,15 @@
 """Data sets, augmentation and batches; knows neither models nor jax."""
 
-from repopt_jax.data.datasets import (
-    Dataset,
-    load_dataset,
-)
-from repopt_jax.data.pipeline import (
-    eval_batches,
-    steps_per_epoch,
-    train_batches,
-)
+from repopt_jax.extras import needs_extra
+
+with needs_extra("train"):
+    from repopt_jax.data.datasets import dataset_arguments, load_dataset
+    from repopt_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
+    from repopt_jax.data.sources import Dataset
 
 __all__ = [
     "Dataset",
+    "dataset_arguments",
     "eval_batches",
     "load_dataset",
     "steps_per_epoch",

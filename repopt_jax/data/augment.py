@@ -2,7 +2,7 @@
 
 An augmentation has two halves. `draw(n, rng)` draws what is random for n images as an array
 with a row for each; the other half is a pure function of images and rows. The pipeline draws
-for the global batch and uses its own rows, so a image looks the same on any number of hosts
+for the global batch and uses its own rows, so an image looks the same on any number of hosts
 and threads.
 """
 

@@ -1,142 +1,161 @@
-"""Batches as pure functions of their number: what the pipeline's threads call."""
+"""Batches as pure functions of their number, which is what the pipeline calls."""
 
+import dataclasses
 import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from repopt_jax.data.augment import FlipCrop, preset
-from repopt_jax.data.datasets import Dataset
+from repopt_jax.data.augment import FlipCrop, ResizedCrop
 from repopt_jax.data.decode import decode
-from repopt_jax.data.reader import Reader
 from repopt_jax.data.resize import resize_and_crop
-from repopt_jax.data.sources import ArraySource
+from repopt_jax.data.sources import ArraySource, Dataset, read_items
+
+_log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """Makes the training batch of a step; the arguments are those of `train_batches`.
+    """Makes the training batch of a step.
 
-    Args:
-      dataset: from `load_dataset`.
-      batch_size: images per step over all processes.
-      seed: decides the order of every epoch.
-      augment: name of a preset.
-      image_size: side of the images, None keeps it.
-      fast: random-resized-crop with less exact decoding and without antialiasing.
-      skip_bad: take the next image for one that cannot be decoded.
+    Attributes:
+      augment: the augmentation.
       rows: this process's part of the global batch.
 
-    Raises:
-      ValueError: unknown preset, or an image size is needed.
+    The others are arguments of `train_batches`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        seed: int,
-        augment: str = "none",
-        image_size: int | None = None,
-        fast: bool = False,
-        skip_bad: bool = False,
-        rows: slice = slice(None),
-    ):
-        self._source = dataset.train
-        self._batch_size = batch_size
-        self._steps = len(dataset.train) // batch_size
-        self._augment = preset(augment)
-        self._image_size = image_size
-        self._shape = image_shape(dataset, image_size)
-        self._fast = fast
-        self._rows = rows
-        self._reader = Reader(dataset.train, "training", dataset.bad_images if skip_bad else None)
-
-        # Two epochs: near an epoch's end, threads already work on the next.
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed, epoch)).permutation(len(dataset.train))
-
-        self._order = order
+    dataset: Dataset
+    batch_size: int
+    seed: int
+    augment: FlipCrop | ResizedCrop
+    image_size: int | None
+    fast: bool
+    skip_bad: bool
+    rows: slice
 
     def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns `{"image", "label"}`; `rng` must be in the same state for the same step."""
-        epoch, position = divmod(step, self._steps)
-        start = position * self._batch_size
-        indices = self._order(epoch)[start : start + self._batch_size][self._rows]
-        draws = self._augment.draw(self._batch_size, rng)[self._rows]
-        if not isinstance(self._augment, FlipCrop):
-            images, labels = self._read(indices, self._crop, draws)
-            return {"image": images, "label": labels}
-        if _fits(self._source, self._image_size):
-            images, labels = self._source.images[indices], self._source.labels[indices]
+        count = len(self.dataset.train)
+        epoch, position = divmod(step, count // self.batch_size)
+        start = position * self.batch_size
+        indices = _order(self.seed, epoch, count)[start : start + self.batch_size][self.rows]
+        draws = self.augment.draw(self.batch_size, rng)[self.rows]
+        if isinstance(self.augment, ResizedCrop):
+            size = image_shape(self.dataset, self.image_size)[0]
+            return self._read(
+                indices, lambda data, row: self.augment.image(data, draws[row], size, self.fast)
+            )
+        if _fits(self.dataset.train, self.image_size):
+            source = self.dataset.train
+            batch = {"image": source.images[indices], "label": source.labels[indices]}
         else:
-            make = functools.partial(_whole, image_size=self._image_size)
-            images, labels = self._read(indices, make)
-        return {"image": self._augment.batch(images, draws), "label": labels}
+            batch = self._read(indices, lambda data, row: _whole(data, self.image_size))
+        return batch | {"image": self.augment.batch(batch["image"], draws)}
 
-    def _crop(self, image, seed):
-        return self._augment.image(image, seed, self._shape[0], self._fast)
-
-    def _read(self, indices, make, draws=None) -> tuple[np.ndarray, np.ndarray]:
-        images = np.empty((len(indices), *self._shape), np.uint8)
-        labels = np.empty(len(indices), np.int32)
-        pairs = self._reader.read_all(indices.tolist(), make, draws)
-        for row, (image, label) in enumerate(pairs):
-            images[row], labels[row] = image, label
-        return images, labels
+    def _read(self, indices: np.ndarray, make: Callable) -> dict[str, np.ndarray]:
+        batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
+        reader = ImageReader(self.dataset, "training", self.skip_bad)
+        for row, (image, label) in enumerate(reader.read_all(indices.tolist(), make)):
+            batch["image"][row], batch["label"][row] = image, label
+        return batch
 
 
+@dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """Makes an evaluation batch from its number; the arguments are those of `eval_batches`.
+    """Makes an evaluation batch from its number; the attributes are as in `TrainBatch`."""
 
-    Args:
-      dataset: from `load_dataset`.
-      batch_size: images per batch over all processes.
-      image_size: side of the images, None keeps it.
-      resize: length of the shorter side before the centre crop.
-      skip_bad: leave out images that cannot be decoded.
-      rows: this process's part of the global batch.
-
-    Raises:
-      ValueError: an image size is needed.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        image_size: int | None = None,
-        resize: int | None = None,
-        skip_bad: bool = False,
-        rows: slice = slice(None),
-    ):
-        self._source = dataset.eval
-        self._batch_size = batch_size
-        self._image_size = image_size
-        self._resize = resize
-        self._rows = rows
-        self._shape = image_shape(dataset, image_size)
-        bad_images = dataset.bad_images if skip_bad else None
-        self._reader = Reader(dataset.eval, "evaluation", bad_images)
+    dataset: Dataset
+    batch_size: int
+    image_size: int | None
+    resize: int | None
+    skip_bad: bool
+    rows: slice
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """Returns `{"image", "label", "mask"}`."""
-        indices = (number * self._batch_size + np.arange(self._batch_size))[self._rows]
-        batch = {
-            "image": np.zeros((len(indices), *self._shape), np.uint8),
-            "label": np.zeros(len(indices), np.int32),
-            "mask": np.zeros(len(indices), bool),
-        }
-        indices = indices[indices < len(self._source)]
-        if self._resize is None and _fits(self._source, self._image_size):
-            batch["image"][: len(indices)] = self._source.images[indices]
-            batch["label"][: len(indices)] = self._source.labels[indices]
+        source = self.dataset.eval
+        indices = (number * self.batch_size + np.arange(self.batch_size))[self.rows]
+        batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
+        batch["mask"] = np.zeros(len(indices), bool)
+        indices = indices[indices < len(source)]
+        if self.resize is None and _fits(source, self.image_size):
+            batch["image"][: len(indices)] = source.images[indices]
+            batch["label"][: len(indices)] = source.labels[indices]
             batch["mask"][: len(indices)] = True
             return batch
-        make = functools.partial(_whole, image_size=self._image_size, resize=self._resize)
-        for row, (image, label) in enumerate(self._reader.read(indices.tolist(), make)):
+        reader = ImageReader(self.dataset, "evaluation", self.skip_bad)
+        pairs = reader.read(
+            indices.tolist(), lambda data, row: _whole(data, self.image_size, self.resize)
+        )
+        for row, (image, label) in enumerate(pairs):
             if image is not None:
                 batch["image"][row], batch["label"][row], batch["mask"][row] = image, label, True
         return batch
+
+
+class ImageReader:
+    """Reads images of one split and turns each into an array.
+
+    Args:
+      dataset: whose images, and where the names of bad ones are collected.
+      split: `training` or `evaluation`.
+      skip_bad: pass over images that cannot be decoded. False stops at the first.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, skip_bad: bool):
+        self._source = dataset.train if split == "training" else dataset.eval
+        self._split = split
+        self._bad_images = dataset.bad_images if skip_bad else None
+
+    def read(
+        self, indices: Sequence[int], make: Callable
+    ) -> Iterator[tuple[np.ndarray | None, int]]:
+        """Reads images.
+
+        Args:
+          indices: into the source.
+          make: `make(image, row)` gives the finished array of the array or encoded bytes that stand
+            at `indices[row]`, and raises ValueError if it cannot.
+
+        Yields:
+          The array, None for a bad image, and the label. One at a time, so that arrays can be
+          copied into a batch while they are in the processor's cache.
+
+        Raises:
+          ValueError: an image cannot be decoded and bad ones are not skipped.
+        """
+        items = read_items(self._source, list(indices))
+        for row, (index, item) in enumerate(zip(indices, items, strict=True)):
+            try:
+                image = make(item["image"], row)
+            except ValueError as error:
+                self._note(index, item, error)
+                image = None
+            yield image, item["label"]
+
+    def read_all(self, indices: Sequence[int], make: Callable) -> Iterator[tuple[np.ndarray, int]]:
+        """Like `read`, but the next good image of the source stands in for a bad one."""
+        for row, (image, label) in enumerate(self.read(indices, make)):
+            tries = 0
+            while image is None:
+                tries += 1
+                if tries == len(self._source):
+                    raise ValueError(f"none of the {self._split} images can be decoded")
+                other = (indices[row] + tries) % len(self._source)
+                ((image, label),) = self.read([other], lambda data, _, row=row: make(data, row))
+            yield image, label
+
+    def _note(self, index: int, item: dict, error: ValueError) -> None:
+        name = f"{self._split} image {index}"
+        if item.get("name"):
+            name += f" ({item['name']})"
+        if self._bad_images is None:
+            raise ValueError(f"{name}: {error} (skip_bad=True goes on without it)") from error
+        if name not in self._bad_images:
+            self._bad_images.add(name)
+            _log.warning("skipping %s, bad image number %d", name, len(self._bad_images))
 
 
 def image_shape(dataset: Dataset, image_size: int | None) -> tuple[int, int, int]:
@@ -155,6 +174,16 @@ def image_shape(dataset: Dataset, image_size: int | None) -> tuple[int, int, int
     if image_size < 1:
         raise ValueError(f"image_size must be None or at least 1, got {image_size}")
     return (image_size, image_size, 3)
+
+
+# Two epochs: near an epoch's end, threads already work on the next.
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def _zeros(count: int, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    return {"image": np.zeros((count, *shape), np.uint8), "label": np.zeros(count, np.int32)}
 
 
 def _fits(source, image_size: int | None) -> bool:

@@ -1,6 +1,8 @@
 """Encoded images to uint8 arrays, tolerant of what real data sets contain."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -31,10 +33,12 @@ def decode(
       fast: use libjpeg's faster, less exact arithmetic; values are off by 1 or 2.
 
     Returns:
-      uint8 (height, width, 3); grey images get three equal channels.
+      uint8 (height, width, 3); grey images get three equal channels, and values of 16 bits are
+      divided by 257.
 
     Raises:
-      ValueError: the bytes are no image or break off early.
+      ValueError: the bytes are no image, break off early, or have values of unknown range (32 bits
+        or floating point).
 
     >>> grey = np.full((80, 60, 1), 200, np.uint8)
     >>> data = simplejpeg.encode_jpeg(grey, colorspace="GRAY")
@@ -57,30 +61,48 @@ def decode(
             )
         except ValueError:
             pass  # Pillow decides whether the file is unusual or broken.
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:
-        # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
-        raise ValueError(f"the image cannot be decoded: {error}") from error
+    with _opened(data) as image:
+        return np.asarray(_eight_bits(image).convert("RGB"))
 
 
 def decoded_size(data: bytes) -> tuple[int, int]:
     """Height and width of the whole image, from the file's header.
 
     Raises:
-      ValueError: the bytes do not begin like a image.
+      ValueError: the bytes do not begin like those of an image.
     """
     if data[:3] == _JPEG_MAGIC:
         try:
             return simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError:
             pass
+    with _opened(data) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A Pillow image; all that goes wrong with it is a ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
+            yield image
     except Exception as error:
+        # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
         raise ValueError(f"the image cannot be decoded: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Brings grey values of 16 bits to 0..255, which Pillow's conversion to RGB cuts off there."""
+    if image.mode[0] not in "IF":
+        return image
+    # Pillow scales PGM files of any depth to 16 bits; other files with 32 do not say their range.
+    if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+        raise ValueError(
+            f"the range of its values is unknown ({image.format} of Pillow's mode {image.mode!r}); "
+            "it must have 8 or 16 bits"
+        )
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _top_of_jpeg(data: bytes, rows: int) -> bytearray | None:

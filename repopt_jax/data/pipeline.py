@@ -11,8 +11,9 @@ import sys
 
 import grain
 
-from repopt_jax.data.batches import EvalBatch, TrainBatch
-from repopt_jax.data.datasets import Dataset
+from repopt_jax.data.augment import preset
+from repopt_jax.data.batches import EvalBatch, TrainBatch, image_shape
+from repopt_jax.data.sources import Dataset
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -61,7 +62,7 @@ def train_batches(
       image_size: side of the images; None keeps the size that they have, if they share one.
       fast: decode with less exact arithmetic and crop without antialiasing. Not used by `none`,
         `crop` and `flip_crop`.
-      skip_bad: where a image cannot be decoded, take the next one and add its name to
+      skip_bad: take the next image for one that cannot be decoded, whose name is added to
         `dataset.bad_images`; False stops the run.
       threads: threads that make batches, at most two batches each ahead; None is one per core,
         0 makes them in the caller's.
@@ -74,7 +75,7 @@ def train_batches(
       `grain.checkpoint.CheckpointSave` and `CheckpointRestore`) keep the exact position.
 
     Raises:
-      ValueError: an argument is out of its range or, from the iterator, a image is broken.
+      ValueError: an argument is out of its range or, from the iterator, an image is broken.
 
     >>> from repopt_jax.data import load_dataset
     >>> batches = train_batches(load_dataset("digits"), batch_size=4, seed=0, augment="crop")
@@ -90,7 +91,9 @@ def train_batches(
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be None or at least 1, got {num_epochs}")
     rows = _rows(batch_size, process_index, process_count)
-    make = TrainBatch(dataset, batch_size, seed, augment, image_size, fast, skip_bad, rows)
+    image_shape(dataset, image_size)  # refuses some
+    augmentation = preset(augment)
+    make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, fast, skip_bad, rows)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
     batches = grain.MapDataset.range(total).seed(seed).random_map(make)
     return iter(batches.to_iter_dataset(_read_options(threads)))
@@ -129,7 +132,7 @@ def eval_batches(
       (a black image with label 0).
 
     Raises:
-      ValueError: an argument is out of its range or, from the iterator, a image is broken.
+      ValueError: an argument is out of its range or, from the iterator, an image is broken.
 
     >>> from repopt_jax.data import load_dataset
     >>> [int(b["mask"].sum()) for b in eval_batches(load_dataset("digits"), batch_size=256)]
@@ -143,6 +146,7 @@ def eval_batches(
             f"image_size = {image_size}"
         )
     rows = _rows(batch_size, process_index, process_count)
+    image_shape(dataset, image_size)  # refuses some
     make = EvalBatch(dataset, batch_size, image_size, resize, skip_bad, rows)
     batches = grain.MapDataset.range(-(-len(dataset.eval) // batch_size)).map(make)
     return batches.to_iter_dataset(_read_options(threads))

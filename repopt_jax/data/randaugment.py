@@ -2,7 +2,7 @@
 
 The results are Pillow's, in which the published models were trained: bit for bit where an
 operation looks values up or blends, within rounding where it moves pixels. Pillow itself takes
-1 to 2 ms to move a image of 224 pixels, OpenCV 0.1 to 0.9 ms. One difference: where rotating
+1 to 2 ms to move an image of 224 pixels, OpenCV 0.1 to 0.9 ms. One difference: where rotating
 and shearing use OpenCV's cubic filter, it is a little softer (a = -0.75) than Pillow's (a = -1).
 """
 

@@ -90,13 +90,13 @@ def random_resized_crop(
     bicubic: bool = False,
     fast: bool = False,
 ) -> np.ndarray:
-    """Cuts a random box out of a image and resizes it to a square.
+    """Cuts a random box out of an image and resizes it to a square.
 
     Of an encoded JPEG, rows below the box are not decoded, and only a half, quarter or eighth
     of the resolution if that is enough.
 
     Args:
-      image: uint8 (height, width, 3) or the bytes of a image file.
+      image: uint8 (height, width, 3) or the bytes of an image file.
       size: side of the result.
       rng: source of randomness.
       bicubic: interpolate bicubically (with Pillow, thus slowly) instead of bilinearly.

@@ -8,11 +8,15 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from repopt_jax.deploy.dataset_images import Images, configured_images
-from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from repopt_jax.deploy.quantization import CALIBRATION_PICTURES, CALIBRATIONS, PERCENTILE
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from repopt_jax.data import load_dataset
+from repopt_jax.deploy.image_set import ImageSet, configured_images
+from repopt_jax.deploy.quantization import CALIBRATION_IMAGES, CALIBRATIONS, PERCENTILE
 from repopt_jax.deploy.trained import (
     Trained,
     data_section,
@@ -20,11 +24,9 @@ from repopt_jax.deploy.trained import (
     load_weights_file,
     run_config,
 )
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-PROGRAM = "python -m repopt_jax.deploy"
+PROGRAM = "repopt-deploy"
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,13 +53,7 @@ def make_parser() -> Parser:
     export.add_argument(
         "--averaged", action="store_true", default=None, help="moving averages of a run's weights"
     )
-    export.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file, not a run")
-    export.add_argument("--model", metavar="NAME", help="that the weights must be of")
-    export.add_argument("--kind", help="that the weights must be of")
-    export.add_argument("--strides", type=int, nargs=5, help="of the weights' stages, default 2")
-    export.add_argument("--image-size", type=int, help="for the weights, default 224")
-    export.add_argument("--mean", type=float, nargs=3, help="for the weights, default ImageNet's")
-    export.add_argument("--std", type=float, nargs=3, help="for the weights, default ImageNet's")
+    _add_weights(export)
     export.add_argument(
         "--no-preprocess",
         action="store_true",
@@ -72,7 +68,7 @@ def make_parser() -> Parser:
     quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
     quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
     quantize.add_argument("--percentile", type=float, help=f"default {PERCENTILE}")
-    quantize.add_argument("--images", type=int, default=CALIBRATION_PICTURES, metavar="N")
+    quantize.add_argument("--images", type=int, default=CALIBRATION_IMAGES, metavar="N")
     quantize.add_argument("--seed", type=int, default=0, help="of the choice of images")
     quantize.add_argument("--reduce-range", action="store_true", help="for x86 without VNNI")
     quantize.add_argument("--float-layers", nargs="+", default=(), metavar="NODE")
@@ -107,6 +103,17 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workdir", metavar="DIR")
     group.add_argument("--config", metavar="FILE", help="default: what the run has left in DIR")
     group.add_argument("--part", help="default: target")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a weights file", "in place of a run")
+    group.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file")
+    group.add_argument("--model", metavar="NAME", help="that the file must hold")
+    group.add_argument("--kind", help="that the file must hold")
+    group.add_argument("--strides", type=int, nargs=5, help="of the stages, default 2")
+    group.add_argument("--image-size", type=int, help="default 224")
+    group.add_argument("--mean", type=float, nargs=3, help="default ImageNet's")
+    group.add_argument("--std", type=float, nargs=3, help="default ImageNet's")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -154,9 +161,6 @@ def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> Co
     Raises:
       ValueError: there is no configuration, or an override does not fit.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     values = flags.FlagValues()
     argv = [PROGRAM, *overrides]
     options = {"flag_values": values, "sys_argv": argv}
@@ -213,14 +217,12 @@ def trained(arguments: argparse.Namespace, overrides: Sequence[str]) -> Trained:
 
 def images(
     arguments: argparse.Namespace, overrides: Sequence[str], size: tuple[int, int]
-) -> Images:
+) -> ImageSet:
     """The data set that --workdir, --config or --data names, its images brought to `size`.
 
     Raises:
       ValueError: none or several are given, or it does not have such images.
     """
-    from repopt_jax.data import load_dataset
-
     by_run = arguments.workdir is not None or arguments.config is not None
     if by_run == (arguments.data is not None):
         raise ValueError("images must be named by either --data or --workdir")
@@ -234,7 +236,7 @@ def images(
         keys = ("data_dir", "train_split", "eval_split")
         dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
         square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
-        found = Images(dataset, square, arguments.resize)
+        found = ImageSet(dataset, square, arguments.resize)
     if found.size != size:
         raise ValueError(f"images must have the graph's size {size}, got {found.size}")
     return found
@@ -254,6 +256,4 @@ def refuse(arguments: argparse.Namespace, needed: str, *names: str) -> None:
 
 def progress(label: str, batches: Iterable[Any], total: int | None = None) -> Any:
     """`batches`, with a bar on standard error where that is a terminal."""
-    from tqdm import tqdm
-
     return tqdm(batches, label, total, leave=False, file=sys.stderr, disable=None)

@@ -7,13 +7,16 @@ name of its output.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
-if TYPE_CHECKING:
+from repopt_jax.extras import needs_extra
+
+with needs_extra("deploy"):
     import onnx
+    from onnx import helper, numpy_helper
 
 # Opset 17 with IR 8 is read by every onnxruntime since 1.12 and by TensorRT since 8.6; newer
 # opsets have nothing that these networks need.
@@ -39,9 +42,7 @@ class GraphWriter:
 
     def node(self, op: str, inputs: list[str], path: str, **attributes: Any) -> str:
         """Any node with one output."""
-        import onnx
-
-        self.nodes.append(onnx.helper.make_node(op, inputs, [path], name=path, **attributes))
+        self.nodes.append(helper.make_node(op, inputs, [path], name=path, **attributes))
         return path
 
     def weight(self, path: str, value: Any) -> str:
@@ -113,9 +114,6 @@ class GraphWriter:
           classes: its second dimension.
           metadata: text by name.
         """
-        import onnx
-        from onnx import helper, numpy_helper
-
         for node in self.nodes:
             node.output[:] = ["logits" if name == logits else name for name in node.output]
         output = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", classes])

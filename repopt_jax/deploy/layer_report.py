@@ -10,28 +10,31 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.extras import needs_extra
+from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
 
-if TYPE_CHECKING:
+with needs_extra("deploy"):
     import onnx
+    from onnx import numpy_helper
 
-HEADER = (
-    "layer",
-    "kernel",
-    "std",
-    "centre std",
-    "surround std",
-    "min",
-    "max",
-    "error",
-    "SNR dB",
-    "per-channel SNR dB",
-)
+# Of a table: header -> attribute of `LayerReport` and how to print it.
+COLUMNS = {
+    "layer": ("name", ""),
+    "kernel": ("shape", ""),
+    "std": ("std", ".4f"),
+    "centre std": ("centre_std", ".4f"),
+    "surround std": ("surround_std", ".4f"),
+    "min": ("low", ".3f"),
+    "max": ("high", ".3f"),
+    "error": ("error", ".5f"),
+    "SNR dB": ("snr", ".1f"),
+    "per-channel SNR dB": ("channel_snr", ".1f"),
+    "output SNR dB": ("output_snr", ".1f"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +93,6 @@ def layer_reports(
     >>> [(report.name, report.shape) for report in reports][-2:]
     [('stage4/0/conv', (8, 8, 3, 3)), ('linear', (3, 8))]
     """
-    from onnx import numpy_helper
-
     if (int8 is None) != (images is None):
         raise ValueError(
             "int8 and images must be given together, got only "
@@ -183,8 +184,6 @@ def _output_snrs(
 
 
 def _outputs(model: onnx.ModelProto, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
-    import onnx
-
     extended = onnx.ModelProto()
     extended.CopyFrom(model)
     present = {output.name for output in extended.graph.output}
@@ -205,19 +204,17 @@ def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[
     [('linear', '3x8', '0.2000', '', '', '-0.400', '0.500', '0.00100', '45.0', '47.0')]
     """
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     measured = any(report.output_snr is not None for report in reports)
-    rows = []
-    for r in reports:
-        row = [r.name, "x".join(map(str, r.shape))]
-        row += [number(x, ".4f") for x in (r.std, r.centre_std, r.surround_std)]
-        row += [number(r.low, ".3f"), number(r.high, ".3f"), number(r.error, ".5f")]
-        row += [number(r.snr, ".1f"), number(r.channel_snr, ".1f")]
-        row += [number(r.output_snr, ".1f")] if measured else []
-        rows.append(tuple(row))
-    return rows, (*HEADER, "output SNR dB") if measured else HEADER
+    header = list(COLUMNS) if measured else list(COLUMNS)[:-1]
+    return [tuple(_cell(report, title) for title in header) for report in reports], tuple(header)
+
+
+def _cell(report: LayerReport, title: str) -> str:
+    attribute, form = COLUMNS[title]
+    value = getattr(report, attribute)
+    if title == "kernel":
+        return "x".join(map(str, value))
+    return "" if value is None else format(value, form)
 
 
 def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) -> None:
@@ -228,38 +225,29 @@ def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) ->
       reports: from `layer_reports`.
       title: of the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [report.name.removesuffix("/conv") for report in reports]
     places = np.arange(len(names))
-    figure = Figure(figsize=(max(7, 0.32 * len(names) + 2), 8), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    spread, extent, noise = figure.subplots(3, 1, sharex=True)
+    width = max(7, 0.32 * len(names) + 2)  # inches
+    figure, (spread, extent, noise) = styled_figure(width, 8, rows=3, sharex=True)
     figure.suptitle(title)
-    colours = ("#0072B2", "#D55E00", "#009E73")  # of the Okabe-Ito palette
 
-    def draw(ax, label: str, colour: str, marker: str, values: list[float | None]) -> None:
+    def draw(ax, label: str, colour: int, marker: str, values: list[float | None]) -> None:
         y = [math.nan if v is None or math.isinf(v) else v for v in values]
-        ax.plot(places, y, marker, color=colour, label=label, markersize=4)
+        ax.plot(places, y, marker, color=COLOURS[colour], label=label, markersize=4)
 
-    draw(spread, "all", colours[0], "o-", [r.std for r in reports])
-    draw(spread, "centre", colours[1], "s-", [r.centre_std for r in reports])
-    draw(spread, "surround", colours[2], "^-", [r.surround_std for r in reports])
+    draw(spread, "all", 0, "o-", [r.std for r in reports])
+    draw(spread, "centre", 1, "s-", [r.centre_std for r in reports])
+    draw(spread, "surround", 2, "^-", [r.surround_std for r in reports])
     spread.set_ylabel("Standard deviation")
     low, high = [r.low for r in reports], [r.high for r in reports]
-    extent.vlines(places, low, high, color=colours[0], linewidth=3)
+    extent.vlines(places, low, high, color=COLOURS[0], linewidth=3)
     extent.set_ylabel("Weights, least to largest")
-    draw(noise, "weights, a scale per layer", colours[0], "o-", [r.snr for r in reports])
-    draw(noise, "a scale per channel", colours[1], "s-", [r.channel_snr for r in reports])
+    draw(noise, "weights, a scale per layer", 0, "o-", [r.snr for r in reports])
+    draw(noise, "a scale per channel", 1, "s-", [r.channel_snr for r in reports])
     if any(r.output_snr is not None for r in reports):
-        draw(noise, "output of the INT8 graph", colours[2], "^-", [r.output_snr for r in reports])
+        draw(noise, "output of the INT8 graph", 2, "^-", [r.output_snr for r in reports])
     noise.set_ylabel("Signal to noise, dB")
     noise.set_xticks(places, names, rotation=90, fontsize=7)
     for ax in (spread, noise):
         ax.legend(frameon=False, fontsize=8)
-    for ax in (spread, extent, noise):
-        ax.grid(True, color="0.9", linewidth=0.8)
-        ax.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as unfinished:
-        figure.savefig(unfinished)
+    save_figure(figure, path)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
@@ -23,11 +22,12 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.extras import needs_extra
 from repopt_jax.models.layers import SqueezeExcite
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
 
-if TYPE_CHECKING:
+with needs_extra("deploy"):
     import onnx
 
 INPUT = "images"
@@ -54,8 +54,6 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
     >>> [node.op_type for node in exported.graph.node if node.op_type not in ("Conv", "Relu")]
     ['GlobalAveragePool', 'Flatten', 'Gemm']
     """
-    import onnx
-
     writer = next((WRITERS[t] for t in type(model).__mro__ if t in WRITERS), None)
     if writer is None:
         raise ValueError(
@@ -91,8 +89,6 @@ def export_onnx(
 
 def save_onnx(path: str | os.PathLike, model: onnx.ModelProto) -> None:
     """Write an ONNX model to a file, which appears when it is complete."""
-    import onnx
-
     with atomic_write(path) as unfinished:
         onnx.save(model, unfinished)
 

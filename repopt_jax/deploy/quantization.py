@@ -32,18 +32,26 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from repopt_jax.deploy.onnx_export import INPUT
-from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
+from repopt_jax.deploy.runtime import OnnxNetwork, metadata_of, read_onnx
+from repopt_jax.extras import needs_extra
 
-if TYPE_CHECKING:
+with needs_extra("deploy"):
     import onnx
+    from onnx import helper
+    from onnxruntime import quantization as ort
 
-CALIBRATIONS = ("minmax", "percentile", "entropy")
-CALIBRATION_PICTURES = 512
+_METHODS = {
+    "minmax": ort.CalibrationMethod.MinMax,
+    "percentile": ort.CalibrationMethod.Percentile,
+    "entropy": ort.CalibrationMethod.Entropy,
+}
+CALIBRATIONS = tuple(_METHODS)
+CALIBRATION_IMAGES = 512
 PERCENTILE = 99.99
 
 _QUANTIZED_OPS = ["Conv", "Gemm", "Relu", "GlobalAveragePool", "Flatten", "Mul", "Add", "Concat"]
@@ -63,7 +71,7 @@ def quantize(
 
     Args:
       graph: a float graph of this project, the file or the model.
-      batches: calibration images, uint8 NHWC, such as `Images.calibration` gives.
+      batches: calibration images, uint8 NHWC, such as `ImageSet.calibration` gives.
       per_channel: one weight scale per output channel. False: one per layer.
       calibration: how the ranges of activations are found.
       percentile: share of the values in percent that is kept; used by "percentile" only.
@@ -85,8 +93,6 @@ def quantize(
     >>> OnnxNetwork(int8)(images).shape, OnnxNetwork(int8).metadata["quantization"]
     ((8, 3), 'per tensor, minmax, 8 images')
     """
-    from onnxruntime import quantization as ort
-
     if calibration not in CALIBRATIONS:
         raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {calibration!r}")
     if not 50 < percentile <= 100:
@@ -95,14 +101,9 @@ def quantize(
         raise ValueError("batches must hold at least one image, got none")
     if isinstance(graph, (str, os.PathLike)):
         graph, _ = read_onnx(graph)
-    layers = [node.name for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
-    unknown = [name for name in float_layers if name not in layers]
-    if unknown:
-        raise ValueError(f"float_layers must be among {layers}, got {unknown}")
-    if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
-        raise ValueError("graph must be a float one, got a graph that is quantized already")
+    _check_graph(graph, float_layers)
     reader = _Reader(OnnxNetwork(graph, threads=1), batches)
-    excluded = [n.name for n in graph.graph.node if n.name.startswith("preprocess/")]
+    unquantized = [n.name for n in graph.graph.node if n.name.startswith("preprocess/")]
     prepared = copy.deepcopy(graph)
     # Says that shapes are inferred and BatchNorm is folded; else onnxruntime asks for both.
     entry = prepared.metadata_props.add()
@@ -117,16 +118,12 @@ def quantize(
             reader,
             quant_format=ort.QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED_OPS,
-            nodes_to_exclude=[*excluded, *float_layers],
+            nodes_to_exclude=[*unquantized, *float_layers],
             per_channel=per_channel,
             reduce_range=reduce_range,
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
-            calibrate_method={
-                "minmax": ort.CalibrationMethod.MinMax,
-                "percentile": ort.CalibrationMethod.Percentile,
-                "entropy": ort.CalibrationMethod.Entropy,
-            }[calibration],
+            calibrate_method=_METHODS[calibration],
             extra_options={
                 "WeightSymmetric": True,
                 "ActivationSymmetric": False,
@@ -135,13 +132,25 @@ def quantize(
                 **({"CalibPercentile": percentile} if calibration == "percentile" else {}),
             },
         )
-        description = ["per channel" if per_channel else "per tensor", calibration]
-        if calibration == "percentile":
-            description[-1] += f" {percentile:g}"
-        description.append(f"{reader.count} images")
-        description += ["7-bit weights"] if reduce_range else []
-        description += [f"float: {' '.join(float_layers)}"] if float_layers else []
-        return _with_metadata(target, graph, ", ".join(description))
+        model = onnx.load(target)
+    setting = ["per channel" if per_channel else "per tensor", calibration]
+    setting[-1] += f" {percentile:g}" if calibration == "percentile" else ""
+    setting.append(f"{reader.count} images")
+    setting += ["7-bit weights"] if reduce_range else []
+    setting += [f"float: {' '.join(float_layers)}"] if float_layers else []
+    helper.set_model_props(model, metadata_of(graph) | {"quantization": ", ".join(setting)})
+    model.producer_name, model.producer_version = graph.producer_name, graph.producer_version
+    onnx.checker.check_model(model)
+    return model
+
+
+def _check_graph(graph: onnx.ModelProto, float_layers: Sequence[str]) -> None:
+    layers = [node.name for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
+    unknown = [name for name in float_layers if name not in layers]
+    if unknown:
+        raise ValueError(f"float_layers must be among {layers}, got {unknown}")
+    if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
+        raise ValueError("graph must be a float one, got a graph that is quantized already")
 
 
 class _Reader:
@@ -167,16 +176,3 @@ class _Reader:
         images = next(self._batches)
         self.count += len(images)
         return {INPUT: self._prepare(images)}
-
-
-def _with_metadata(
-    path: pathlib.Path, source: onnx.ModelProto, description: str
-) -> onnx.ModelProto:
-    import onnx
-
-    model = onnx.load(path)
-    kept = {entry.key: entry.value for entry in source.metadata_props}
-    onnx.helper.set_model_props(model, kept | {"quantization": description})
-    model.producer_name, model.producer_version = source.producer_name, source.producer_version
-    onnx.checker.check_model(model)
-    return model

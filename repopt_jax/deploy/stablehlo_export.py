@@ -76,7 +76,8 @@ def export_stablehlo(
 
     def run(images):
         if preprocessing.inside:
-            shift, factor = (v.reshape(1, 1, 1, 3) for v in _vectors(preprocessing))
+            vectors = (preprocessing.shift, preprocessing.factor)
+            shift, factor = (jnp.asarray(v).reshape(1, 1, 1, 3) for v in vectors)
             images = (images.astype(jnp.float32) - shift) * factor
         return nnx.merge(graphdef, state)(images)
 
@@ -125,7 +126,3 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
     except Exception as error:  # of many classes, such as struct.error
         raise ValueError(f"path must be an undamaged file, {os.fspath(path)!r} is not") from error
     return StableHLO(jax.jit(exported.call), Preprocessing.from_metadata(metadata), metadata)
-
-
-def _vectors(preprocessing: Preprocessing) -> tuple[Array, Array]:
-    return jnp.asarray(preprocessing.shift), jnp.asarray(preprocessing.factor)

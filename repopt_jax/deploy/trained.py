@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,10 @@ import jax
 from etils import epath
 from flax import nnx
 
-from repopt_jax.deploy.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from repopt_jax.deploy.image_set import configured_images
+from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.tree_paths import by_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from repopt_jax.scales import Scales
 
 # Of the networks, by their paths in a checkpoint.
-LAST_BIASES = ("params/linear/bias/value", "params/classifier/bias/value")
+LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,6 @@ def _filled(
     averaged: bool,
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.manifests import by_path
     from repopt_jax.training.parts import builder
 
     # The checkpoint knows the number of classes, so that the data need not be there.
@@ -152,8 +153,6 @@ def _filled(
 
 def _image_size(data: ConfigDict) -> tuple[int, int]:
     """Height and width; only images that keep their own size need be looked at."""
-    from repopt_jax.deploy.dataset_images import configured_images
-
     if data.image_size is not None:
         return data.image_size, data.image_size
     return configured_images(data).size
@@ -185,25 +184,16 @@ def load_weights_file(
     Raises:
       ValueError: the file is no such one, or holds another model or kind.
     """
-    from repopt_jax.torch_files.scales import read_state_dict
-    from repopt_jax.torch_files.weights import load_torch_weights, load_weights, recognize
+    from repopt_jax.files import is_torch_file, load_weights, read_weights
+    from repopt_jax.torch_files import read_state_dict, recognize
 
     preprocessing = Preprocessing(
         image_size, image_size, tuple(mean), tuple(std), inside=preprocess
     )
     options: dict[str, Any] = {} if strides is None else {"strides": tuple(strides)}
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights must be an existing file, got {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        model = load_weights(path, **options)
-        with safe_open(path, "numpy") as file:
-            facts = file.metadata()
-    else:
-        facts = recognize(read_state_dict(path))
-        model = load_torch_weights(path, **options)
+    is_torch = is_torch_file(path, what="weights")
+    facts = recognize(read_state_dict(path)) if is_torch else read_weights(path)[1]
+    model = load_weights(path, **options)
     if name not in (None, facts["name"]):
         raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")
     # A search's network and one with constant scales have the same weights.

@@ -12,4 +12,5 @@ from repopt_jax.models.search import search_network as search_network
 from repopt_jax.models.search import searched_scales as searched_scales
 from repopt_jax.models.target import Target as Target
 from repopt_jax.models.target import init_target as init_target
+from repopt_jax.models.target import start_scales as start_scales
 from repopt_jax.models.target import target_network as target_network

@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity, check_block
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.tree_paths import errors_at, layer_at
 
 
 def check_layer(layer: Any, block: Block) -> None:
@@ -50,11 +50,9 @@ def check_layers(model: nnx.Module, blocks: Mapping[str, Block]) -> None:
     """`check_layer` and `check_block` for every layer that `blocks` names, told with its path."""
     for path, block in blocks.items():
         layer = layer_at(model, path)
-        try:
+        with errors_at(f"block {path!r}"):
             check_layer(layer, block)
             check_block(block, layer.kernel.shape)
-        except ValueError as error:
-            raise ValueError(f"block {path!r}: {error}") from None
 
 
 def repvgg_branches(path: str, layer: Any) -> Block | None:
@@ -127,10 +125,8 @@ def find_blocks(
         else:
             block = rule(path, layer)
         if block is not None:
-            try:
+            with errors_at(f"block {path!r}"):
                 check_layer(layer, block)
-            except ValueError as error:
-                raise ValueError(f"block {path!r}: {error}") from None
             blocks[path] = block
     if not blocks:
         raise ValueError(

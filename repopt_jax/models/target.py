@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from repopt_jax.branches import Block, BranchMult, init_weights, merge
+from repopt_jax.branches import Block, BranchMult, grad_mults, init_weights, merge
 from repopt_jax.models.branched_layers import check_layers
 from repopt_jax.reparameterization import reparameterize
 from repopt_jax.scales import blocks_of, check_scales
-from repopt_jax.transforms import grad_mults
 from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
@@ -24,6 +23,37 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 Weights = dict[str, dict[str, "Array"]]
 
 
+def start_scales(
+    blocks: Mapping[str, Block],
+    scales: Mapping[str, Mapping[str, Array]],
+    identity: Literal["searched", "one"],
+) -> Mapping[str, Mapping[str, Array]]:
+    """The vectors that the branches start from: `scales`, with 1 for identities if wanted.
+
+    Args:
+      blocks: path of a layer -> its branches.
+      scales: path of a layer -> branch name -> vector.
+      identity: where identity branches start: "searched", the value in `scales` (the authors'
+        default), or "one" (the paper).
+
+    Raises:
+      ValueError: `identity` is neither.
+
+    >>> from repopt_jax import Identity
+    >>> scales = {"conv": {"identity": jnp.array([0.5, 2.0])}}
+    >>> start_scales({"conv": {"identity": Identity()}}, scales, "one")["conv"]["identity"].tolist()
+    [1.0, 1.0]
+    """
+    if identity not in ("searched", "one"):
+        raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
+    if identity == "searched":
+        return scales
+    return {
+        path: {n: v if blocks[path][n].scaled else jnp.ones_like(v) for n, v in vectors.items()}
+        for path, vectors in scales.items()
+    }
+
+
 def _draw_kernels(
     model: nnx.Module,
     blocks: Mapping[str, Block],
@@ -31,16 +61,14 @@ def _draw_kernels(
     identity: str,
     rngs: nnx.Rngs,
 ) -> Weights:
-    """Set the kernels of `model` by the Rule of Initialization; the weights they are merged of."""
-    if identity not in ("searched", "one"):
-        raise ValueError(f"identity must be 'searched' or 'one', got {identity!r}")
+    """Set the kernels of `model` by the Rule of Initialization; return the branches' weights."""
     check_layers(model, blocks)
     check_scales(scales, model, blocks)
+    starts = start_scales(blocks, scales, identity)
     drawn = {}
     for path, block in blocks.items():
         kernel = layer_at(model, path).kernel
-        start = scales[path] if identity == "searched" else None
-        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, start)
+        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, starts[path])
         vectors = {name: jnp.asarray(v) for name, v in scales[path].items()}
         kernel[...] = merge(block, weights, vectors, kernel.shape)
         drawn[path] = weights
@@ -63,8 +91,7 @@ def init_target(
       model: a plain network.
       scales: path of a layer -> branch name -> vector.
       blocks: path of a layer -> its branches. None: those that the network states.
-      identity: where identity branches start: "searched", the value in `scales` (the authors'
-        default), or "one" (the paper).
+      identity: where identity branches start, see `start_scales`.
       rngs: draws the branches' weights.
 
     Returns:
@@ -93,7 +120,7 @@ class Target(Generic[ModelT]):
       model: the network.
       blocks: path of a layer -> its branches.
       scales: path of a layer -> branch name -> vector.
-      weights: path of a layer -> branch name -> the weights that its kernel was merged of.
+      weights: path of a layer -> branch name -> the weights whose sum its kernel is.
     """
 
     model: ModelT
@@ -126,8 +153,7 @@ def target_network(
       model: a plain network; it is not changed.
       scales: what the search yielded, such as a `Scales`.
       blocks: path of a layer -> its branches. None: those that the network states.
-      identity: where identity branches start: "searched", the value in `scales` (the authors'
-        default), or "one" (the paper).
+      identity: where identity branches start, see `start_scales`.
       rngs: draws the branches' weights.
 
     Raises:

@@ -1,13 +1,57 @@
-"""The fields of a configuration, with their defaults. Files in `configs/` change some of them."""
+"""The configuration: its fields with their defaults, and the table of the parts of a run.
+
+Files in `configs/` change some of the fields.
+"""
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict, config_dict
+import dataclasses
+import math
+from collections.abc import Iterator
 
-PARTS = ("search", "target", "plain", "csla", "repvgg", "rep")
+from ml_collections import ConfigDict, config_dict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSpec:
+    """What a part of a run trains, and how.
+
+    Attributes:
+      title: its name in tables and figures.
+      network: the `kind` of network, see `create_model`.
+      section: the section of the configuration that it reads.
+      initialized: whether the kernels start by the Rule of Initialization.
+      multiplied: whether the optimizer multiplies the gradients.
+    """
+
+    title: str
+    network: str
+    section: str = "target"
+    initialized: bool = False
+    multiplied: bool = False
+
+    @property
+    def needs_scales(self) -> bool:
+        """Whether the part can start only when the scales are known."""
+        return self.initialized or self.multiplied or self.network == "csla"
+
+
+PARTS = {
+    # Trains the scales; yields scales.safetensors.
+    "search": PartSpec("hyper-search", "hs", section="search"),
+    # The plain network with a RepOptimizer.
+    "target": PartSpec("RepOptimizer", "target", initialized=True, multiplied=True),
+    # The same network with the plain optimizer and torch's initial values.
+    "plain": PartSpec("plain optimizer", "target"),
+    # Branches with constant scales and the plain optimizer: what "target" equals.
+    "csla": PartSpec("constant-scale branches", "csla"),
+    # The structural baselines: BatchNorm in every branch, and the plain optimizer.
+    "repvgg": PartSpec("RepVGG", "repvgg"),
+    "rep": PartSpec("RepGhost", "rep"),
+}
 
 
 def default_config() -> ConfigDict:
@@ -18,14 +62,7 @@ def default_config() -> ConfigDict:
     """
     return ConfigDict(
         {
-            # Parts to run, in this order:
-            #   search  hyper-search network with trainable scales; yields scales.safetensors
-            #   target  plain network with a RepOptimizer
-            #   plain   the same network with the plain optimizer and torch's initial values
-            #   csla    branches with constant scales and the plain optimizer: what target equals
-            #   repvgg  BN in every branch and the plain optimizer: the structural baseline
-            #   rep     the same for RepOpt-GhostNet
-            "parts": ("search", "target"),
+            "parts": ("search", "target"),  # keys of PARTS, in the order to run them
             "seed": 0,
             "scales": "",  # a .safetensors or .pth file; "search" is then left out
             "identity": "searched",  # where the target's identity branches start: searched, one
@@ -43,8 +80,8 @@ def default_config() -> ConfigDict:
             "dtype": "float32",  # of the computation: float32, bfloat16, float64
             "fsdp": 1,  # devices over which parameters and optimizer state are split
             "remat": False,  # keep only convolutions' results for the backward pass
-            "search": _default_part(),
-            "target": _default_part(),
+            "search": _default_section(),  # of the part "search"
+            "target": _default_section(),  # of all other parts, the baselines too
             "log_every": 50,  # steps
             "eval_every": 1.0,  # epochs
             "checkpoint": {
@@ -57,11 +94,11 @@ def default_config() -> ConfigDict:
     )
 
 
-def _default_part() -> ConfigDict:
+def _default_section() -> ConfigDict:
     return ConfigDict(
         {
             "data": {
-                "name": "",  # digits, or a TFDS image classification set
+                "name": "",  # digits, folder, or a TFDS image classification set
                 "data_dir": config_dict.placeholder(str),  # None: TFDS's own default
                 "train_split": config_dict.placeholder(str),  # None: train
                 "eval_split": config_dict.placeholder(str),  # None: test or validation
@@ -109,3 +146,84 @@ def _default_part() -> ConfigDict:
             },
         }
     )
+
+
+def search_on_cifar100(config: ConfigDict) -> None:
+    """Set the section `search` to the official search, which yields the scales for ImageNet.
+
+    RepOptimizers, arXiv 2205.15242, section 4.1: 240 epochs of CIFAR-100.
+    """
+    search = config.search
+    search.data.name = "cifar100"
+    search.data.augment = "flip_crop"
+    search.data.mean = (0.5071, 0.4865, 0.4409)
+    search.data.std = (0.2673, 0.2564, 0.2762)
+    search.batch_size = 128
+    search.epochs = 240.0
+    search.optimizer.clip_norm = 5.0
+    search.schedule.warmup_epochs = 10.0
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuse values outside the two sections that no run can have.
+
+    Raises:
+      ValueError: names the field, its rule and its value.
+    """
+    if not config.parts:
+        raise ValueError("parts must name at least one part, got none")
+    for name in config.parts:
+        _require("parts", name, name in PARTS, f"among {tuple(PARTS)}")
+    starts = ("searched", "one")
+    _require("identity", config.identity, config.identity in starts, "'searched' or 'one'")
+    for key in ("num_blocks", "widths", "strides"):
+        value = config.model[key]
+        good = value is None or all(isinstance(n, int) and n > 0 for n in value)
+        _require(f"model.{key}", value, good, "whole numbers above 0")
+    for key in ("log_every", "eval_every", "checkpoint.every", "checkpoint.keep"):
+        value = _field(config, key)
+        _require(key, value, 0 < value < math.inf, "a number above 0")
+    for key in ("checkpoint.minutes", "profile_steps"):
+        value = _field(config, key)
+        _require(key, value, 0 <= value < math.inf, "a number of at least 0")
+
+
+def check_section(section: ConfigDict) -> None:
+    """Refuse values of a part's section that are wrong by themselves, without data or devices.
+
+    Raises:
+      ValueError: names the field, its rule and its value.
+    """
+    for key in ("ema_decay", "label_smoothing"):
+        _require(key, section[key], 0 <= section[key] < 1, "in [0, 1)")
+    for key in ("mix.mixup", "mix.cutmix"):
+        value = _field(section, key)
+        _require(key, value, 0 <= value < math.inf, "a number of at least 0")
+    erasing = section.random_erasing
+    _require("random_erasing", erasing, 0 <= erasing <= 1, "in [0, 1]")
+    _require("eval_batch_size", section.eval_batch_size, section.eval_batch_size >= 1, "at least 1")
+    for key, kind in (("mean", "numbers"), ("std", "numbers above 0")):
+        value = section.data[key]
+        good = len(value) == 3 and all(isinstance(x, float | int) for x in value)
+        good = good and (key == "mean" or min(value) > 0)
+        _require(f"data.{key}", value, good, f"3 {kind}, one per channel")
+
+
+def sections_of(parts: tuple[str, ...]) -> Iterator[str]:
+    """The names of the sections that these parts read, each once.
+
+    >>> list(sections_of(("search", "target", "plain")))
+    ['search', 'target']
+    """
+    return iter(dict.fromkeys(PARTS[name].section for name in parts))
+
+
+def _field(config: ConfigDict, path: str):
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _require(field: str, value: object, good: bool, rule: str) -> None:
+    if not good:
+        raise ValueError(f"{field} must be {rule}, got {value!r}")

@@ -1,7 +1,4 @@
-"""The figures of a run: its training curves, and the scales by depth.
-
-Colours are of the Okabe-Ito palette, which people with any colour vision tell apart.
-"""
+"""The look of every figure, and the figures of a run: training curves and scales by depth."""
 
 import itertools
 import math
@@ -12,23 +9,41 @@ import jax
 import numpy as np
 from etils import epath
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from repopt_jax.atomic_write import atomic_write
+
+# The Okabe-Ito palette, which people with any colour vision tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _BRANCH_STYLES = {  # fixed, so that figures of several networks can be compared
-    "conv3x3": ("#0072B2", "o"),
-    "conv": ("#0072B2", "o"),
-    "conv1x1": ("#D55E00", "s"),
-    "identity": ("#009E73", "^"),
+    "conv3x3": (COLOURS[0], "o"),
+    "conv": (COLOURS[0], "o"),
+    "conv1x1": (COLOURS[1], "s"),
+    "identity": (COLOURS[2], "^"),
 }
 _NAMED_BLOCKS = 32  # of more blocks, only every fifth of a stage is named
 
 
-def _figure(width: float, height: float, columns: int = 1):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def styled_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Any, np.ndarray]:
+    """An empty matplotlib figure in the package's style; needs no display.
+
+    Args:
+      width: in inches.
+      height: in inches.
+      rows: of axes.
+      columns: of axes.
+      **options: of matplotlib's ``Figure.subplots``, such as ``sharex``.
+
+    Returns:
+      The figure and its axes, row by row in one vector.
+
+    >>> figure, (left, right) = styled_figure(8, 3, columns=2)
+    >>> lines = left.plot([1, 2], [3, 4], color=COLOURS[0])
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for ax in axes:
         ax.grid(True, color="0.9", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -36,12 +51,19 @@ def _figure(width: float, height: float, columns: int = 1):
     return figure, axes
 
 
-def _save(figure, path: epath.PathLike):
+def save_figure(figure: Any, path: epath.PathLike) -> None:
+    """Write a figure, in process 0.
+
+    Args:
+      figure: of `styled_figure`.
+      path: local or ``gs://``, with the ending of a format that matplotlib knows (``.png``,
+        ``.pdf``); its directory is created where it is absent.
+    """
     if jax.process_index() != 0:
         return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         figure.savefig(file, format=path.suffix[1:] or "png")
 
 
@@ -51,11 +73,11 @@ def _series(records, name: str, axis: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]]):
+def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Draw training loss, evaluation top-1 accuracy and learning rate of one or several runs.
 
     Args:
-      path: file to write, with the ending of a format that matplotlib knows (``.png``, ``.pdf``).
+      path: file to write, see `save_figure`.
       runs: records of each run by its label, as :func:`repopt_jax.training.report.read_metrics`
         returns them, with ``train/loss``, ``train/lr`` and ``eval/top1`` (percent). The horizontal
         axis is ``epoch`` where every record has one, ``step`` elsewhere.
@@ -64,14 +86,14 @@ def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, A
       ValueError: where there is no run.
     """
     if not runs:
-        raise ValueError("runs must have at least one run; got none")
+        raise ValueError("runs must have at least one run, got none")
     in_epochs = all("epoch" in record for records in runs.values() for record in records)
     axis, unit = ("epoch", "Epoch") if in_epochs else ("step", "Update")
-    figure, (loss, top1, lr) = _figure(11, 3.6, columns=3)
+    figure, (loss, top1, lr) = styled_figure(11, 3.6, columns=3, sharex=True)
     for place, (label, records) in enumerate(runs.items()):
         style = {
-            "color": _COLOURS[place % len(_COLOURS)],
-            "linestyle": ("-", "--", ":")[place // len(_COLOURS) % 3],
+            "color": COLOURS[place % len(COLOURS)],
+            "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3],
             "linewidth": 1.4,
             "markersize": 3,
         }
@@ -92,14 +114,14 @@ def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, A
     for ax in (loss, top1, lr):
         ax.set_xlabel(unit)
         ax.margins(x=0.02)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
+def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the sizes of the scales by depth: mean over the channels, and the range they span.
 
     Args:
-      path: file to write, with the ending of a format that matplotlib knows.
+      path: file to write, see `save_figure`.
       scales: vectors by block path (``stage1/0``, in the network's order) and branch name
         (``conv3x3``). A block may lack a branch. Absolute values are drawn, without zeros; the
         axis ends at a twentieth of the smallest mean.
@@ -107,44 +129,24 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
     Raises:
       ValueError: where there is no block, or a block's vector is empty.
     """
-    from matplotlib.ticker import LogLocator
-
     if not scales:
-        raise ValueError("scales must have at least one block; got none")
-    blocks, branches = list(scales), _branches(scales)
-    width = min(max(6.5, 0.26 * len(blocks) + 2.5), 13)  # inches
-    figure, (ax,) = _figure(width, 4.2)
-    spare = itertools.cycle(_COLOURS[3:])
+        raise ValueError("scales must have at least one block, got none")
+    branches = _branches(scales)
+    width = min(max(6.5, 0.26 * len(scales) + 2.5), 13)  # inches
+    figure, (ax,) = styled_figure(width, 4.2)
+    spare = itertools.cycle(COLOURS[3:])
     means = []
     for branch in branches:
         colour, marker = _BRANCH_STYLES.get(branch) or (next(spare), "D")
-        low, mean, high = np.array(
-            [_range(scales[block].get(branch), block, branch) for block in blocks]
-        ).T
+        low, mean, high = np.array([_range(scales, block, branch) for block in scales]).T
         means.extend(mean[np.isfinite(mean)])
-        style = {"color": colour, "linewidth": 1.5, "marker": marker, "markersize": 4}
-        ax.plot(mean, label=branch, **style)
-        ax.fill_between(range(len(blocks)), low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(mean, label=branch, color=colour, linewidth=1.5, marker=marker, markersize=4)
+        ax.fill_between(range(len(mean)), low, high, color=colour, alpha=0.15, linewidth=0)
         alone = _without_neighbours(mean)
         ax.vlines(alone, low[alone], high[alone], color=colour, alpha=0.3, linewidth=3)
-
-    named, in_stage = [], 0
-    for place, block in enumerate(blocks):
-        new_stage = place > 0 and block.split("/")[0] != blocks[place - 1].split("/")[0]
-        in_stage = 0 if new_stage else in_stage
-        if new_stage:
-            ax.axvline(place - 0.5, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
-        if len(blocks) <= _NAMED_BLOCKS or in_stage % 5 == 0:
-            named.append(place)
-        in_stage += 1
-    names = [blocks[place] for place in named]
-    size = min(8.5, 0.75 * 72 * width / len(blocks))  # neighbours must not touch
-    ax.set_xticks(named, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
-    ax.set_xlabel("Block, from the input to the output")
-    ax.set_xlim(-0.6, len(blocks) - 0.4)
-    ax.set_yscale("log")
+    _name_blocks(ax, list(scales), font_size=min(8.5, 0.75 * 72 * width / len(scales)))
+    ax.set_yscale("log", subs=(2, 5))
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_ylabel("Absolute scale")
     if means:  # single channels near zero would squeeze all lines together at the top
@@ -157,16 +159,32 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]):
         bbox_to_anchor=(0.5, 1.0),
         frameon=False,
     )
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def _name_blocks(ax, blocks: list[str], font_size: float) -> None:
+    """Name the places of the horizontal axis, and draw a line where a stage begins."""
+    named, in_stage = [], 0
+    for place, block in enumerate(blocks):
+        if place > 0 and block.split("/")[0] != blocks[place - 1].split("/")[0]:
+            ax.axvline(place - 0.5, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)))
+            in_stage = 0
+        if len(blocks) <= _NAMED_BLOCKS or in_stage % 5 == 0:
+            named.append(place)
+        in_stage += 1
+    style = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "fontsize": font_size}
+    ax.set_xticks(named, [blocks[place] for place in named], **style)
+    ax.set_xlabel("Block, from the input to the output")
+    ax.set_xlim(-0.6, len(blocks) - 0.4)
 
 
 def plot_scales_by_epoch(
     path: epath.PathLike, scales: Mapping[float, Mapping[str, Mapping[str, Any]]]
-):
+) -> None:
     """Draw the mean absolute scales by depth, one line per moment of a search, the last darkest.
 
     Args:
-      path: file to write, with the ending of a format that matplotlib knows.
+      path: file to write, see `save_figure`.
       scales: what :func:`plot_scales` takes, by epoch.
 
     Raises:
@@ -177,20 +195,19 @@ def plot_scales_by_epoch(
     from matplotlib.colors import Normalize
 
     if not scales:
-        raise ValueError("scales must have at least one epoch; got none")
+        raise ValueError("scales must have at least one epoch, got none")
     branches = _branches(list(scales.values())[-1])
-    figure, axes = _figure(4.2 * len(branches), 3.6, columns=len(branches))
+    figure, axes = styled_figure(4.2 * len(branches), 3.6, columns=len(branches), sharex=True)
     colours = ScalarMappable(Normalize(0, max(scales)), colormaps["viridis_r"])
     for ax, branch in zip(axes, branches, strict=True):
-        for epoch, vectors in scales.items():
-            mean = [_range(block.get(branch), name, branch)[1] for name, block in vectors.items()]
-            marker = "." if _without_neighbours(np.array(mean)) else ""
-            ax.plot(mean, color=colours.to_rgba(epoch), linewidth=1.2, marker=marker)
+        for epoch, found in scales.items():
+            mean = [_range(found, block, branch)[1] for block in found]
+            ax.plot(mean, color=colours.to_rgba(epoch), linewidth=1.2, marker=".", markersize=3)
         ax.set_title(branch, fontsize="medium")
         ax.set_xlabel("Block, from the input to the output")
         ax.set_ylabel("Mean absolute scale")
-    figure.colorbar(colours, ax=axes, label="Epoch of the search", pad=0.01)
-    _save(figure, path)
+    figure.colorbar(colours, ax=list(axes), label="Epoch of the search", pad=0.01)
+    save_figure(figure, path)
 
 
 def _branches(scales: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -200,13 +217,13 @@ def _branches(scales: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return known + [branch for branch in present if branch not in _BRANCH_STYLES]
 
 
-def _range(vector, block: str, branch: str) -> tuple[float, float, float]:
+def _range(scales, block: str, branch: str) -> tuple[float, float, float]:
     """Smallest, mean and largest absolute value; NaN, which draws nothing, without a vector."""
-    if vector is None:
+    if branch not in scales[block]:
         return (math.nan,) * 3
-    sizes = np.abs(np.asarray(vector, np.float64).ravel())
+    sizes = np.abs(np.asarray(scales[block][branch], np.float64).ravel())
     if not sizes.size:
-        raise ValueError(f"scales must not be empty; got a vector of size 0 for {block}/{branch}")
+        raise ValueError(f"scales must not be empty, got a vector of size 0 for {block}/{branch}")
     sizes = sizes[sizes > 0]
     return (sizes.min(), sizes.mean(), sizes.max()) if sizes.size else (math.nan,) * 3
 

@@ -7,13 +7,13 @@ something is written down: a report, an evaluation, a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import signal
 import time
-from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,16 @@ from clu import parameter_overview
 from etils import epath
 from flax import nnx
 
+from repopt_jax.scales import Scales, load_scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import put_batch
 from repopt_jax.training.evaluation import evaluate_state
+from repopt_jax.training.interruption import RunStopped, StopSignal, plain_errors
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, gathered, wait_for_all
 from repopt_jax.training.progress import Progress
 from repopt_jax.training.report import MetricsWriter, read_metrics
-from repopt_jax.training.searching import save_along
 from repopt_jax.training.step import TrainState, jitted_train_step
-from repopt_jax.training.stopping import RunStopped, StopSignal, told_in_a_sentence
 from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
 if TYPE_CHECKING:
@@ -49,39 +49,27 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
         images or checkpoints cannot be read or written.
     """
     workdir = epath.Path(workdir)
-    batches = part.train_batches()
-    state = part.init()
-    with told_in_a_sentence():
+    batches, state = part.train_batches(), part.init()
+    size = {"total": part.steps, "batch_size": part.section.batch_size}
+    with plain_errors():
         checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
-        # Open meanwhile, so that what is told of damaged checkpoints goes to the log file as well.
-        with Progress(workdir, part.steps, batch_size=part.section.batch_size, terminal=False):
+        # Open meanwhile, so that warnings about damaged checkpoints reach the log file as well.
+        with Progress(workdir, **size, terminal=False):
             restored = checkpoints.restore(state, batches)
-    first = 0
-    if restored is not None:
-        first, state = restored
-    writer = MetricsWriter(workdir, resumed_at=first if restored is not None else None)
+    first, state = restored or (0, state)
+    writer = MetricsWriter(workdir, resumed_at=first if restored else None)
     wait_for_all(f"where the metrics of {part.name} are ready")
-    progress = Progress(
-        workdir,
-        part.steps,
-        batch_size=part.section.batch_size,
-        resumed_at=first,
-        label=part.name,
-    )
+    progress = Progress(workdir, **size, resumed_at=first, label=part.name)
     profile = Profile(workdir, first, part.config.profile_steps)
-    count = parameter_overview.count_parameters(nnx.to_pure_dict(state.params))
-    progress.say(
-        f"{part.name}: {count:,} parameters, {part.steps:,} steps of {part.section.batch_size} "
-        f"images, BatchNorm groups of {part.options.group}, {part.mesh.size} devices"
-    )
+    progress.say(_headline(part, state))
     try:
         with StopSignal() as stop, progress:
-            loop = _Loop(part, state, first, batches, checkpoints, writer, progress, profile)
-            loop.run(stop)
-            with told_in_a_sentence():
+            loop = _Loop(part, state, first, batches, stop, checkpoints, writer, progress, profile)
+            loop.run()
+            with plain_errors():
                 checkpoints.wait()
     finally:  # each of them, whatever else fails
-        with told_in_a_sentence(), closing(checkpoints), closing(writer):
+        with plain_errors(), contextlib.closing(checkpoints), contextlib.closing(writer):
             profile.close()
     (received,) = agreed([stop.received or 0])
     if received:  # even at the last step: a part after this one may not begin
@@ -95,6 +83,15 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     return loop.state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
 
 
+class _Due(NamedTuple):
+    """What a step is followed by, in this order."""
+
+    report: bool
+    save: bool
+    stop: bool
+    evaluation: bool
+
+
 class _Loop:
     """The steps of a part from where its state is; `state` and `step` move on.
 
@@ -102,10 +99,10 @@ class _Loop:
     is about to be taken away has left; the evaluation is done, or done again, on resuming.
     """
 
-    def __init__(self, part, state, step, batches, checkpoints, writer, progress, profile):
-        self.part, self.state, self.step, self.batches = part, state, step, batches
-        self.checkpoints, self.writer = checkpoints, writer
-        self.progress, self.profile = progress, profile
+    def __init__(self, part, state, step, batches, stop, checkpoints, writer, progress, profile):
+        self.part, self.state, self.step = part, state, step
+        self.batches, self.stop, self.checkpoints = batches, stop, checkpoints
+        self.writer, self.progress, self.profile = writer, progress, profile
         self.recent: list[dict[str, jax.Array]] = []  # metrics since the last report
         before = read_metrics(writer.path)
         evaluations = [r for r in before if "eval/top1" in r]
@@ -117,36 +114,38 @@ class _Loop:
                 max((r["step"] for r in evaluations), default=0),
             ]
         )
-        self.started = time.perf_counter() - seconds
+        self.saved_at = time.perf_counter()
+        self.started = self.saved_at - seconds
 
-    def run(self, stop: StopSignal) -> None:
+    def run(self) -> None:
         """Train up to the last step, or to the first that a signal lets end; it is saved then."""
-        config = self.part.config
-        pending = self.step and self._ends(config.eval_every) and self.evaluated_at < self.step
-        if pending and not self._evaluate(stop, saved=True):
+        pending = self.step and self._ends(self.part.config.eval_every)
+        if pending and self.evaluated_at < self.step and not self._evaluate(saved=True):
             return
-        saved_at = time.perf_counter()
         while self.step < self.part.steps:
             self._train_step()
-            due_eval = self._ends(config.eval_every)
-            due_save = self._ends(config.checkpoint.every)
-            due_report = due_eval or due_save or self.step % config.log_every == 0
-            stopping = False
-            if due_report or jax.process_count() == 1:  # a signal that comes later counts next time
-                overdue = 0 < 60 * config.checkpoint.minutes < time.perf_counter() - saved_at
-                stopping, overdue = agreed([stop.received is not None, overdue])
-                due_save = due_save or stopping or overdue
-            if due_report or due_save:
+            due = self._due()
+            if due.report:
                 self._report()
-            if due_save:
+            if due.save:
                 self._save()
-                saved_at = time.perf_counter()
-            if stopping:
+            if due.stop:
                 return
-            if due_eval and not self._evaluate(stop, saved=due_save):
-                if not due_save:
+            if due.evaluation and not self._evaluate(saved=due.save):
+                if not due.save:
                     self._save()
                 return
+
+    def _due(self) -> _Due:
+        """What the last step is followed by; the same in all processes."""
+        config = self.part.config
+        evaluation, save = self._ends(config.eval_every), self._ends(config.checkpoint.every)
+        report, stop = evaluation or save or self.step % config.log_every == 0, False
+        if report or jax.process_count() == 1:  # a signal that comes later counts next time
+            overdue = 0 < 60 * config.checkpoint.minutes < time.perf_counter() - self.saved_at
+            stop, overdue = map(bool, agreed([self.stop.received is not None, overdue]))
+            save = save or stop or overdue
+        return _Due(report or save, save, stop, evaluation)
 
     def _ends(self, epochs: float) -> bool:
         """Whether the last step ends a period of `epochs`, or the training."""
@@ -154,7 +153,7 @@ class _Loop:
 
     def _train_step(self) -> None:
         part = self.part
-        with told_in_a_sentence():  # a image may be broken
+        with plain_errors():  # an image may be broken
             batch = next(self.batches)
         self.image_shape = batch["image"].shape[1:]
         batch = put_batch(part.mesh, batch)
@@ -176,14 +175,12 @@ class _Loop:
         self.recent.clear()
         means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in recent[-1]}
         means["train/lr"] = float(part.schedule(self.step - 1))
-        with told_in_a_sentence():
+        with plain_errors():
             speed = self.progress.report(self.step, loss=means["train/loss"], lr=means["train/lr"])
-        record = {"epoch": self.step / part.steps_per_epoch, **means}
-        record["train/images_per_second"] = speed
-        peak = peak_flops(jax.devices()[0].device_kind)
+        record = means | {"train/images_per_second": speed}
+        peak, memory = peak_flops(jax.devices()[0].device_kind), peak_memory()
         if peak is not None:
             record["train/mfu"] = 3 * self._forward_flops * speed / (peak * part.mesh.size)
-        memory = peak_memory()
         if memory is not None:
             record["device/peak_memory_gib"] = memory / 2**30
         if part.section.data.skip_bad:
@@ -197,38 +194,49 @@ class _Loop:
         part, state = self.part, self.state
         return forward_flops(part.eval_graphdef, state.params, state.stats, self.image_shape)
 
-    def _evaluate(self, stop: StopSignal, saved: bool) -> bool:
+    def _evaluate(self, saved: bool) -> bool:
         """Evaluate, write the result down and see to the best checkpoint; False at a signal."""
         with self.progress.paused():
-            found = evaluate_state(self.part, self.state, stop)
+            found = evaluate_state(self.part, self.state, self.stop)
             if found is None:
                 return False
             if self.part.name == "search":
-                with told_in_a_sentence():
-                    save_along(self.part, self.state, self.step, found, self.writer.path.parent)
+                with plain_errors():
+                    self._keep_scales(found)
         top1 = {"top1": found["eval/top1"]}
         if saved:
-            with told_in_a_sentence():
+            with plain_errors():
                 self.checkpoints.add_metrics(self.step, top1)
         elif top1["top1"] > self.best:  # the best checkpoint is that of the best evaluation
             self._save(top1)
         self.best = max(self.best, top1["top1"])
-        with told_in_a_sentence():
+        with plain_errors():
             self.progress.say(_sentence(self.part.name, self.step, found))
-        self._write({"epoch": self.step / self.part.steps_per_epoch, **found})
+        self._write(found)
         return True
 
+    def _keep_scales(self, measured: dict[str, float]) -> None:
+        """One file per evaluation of a search, so that its length can be studied."""
+        scales = self.part.scales_of(self.state, self.step, measured)
+        if jax.process_index() == 0:
+            folder = _scales_folder(self.writer.path.parent)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_scales(folder / f"{self.step}.safetensors", scales)
+
     def _write(self, record: dict[str, Any]) -> None:
-        with told_in_a_sentence():
+        epoch = {"epoch": self.step / self.part.steps_per_epoch}
+        with plain_errors():
             seconds = time.perf_counter() - self.started
-            self.writer.write(self.step, record | {"seconds": seconds})
+            self.writer.write(self.step, epoch | record | {"seconds": seconds})
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         # The step's loss is that before its update, which may have broken what is to be saved.
         if not _all_finite(self.state):
             self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
-        with told_in_a_sentence():
-            self.checkpoints.save(self.step, self.state, self.batches, metrics=metrics, force=True)
+        with plain_errors():
+            self.checkpoints.save(self.step, self.state, self.batches, metrics)
+        if metrics is None:
+            self.saved_at = time.perf_counter()
 
     def _require_finite_loss(self, step: int, metrics: dict[str, jax.Array]) -> None:
         loss = float(metrics["loss"])
@@ -236,7 +244,7 @@ class _Loop:
             self._stop_diverged(f"the loss of {self.part.name} is {loss} at step {step}")
 
     def _stop_diverged(self, what: str) -> None:
-        with told_in_a_sentence():
+        with plain_errors():
             self.checkpoints.wait()
         steps = self.checkpoints.steps()
         kept = f"step {steps[-1]} in {self.checkpoints.directory}" if steps else "none yet"
@@ -251,6 +259,29 @@ class _Loop:
 def _all_finite(tree: PyTree) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def scales_by_epoch(workdir: epath.PathLike) -> dict[float, Scales]:
+    """The scales that a search has kept at its evaluations, by epoch, ascending.
+
+    They are the files ``<workdir>/scales/<step>.safetensors``, each of which can be given to
+    ``--config.scales``.
+    """
+    files = _scales_folder(epath.Path(workdir)).glob("*.safetensors")
+    found = [load_scales(file) for file in sorted(files, key=lambda file: int(file.stem))]
+    return {float(scales.metadata["epochs"]): scales for scales in found}
+
+
+def _scales_folder(workdir: epath.Path) -> epath.Path:
+    return workdir / "scales"
+
+
+def _headline(part: Part, state: TrainState) -> str:
+    count = parameter_overview.count_parameters(nnx.to_pure_dict(state.params))
+    return (
+        f"{part.name}: {count:,} parameters, {part.steps:,} steps of {part.section.batch_size} "
+        f"images, BatchNorm groups of {part.options.group}, {part.mesh.size} devices"
+    )
 
 
 def _sentence(name: str, step: int, found: dict[str, float]) -> str:

@@ -1,7 +1,19 @@
-"""The optimizer of a training part, from its configuration."""
+"""The optimizer of a training part and its learning rate, from the configuration.
+
+The official RepOptimizers code takes its schedules from timm. These equal them update for update,
+with what is easily missed:
+
+* Every rate is stated for a batch of 256 images and grows in proportion to the batch.
+* The rate is set *after* an update, so update ``i`` runs with the schedule's value at ``i - 1``;
+  the first two updates both run with its value at 0.
+* The cosine spans the whole run. The warm-up covers its beginning, so the rate steps down a little
+  where the warm-up ends. The linear and the step schedule start when the warm-up is over.
+* After the last update the rate stays where it is; it does not start over.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +26,17 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "linear", "step")
+REFERENCE_BATCH = 256
+
+
+def steps_in(epochs: float, steps_per_epoch: int) -> int:
+    """A length in epochs as a number of updates, at least one.
+
+    >>> steps_in(2.5, 11), steps_in(0.01, 11)
+    (28, 1)
+    """
+    return max(1, round(epochs * steps_per_epoch))
 
 
 def update_rule(name: str) -> str:
@@ -44,7 +67,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: Any, schedule: optax.Schedule, grad_mults: PyTree, *, reparameterized: bool
+    config: Any, schedule: optax.Schedule, grad_mults: PyTree
 ) -> optax.GradientTransformation:
     """SGD or AdamW with multipliers, clipping first if wanted.
 
@@ -52,7 +75,6 @@ def make_optimizer(
       config: the section `optimizer` of a part.
       schedule: the learning rate by update.
       grad_mults: a tree like the parameters; all None for the plain optimizer.
-      reparameterized: whether any multiplier is not None.
 
     Raises:
       ValueError: unknown name, a number out of its range, or clipping together with multipliers:
@@ -64,7 +86,7 @@ def make_optimizer(
     for key in ("b1", "b2"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"optimizer.{key} must be in [0, 1), got {config[key]}")
-    if reparameterized and config.clip_norm:
+    if config.clip_norm and jax.tree.leaves(grad_mults):
         raise ValueError(
             "optimizer.clip_norm must be 0 for the part 'target', because clipping the merged "
             "kernels' gradient breaks the equivalence with the branches, "
@@ -73,17 +95,106 @@ def make_optimizer(
     update_rule(config.name)
     shared = {"weight_decay": config.weight_decay, "mask": weight_decay_mask}
     if config.name == "sgd":
-        tx = repopt_sgd(
-            schedule,
-            grad_mults,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            **shared,
-        )
+        own = {key: config[key] for key in ("momentum", "nesterov")}
+        tx = repopt_sgd(schedule, grad_mults, **own, **shared)
     else:
-        tx = repopt_adamw(
-            schedule, grad_mults, b1=config.b1, b2=config.b2, eps=config.eps, **shared
-        )
+        own = {key: config[key] for key in ("b1", "b2", "eps")}
+        tx = repopt_adamw(schedule, grad_mults, **own, **shared)
     if config.clip_norm:
         return optax.chain(clip_by_global_norm(config.clip_norm), tx)
     return tx
+
+
+def make_schedule(
+    name: str,
+    *,
+    base_lr: float,
+    batch_size: int,
+    steps_per_epoch: int,
+    epochs: float,
+    warmup_epochs: float = 0.0,
+    warmup_lr: float = 0.0,
+    min_lr: float = 0.0,
+    linear_end: float = 0.01,
+    step_epochs: float = 30.0,
+    step_rate: float = 0.1,
+) -> optax.Schedule:
+    """Return a learning rate schedule: a pure function of the number of updates done so far.
+
+    With ``t = max(count - 1, 0)``, ``W`` warm-up updates, ``T`` updates in all and every rate
+    multiplied by ``batch_size / 256``::
+
+        t < W    warmup_lr + (base_lr - warmup_lr) * t / W
+        cosine   min_lr + (base_lr - min_lr) * (1 + cos(pi * t / T)) / 2
+        linear   base_lr * (1 - (1 - linear_end) * (t - W) / (T - W))
+        step     base_lr * step_rate ** ((t - W) // step_updates)
+
+    Args:
+      name: ``"cosine"``, ``"linear"`` or ``"step"``.
+      base_lr: highest rate, for a batch of 256 images.
+      batch_size: images per update, over all devices.
+      steps_per_epoch: updates per epoch.
+      epochs: length of the run, warm-up included; may be a fraction, as all lengths here.
+      warmup_epochs: length of the warm-up, at most ``epochs``; 0 means none.
+      warmup_lr: the rate at the start of the warm-up, for a batch of 256 images.
+      min_lr: the rate at the end of the cosine, for a batch of 256 images.
+      linear_end: the rate at the end of the linear schedule, as a fraction of ``base_lr``.
+      step_epochs: epochs between two drops of the step schedule.
+      step_rate: factor of each drop of the step schedule.
+
+    Returns:
+      A function of an integer count (an array gives an array), to be traced or not. It computes in
+      float32, or in float64 where x64 is on.
+
+    Raises:
+      ValueError: for an unknown name, a negative or non-finite number, a length of no update, a
+        warm-up longer than the run, or a ``min_lr`` that the schedule would ignore.
+
+    >>> schedule = make_schedule("cosine", base_lr=0.1, batch_size=512, steps_per_epoch=10,
+    ...                          epochs=10, warmup_epochs=1)
+    >>> [round(float(schedule(count)), 4) for count in (0, 1, 6, 11, 51, 100)]
+    [0.0, 0.0, 0.1, 0.1951, 0.1, 0.0]
+    """
+    rates = {"base_lr": base_lr, "warmup_lr": warmup_lr, "min_lr": min_lr}
+    rates |= {"linear_end": linear_end, "step_rate": step_rate}
+    lengths = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
+    lengths["step_epochs"] = step_epochs
+
+    if name not in SCHEDULES:
+        raise ValueError(f"name must be one of {', '.join(SCHEDULES)}; got {name!r}")
+    for argument, value in (rates | {"warmup_epochs": warmup_epochs}).items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{argument} must be a finite number of at least 0; got {value}")
+    for argument, value in lengths.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{argument} must be a finite number above 0; got {value}")
+    if warmup_epochs > epochs:
+        raise ValueError(f"warmup_epochs must be at most epochs ({epochs}); got {warmup_epochs}")
+    if min_lr and name != "cosine":
+        raise ValueError(
+            f"min_lr is the end of the cosine, not of {name!r}, which needs 0; got {min_lr}"
+        )
+
+    scale = batch_size / REFERENCE_BATCH
+    base, start, end = base_lr * scale, warmup_lr * scale, min_lr * scale
+    total = steps_in(epochs, steps_per_epoch)
+    warmup = round(warmup_epochs * steps_per_epoch)
+    step_updates = steps_in(step_epochs, steps_per_epoch)
+    decaying = max(total - warmup, 1)  # a run that is all warm-up never gets to decay
+
+    def schedule(count):
+        t = jnp.clip(jnp.asarray(count) - 1, 0, total)
+        after = jnp.maximum(t - warmup, 0)
+        if name == "cosine":
+            # (1 + cos(pi t/T)) / 2 without its loss of digits near the end of the run, in float32.
+            rate = (
+                end + (base - end) * jnp.sin((total - t).astype(float) * (math.pi / 2 / total)) ** 2
+            )
+        elif name == "linear":
+            rate = base - base * (1 - linear_end) * (after.astype(float) / decaying)
+        else:
+            rate = base * jnp.power(step_rate, (after // step_updates).astype(float))
+        ramp = start + (base - start) * (t.astype(float) / max(warmup, 1))
+        return jnp.where(t < warmup, ramp, rate)
+
+    return schedule

@@ -17,7 +17,7 @@ import optax
 from clu import metrics as clu_metrics
 from flax import nnx
 
-from repopt_jax.training.mixing import mix, partners, random_erasing
+from repopt_jax.training.augment import mix, partners, random_erasing
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree, UInt8

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repopt_jax.training.mixing import ERASED_AREA, ERASED_ASPECT, mix, partners, random_erasing
+from repopt_jax.training.augment import ERASED_AREA, ERASED_ASPECT, mix, partners, random_erasing
 
 KEY = jax.random.key(3)
 GROUP = 4

@@ -1,4 +1,4 @@
-"""How a run ends before its time: by a sentence, or by a signal that lets it save first."""
+"""How a run ends before its time: with a message, or at a signal that lets it save first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class RunStopped(Exception):
-    """The run ended early for a reason that its message tells."""
+    """The run ended early, for the reason that the message gives."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -16,10 +16,10 @@ class RunStopped(Exception):
 
 
 @contextlib.contextmanager
-def told_in_a_sentence() -> Iterator[None]:
-    """Wrong input and files that fail end the run with their message, and no traceback.
+def plain_errors() -> Iterator[None]:
+    """Turn errors of the user's input and of files into `RunStopped`: a message, no traceback.
 
-    Only around what reads input and files: an error of the computation is a bug, and its
+    Only around code that reads input and files: an error of the computation is a bug, whose
     traceback is wanted.
     """
     try:

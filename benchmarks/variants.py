@@ -1,7 +1,7 @@
-"""Trainings of one network in many variants, for the ablation and the study of small networks.
+"""Variants of one training, for the ablation and the study of small networks.
 
-Every training is a working directory under ``--workdir``, trained by the loop of `train.py` and
-resumed where it stopped; one that is finished is not done again.
+Each variant trains in a working directory under ``--workdir``, by the loop of `train.py`. It
+resumes where it stopped, and is not trained again once it has finished.
 """
 
 import dataclasses
@@ -11,20 +11,17 @@ import runpy
 import statistics
 
 import jax
-from flax import nnx
+from environment import REPOSITORY
 from ml_collections import ConfigDict
 
-from repopt_jax.models import create_model
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import train
 from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import write_json
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")  # that take part
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 SEARCH_CLASSES, TARGET_CLASSES = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +30,11 @@ class Variant:
 
     Attributes:
       title: as the table names it.
-      part: of `repopt_jax.training.parts`: target, plain or repvgg.
+      part: target, plain or repvgg, see `repopt_jax.training.parts`.
       optimizer: sgd or adamw.
-      rate: whose learning rate it takes, a key of the sweep.
-      scales: what becomes of the searched scales.
-      identity: where the identity branches start: searched, one.
+      rate: key of the sweep whose learning rate it takes.
+      scales: searched, ones, initial or averaged.
+      identity: where the identity branches start: searched or one.
       initialized: whether the kernels start by the Rule of Initialization.
       multiplied: whether the gradients are multiplied.
     """
@@ -53,7 +50,7 @@ class Variant:
 
 
 def cifar_config(arguments) -> ConfigDict:
-    """The CIFAR-10 images of half of the classes for the search, the other half for the rest."""
+    """A configuration that searches on half of CIFAR-10's classes and trains on the other half."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "cifar10.py"))["get_config"]()
     config.eval_every = config.checkpoint.every = 1e6
     config.log_every = 100
@@ -68,7 +65,7 @@ def cifar_config(arguments) -> ConfigDict:
 
 
 def add_arguments(parser, workdir: str) -> None:
-    """What both scripts take."""
+    """Add the flags that both studies take."""
     parser.add_argument("--workdir", default=workdir)
     parser.add_argument("--data", default="cifar10_jpeg", help="TFDS set of CIFAR-10's images")
     parser.add_argument("--data-dir", default=str(REPOSITORY.parent / "shared" / "tfds"))
@@ -78,26 +75,18 @@ def add_arguments(parser, workdir: str) -> None:
 
 
 def use_compilation_cache(workdir: pathlib.Path) -> None:
-    """Variants that differ in constants of the state only share one program."""
+    """Let variants share compiled programs: most differ in the state's values alone."""
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def search(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Search, with the scales of every evaluation beside; the directory of the part."""
+    """Search, if it is not done; the working directory, with the scales of each evaluation."""
     done = workdir / "summary.json"
     if not done.exists():
         _, summary = train(prepare(config, "search", make_mesh()), workdir)
         write_json(done, summary)
     return workdir
-
-
-def initial_scales(config: ConfigDict) -> Scales:
-    """What a search with the network of `config` starts with."""
-    size = {key: config.model[key] for key in ("num_blocks", "widths", "strides")}
-    return Scales.initial(
-        nnx.eval_shape(lambda: create_model("RepOpt-VGG", rngs=nnx.Rngs(0), **size))
-    )
 
 
 def changed(scales: Scales, how: str, initial: Scales) -> Scales:
@@ -111,23 +100,23 @@ def changed(scales: Scales, how: str, initial: Scales) -> Scales:
 
 
 def part_of(variant: Variant, config: ConfigDict, scales: Scales) -> Part:
-    """What a variant trains, with the learning rate and seed of `config`."""
+    """The part that a variant trains, with the learning rate and seed of `config`."""
     config = config.copy_and_resolve_references()
     config.target.optimizer.name = variant.optimizer
     config.identity = variant.identity
     if variant.optimizer == "adamw":
         config.target.optimizer.weight_decay = 0.05
-    mesh = make_mesh()
-    part = prepare(config, variant.part, mesh, scales if variant.part == "target" else None)
-    if not variant.initialized:
-        part = dataclasses.replace(part, build=prepare(config, "plain", mesh).build)
-    if not variant.multiplied:
-        part = dataclasses.replace(part, tx=prepare(config, "plain", mesh).tx)
-    return part
+    part = prepare(config, variant.part, make_mesh(), scales)
+    spec = dataclasses.replace(
+        part.spec,
+        initialized=part.spec.initialized and variant.initialized,
+        multiplied=part.spec.multiplied and variant.multiplied,
+    )
+    return dataclasses.replace(part, spec=spec)
 
 
 def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathlib.Path) -> dict:
-    """Train one variant, or read what it has reached.
+    """Train one variant, or read the result of its finished training.
 
     Returns:
       Top-1 (percent) over all evaluation images after the last step, seconds and images/s.
@@ -171,7 +160,7 @@ def over_seeds(
     rate: float,
     seeds: list[int],
 ) -> dict:
-    """The row of a variant: trained, or read, once for every seed."""
+    """Train a variant once for every seed, or read the results; its row."""
     runs = [
         measure(variant, with_rate(config, rate, seed), scales, workdir / f"seed {seed}")
         for seed in seeds

@@ -1,7 +1,7 @@
 """Augmentation on the device, inside the training step: mixup, cutmix and random erasing.
 
 All are functions of a random key and a whole batch, so that the numbers are the same on any
-number of devices. A image is mixed with one of its own BatchNorm group, which never spans
+number of devices. An image is mixed with one of its own BatchNorm group, which never spans
 devices: no image moves.
 
 Sources: mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899; random erasing, arXiv 1708.04896.

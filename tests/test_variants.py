@@ -1,20 +1,15 @@
 """The variants of the ablation are what their titles say."""
 
-import pathlib
-import sys
-
+import ablation
 import jax
 import numpy as np
 import pytest
+import variants
+from small_run import small_config
+from variants import Variant, changed, measure, part_of, row
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import ablation  # noqa: E402
-import trainings  # noqa: E402
-from small_run import small_config  # noqa: E402
-from trainings import Variant, changed, initial_scales, measure, part_of, row  # noqa: E402
-
-from repopt_jax.scales import Scales  # noqa: E402
+from repopt_jax.scales import Scales
+from repopt_jax.training.parts import initial_scales
 
 VARIANTS = {variant.title: variant for variant in ablation.VARIANTS}
 
@@ -83,11 +78,11 @@ def test_a_finished_training_is_read_and_one_of_other_settings_refused(
 ):
     summary = {"eval/top1": 50.0, "train/loss": 1.0, "seconds": 2.0}
     summary["train/images_per_second"] = 3.0
-    monkeypatch.setattr(trainings, "part_of", lambda *_: None)
-    monkeypatch.setattr(trainings, "train", lambda *_: (None, summary))
+    monkeypatch.setattr(variants, "part_of", lambda *_: None)
+    monkeypatch.setattr(variants, "train", lambda *_: (None, summary))
     variant = Variant("some")
     measure(variant, small_config(), scales, tmp_path)
-    monkeypatch.delattr(trainings, "train")
+    monkeypatch.delattr(variants, "train")
     assert measure(variant, small_config(), scales, tmp_path)["top1"] == 50
     for other in (
         (variant, small_config(seed=1)),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repopt_jax.data import Dataset, eval_batches, load_dataset
+from repopt_jax.data import Dataset, dataset_arguments, eval_batches, load_dataset
+from repopt_jax.data.batches import image_shape
 from repopt_jax.data.sources import SubsetSource
 
 if TYPE_CHECKING:
@@ -19,16 +20,16 @@ CALIBRATION_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class ImageSet:
     """A data set, and how its images are brought to the network's size.
 
     Attributes:
       dataset: from `load_dataset`.
       image_size: side of the images. None: as they are, if they share one size.
-      resize: the shorter side before the centre crop. None: `image_size`.
+      resize: length of the shorter side before the centre crop. None: `image_size`.
 
     >>> from repopt_jax.data import load_dataset
-    >>> images = Images(load_dataset("digits"))
+    >>> images = ImageSet(load_dataset("digits"))
     >>> images.size, [len(batch) for batch in images.calibration(20)]
     ((8, 8), [8, 8, 4])
     """
@@ -44,19 +45,13 @@ class Images:
         Raises:
           ValueError: images of several sizes and no `image_size`.
         """
-        if self.image_size is not None:
-            return self.image_size, self.image_size
-        if self.dataset.image_shape is None:
-            raise ValueError(
-                f"image_size must be given for {self.dataset.name!r}, whose images have several "
-                "sizes, got None"
-            )
-        return self.dataset.image_shape[:2]
+        return image_shape(self.dataset, self.image_size)[:2]
 
-    def evaluation(self, batch_size: int) -> Any:
-        """All evaluation images as batches of ``image``, ``label`` and ``mask``."""
+    def evaluation(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All evaluation images, uint8 NHWC, and their labels, in batches of at most that size."""
         sizes = {"image_size": self.image_size, "resize": self.resize}
-        return eval_batches(self.dataset, batch_size=batch_size, **sizes)
+        for batch in eval_batches(self.dataset, batch_size=batch_size, **sizes):
+            yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
 
     def calibration(self, count: int, seed: int = 0) -> list[np.ndarray]:
         """Training images drawn by `seed`, prepared as for evaluation, in batches of uint8.
@@ -70,22 +65,9 @@ class Images:
         drawn = np.sort(np.random.default_rng(seed).permutation(available)[:count])
         chosen = SubsetSource(self.dataset.train, drawn, np.zeros(count, np.int32))
         images = dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, eval=chosen))
-        return [b["image"][b["mask"]] for b in images.evaluation(CALIBRATION_BATCH)]
+        return [batch for batch, _ in images.evaluation(CALIBRATION_BATCH)]
 
 
-def configured_images(data: ConfigDict) -> Images:
+def configured_images(data: ConfigDict) -> ImageSet:
     """The images that the section `data` of a configuration names."""
-    keys = ("name", "data_dir", "train_split", "eval_split", "classes")
-    dataset = load_dataset(**{key: data[key] for key in keys})
-    return Images(dataset, data.image_size, data.eval_resize)
-
-
-def unmasked(batches: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of evaluation batches, without the filler.
-
-    >>> batches = Images(load_dataset("digits")).evaluation(256)
-    >>> [images.shape for images, labels in unmasked(batches)]
-    [(256, 8, 8, 3), (104, 8, 8, 3)]
-    """
-    for batch in batches:
-        yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+    return ImageSet(load_dataset(**dataset_arguments(data)), data.image_size, data.eval_resize)

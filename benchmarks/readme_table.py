@@ -1,0 +1,136 @@
+"""The README's table: what matters, each row from the file of its study."""
+
+from result_tables import gpu, load, machine, over_seeds, runs_of, with_deviation
+
+Row = tuple[str, str, str]  # what, figure, command and machine
+
+
+def one_row(rows: list[dict], **wanted) -> dict:
+    """The row that has the wanted values."""
+    (found,) = (r for r in rows if all(r[k] == v for k, v in wanted.items()))
+    return found
+
+
+def source(command: str, data: dict) -> str:
+    """The command and the machine; of a GPU, which was lent, also the commit."""
+    environment = data["environment"]
+    commit = f", commit {environment['commit']}" if gpu(environment) else ""
+    return f"{command}; {machine(environment)}{commit}"
+
+
+def accuracy() -> list[Row]:
+    """RepOptimizer against plain training: after little training, and after more."""
+    digits, study = load("digits_and_equivalence"), load("ablation")
+    by_part = {p: over_seeds([run[p] for run in digits["digits"]]) for p in ("target", "plain")}
+
+    def at_depth(layers):
+        found = [
+            with_deviation(one_row(study["depth"], variant=variant, layers=layers))
+            for variant in ("RepOptimizer (SGD)", "plain SGD")
+        ]
+        return " against ".join(found)
+
+    return [
+        (
+            "digits, 28 layers, 20 epochs, top-1 %: RepOptimizer against plain SGD",
+            f"{by_part['target']} against {by_part['plain']}",
+            source("`python benchmarks/digits_and_equivalence.py`", digits),
+        ),
+        (
+            "CIFAR-10 images, 4 epochs: the same at 20; 28; 44 layers",
+            "; ".join(map(at_depth, (20, 28, 44))),
+            source("`python benchmarks/ablation.py --epochs=4`", study),
+        ),
+    ]
+
+
+def long_training() -> Row:
+    """The best of the learning rates tried, of one seed."""
+    data = load("small_set_h100")
+
+    def best(variant):
+        return f"{max(r['top1'] for r in data['variants'] if r['variant'] == variant):.1f}"
+
+    variants = ("RepOptimizer (SGD)", "plain SGD", "RepVGG (BatchNorm in every branch)")
+    return (
+        f"the same images, 28 layers, {data['epochs']} epochs, one seed: RepOptimizer / plain SGD "
+        "/ RepVGG",
+        " / ".join(map(best, variants)),
+        source("[a short script](docs/results.md#long-training-on-a-gpu)", data),
+    )
+
+
+def exactness() -> Row:
+    """How far GR is from training the branches."""
+    data = load("digits_and_equivalence")
+
+    def largest(optimizer):
+        own = (r for r in data["equivalence"] if r["optimizer"].startswith(optimizer))
+        return f"{max(r['difference'] for r in own):.1e}"
+
+    return (
+        f"GR against training the branches, {data['steps']} steps in float64, largest relative "
+        "difference of a kernel: SGD; AdamW",
+        f"{largest('SGD')}; {largest('AdamW')}",
+        source("`python -m repopt_jax.check_equivalence`", data),
+    )
+
+
+def cost() -> list[Row]:
+    """What GR adds to plain SGD, and the training step against PyTorch's and RepVGG's."""
+    cpu, h100 = load("step_time_cpu"), load("step_time_h100")
+    large, small = (one_row(h100["steps"], batch=batch)["rows"] for batch in (256, 32))
+    update = one_row(cpu["updates"], model="RepOpt-VGG-B1")["time"]
+    step = 1 / one_row(large, variant="target, plain SGD")["time_to_target"]
+
+    def rates(rows):
+        variants = ("target", "torch, compiled", "repvgg")
+        found = (one_row(rows, variant=v)["images_per_second"] for v in variants)
+        return " / ".join(f"{rate:,.0f}" for rate in found)
+
+    command = "`python benchmarks/step_time.py`"
+    on_gpu = source("[functions of step_time.py](docs/results.md#a-training-step)", h100)
+    return [
+        (
+            "time with GR by plain SGD's, B1: the update on CPU; the whole step on GPU",
+            f"{update:.2f}; {step:.2f}",
+            f"{source(command, cpu)}; {on_gpu}",
+        ),
+        (
+            "images/s of B1's training, 224 px, batch 256; 32: ours / compiled PyTorch / RepVGG",
+            f"{rates(large)}; {rates(small)}",
+            on_gpu,
+        ),
+    ]
+
+
+def int8() -> Row:
+    """Accuracy lost to INT8 by wide networks."""
+    data = load("quantization_width")
+
+    def lost(network):
+        runs = runs_of(data, 4, network)
+        return over_seeds([r["int8"]["tensor, minmax"]["drop"] for r in runs])
+
+    return (
+        "points of top-1 lost to INT8, one scale per tensor, digits, 64 to 256 channels: "
+        "RepOptimizer against RepVGG",
+        f"{lost('target')} against {lost('repvgg')}",
+        source("`python benchmarks/quantization_width.py`", data),
+    )
+
+
+def summary() -> str:
+    """All rows; of ImageNet what the authors published."""
+    published = "not run; published: B1 78.62, B2 79.68, L1 79.82, L2 80.47 %"
+    rows = [
+        ("what", "figure", "command; machine"),
+        ("---",) * 3,
+        *accuracy(),
+        long_training(),
+        exactness(),
+        *cost(),
+        int8(),
+        ("ImageNet, top-1", published, "`python train.py --config=configs/imagenet.py`"),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,264 @@
+"""The tables of docs/results.md: a function for each kind of JSON file in benchmarks/results."""
+
+import json
+import statistics
+
+from environment import RESULTS
+
+# As benchmarks/quantization.py names them, which needs onnx.
+NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
+
+
+def load(name: str) -> dict:
+    """The content of a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(header, rows) -> str:
+    """A table; the first column is words, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def over_seeds(values: list[float], digits: int = 1) -> str:
+    """The mean, and the standard deviation where there are several values."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def with_deviation(row: dict) -> str:
+    """Top-1 with its standard deviation."""
+    return f"{row['top1']:.1f} ± {row['top1_deviation']:.1f}"
+
+
+def gpu(environment: dict) -> str | None:
+    """The GPU that was used. None: only the processor was."""
+    (device,) = set(environment.get("devices", ["cpu"]))
+    return None if device == "cpu" else device
+
+
+def machine(environment: dict) -> str:
+    """The GPU, or the processor and its cores."""
+    return gpu(environment) or f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def measured_with(environment: dict, *packages: str) -> str:
+    """Machine, versions and commit."""
+    facts = [machine(environment), *(f"{p} {environment['versions'][p]}" for p in packages)]
+    if environment.get("commit"):
+        changed = " with changes" if environment.get("uncommitted_changes") else ""
+        facts.append(f"commit {environment['commit']}{changed}")
+    return ", ".join(facts)
+
+
+def cifar_study(data: dict, command: str) -> str:
+    """The last line of a study with CIFAR-10's images."""
+    given = data["arguments"]
+    return (
+        f"`{command}`: {given['images']:,} CIFAR-10 images, those of 5 classes for the search and "
+        f"the others for the rest, batch 128, {len(given['seeds'])} seeds; "
+        f"{measured_with(data['environment'], 'jax')}."
+    )
+
+
+def ablation(data: dict, output: str) -> str:
+    """The variants, the effect against depth, and the sweep of learning rates."""
+    rows = [
+        (
+            r["variant"],
+            with_deviation(r),
+            f"{r['learning_rate']:g}",
+            f"{r['seconds']:.0f}",
+            f"{r['images_per_second']:,.0f}",
+        )
+        for r in data["variants"]
+    ]
+    table = markdown(("variant", "top-1 %", "learning rate", "seconds", "images/s"), rows)
+    layers = sorted({r["layers"] for r in data["depth"]})
+    titles = list(dict.fromkeys(r["variant"] for r in data["depth"]))
+    by = {(r["variant"], r["layers"]): with_deviation(r) for r in data["depth"]}
+    depth = markdown(
+        ("top-1 % by depth", *(f"{n} layers" for n in layers)),
+        [(title, *(by[title, n] for n in layers)) for title in titles],
+    )
+    tried: dict[str, list[str]] = {}
+    for r in data["sweep"]:
+        found = f"{r['learning_rate']:g}: {r['top1']:.1f}"
+        tried.setdefault(r["optimizer"], []).append(found)
+    sweep = markdown(
+        ("sweep, one seed, held-out images", "learning rate: top-1 %"),
+        [(optimizer, ", ".join(found)) for optimizer, found in tried.items()],
+    )
+    command = f"python benchmarks/ablation.py --epochs={data['arguments']['epochs']:g}{output}"
+    return f"{table}\n\n{depth}\n\n{sweep}\n\n{cifar_study(data, command)}"
+
+
+def small_models(data: dict, output: str) -> str:
+    """The variants of the small network."""
+    rows = [(r["variant"], with_deviation(r)) for r in data["variants"]]
+    table = markdown(("small network (22 layers)", "top-1 %"), rows)
+    lengths = " ".join(map(str, data["arguments"]["lengths"]))
+    flags = f"--epochs={data['arguments']['epochs']:g} --lengths {lengths}{output}"
+    return f"{table}\n\n{cifar_study(data, f'python benchmarks/small_models.py {flags}')}"
+
+
+def small_set(data: dict, output: str) -> str:
+    """Single trainings on a GPU."""
+    rows = [
+        (r["variant"], f"{r['learning_rate']:g}", f"{r['top1']:.1f}", f"{r['images_per_second']:,}")
+        for r in sorted(data["variants"], key=lambda r: (r["variant"], r["learning_rate"]))
+    ]
+    table = markdown(("variant", "learning rate", "top-1 %", "images/s"), rows)
+    facts = measured_with(data["environment"], "jax")
+    return f"{table}\n\n{data['epochs']} epochs, {data['layers']} layers, one seed; {facts}."
+
+
+def input_pipeline(data: dict, output: str) -> str:
+    """Speeds relative to the official pipeline, by augmentation."""
+    augments = list(dict.fromkeys(r["augment"] for r in data["rows"]))
+    variants = list(dict.fromkeys(r["variant"] for r in data["rows"]))
+    by = {
+        (r["variant"], r["augment"]): f"{r['images_per_cpu_second']:.0f} "
+        f"({r['times_official_per_cpu_second']:.2f}x)"
+        for r in data["rows"]
+    }
+    table = markdown(
+        ("ImageNet images per second of one core", *augments),
+        [(v, *(by.get((v, augment), "") for augment in augments)) for v in variants],
+    )
+    two = [f"{r['variant']} ({r['augment']}) {r['speed_up']:.2f}x" for r in data["two_threads"]]
+    threads = f"\n\nTwo threads on two cores against one: {', '.join(two)}." if two else ""
+    flags = f"{' --two_threads' if two else ''} --rounds {data['rounds']}{output}"
+    command = f"`python benchmarks/input_pipeline.py{flags}`"
+    return f"{table}{threads}\n\n{command}: {measured_with(data['environment'])}."
+
+
+def quantization(data: dict, output: str) -> str:
+    """Float, INT8 and spread of the kernels by network."""
+    runs = data["runs"]
+    networks = [name for name in NETWORKS if any(r["network"] == name for r in runs)]
+
+    def row(title, read, digits=1):
+        own = ([read(r) for r in runs if r["network"] == name] for name in networks)
+        return title, *(over_seeds(values, digits) for values in own)
+
+    rows = [
+        row("float top-1 %", lambda r: r["float"]["top1"]),
+        *(
+            row(f"INT8 top-1 %, per {setting}", lambda r, s=setting: r["int8"][s]["top1"])
+            for setting in runs[0]["int8"]
+        ),
+        row("kernel standard deviation", lambda r: r["kernels"]["std"], 4),
+        row(
+            "largest weight by standard deviation, median layer",
+            lambda r: r["kernels"]["largest over std"],
+        ),
+        row(
+            "INT8 weights' signal to noise, worst layer (dB)",
+            lambda r: r["kernels"]["least SNR dB"],
+        ),
+        row("INT8 speed-up", lambda r: r["speed-up"], 2),
+    ]
+    table = markdown(("", *(NETWORKS[name] for name in networks)), rows)
+    budget = data["budget"]
+    flags = f"--epochs={budget['epochs']:g} --search-epochs={budget['search_epochs']:g}"
+    flags += f" '--train-split={budget['train_split']}' '--eval-split={budget['eval_split']}'"
+    flags += f" --seeds {' '.join(map(str, sorted({r['seed'] for r in runs})))}{output}"
+    facts = measured_with(data["environment"], "onnxruntime")
+    return f"{table}\n\n`python benchmarks/quantization.py {flags}`: {facts}."
+
+
+def runs_of(data: dict, width: int, network: str) -> list[dict]:
+    """One network of `quantization_width.py`, by seed."""
+    return [r for r in data["runs"] if (r["width"], r["network"]) == (width, network)]
+
+
+def quantization_width(data: dict, output: str) -> str:
+    """Points of top-1 lost to INT8 by width and network."""
+    settings = ("tensor, minmax", "tensor, percentile", "channel, minmax")
+    rows = []
+    for width in sorted({r["width"] for r in data["runs"]}):
+        for network, title in NETWORKS.items():
+            own = runs_of(data, width, network)
+            top1 = over_seeds([r["float"]["top1"] for r in own])
+            lost = [over_seeds([r["int8"][s]["drop"] for r in own]) for s in settings]
+            deviation = over_seeds([r["kernels"]["std"] for r in own], 4)
+            spread = over_seeds([r["kernels"]["largest over std"] for r in own], 0)
+            rows.append((f"{width}x, {title}", top1, *lost, deviation, spread))
+    header = (
+        "width, network", "float top-1 %", "lost per tensor, minmax", "per tensor, percentile",
+        "per channel, minmax", "kernel standard deviation", "largest weight by it",
+    )  # fmt: skip
+    given = data["arguments"]
+    seeds = sorted({r["seed"] for r in data["runs"]})
+    flags = "" if given["config"] == "digits" else f" --config={given['config']}"
+    flags += f" --epochs={given['epochs']:g} --widths {' '.join(map(str, given['widths']))}"
+    flags += f" --seeds {' '.join(map(str, seeds))}{output}"
+    command = f"`python benchmarks/quantization_width.py{flags}`"
+    facts = measured_with(data["environment"], "jax", "onnxruntime")
+    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return f"{markdown(header, rows)}\n\n{command}: {facts}, {count}."
+
+
+def setting_name(setting: dict, among: list[dict]) -> str:
+    """Model and image size, with the batch where it varies."""
+    name = f"{setting['model'].removeprefix('RepOpt-VGG-')}, {setting['size']} px"
+    several = len({s["batch"] for s in among}) > 1
+    return f"{name}, batch {setting['batch']}" if several else name
+
+
+def step_time(data: dict, output: str) -> str:
+    """Images per second, time by the target's, and compile time of every variant."""
+    settings = data["steps"]
+    by = [{r["variant"]: r for r in s["rows"]} for s in settings]
+    header = ["training step"]
+    for setting in settings:
+        name = setting_name(setting, settings)
+        header += [f"{name}: images/s", "time by the target's", "compile s"]
+    rows = []
+    for variant in by[0]:
+        row = [variant]
+        for found in by:
+            r = found.get(variant, {})
+            row.append(f"{r['images_per_second']:,.1f}" if r else "")
+            row.append(f"{r['time_to_target']:.2f}" if r else "")
+            row.append(f"{r['compile_seconds']:.1f}" if "compile_seconds" in r else "")
+        rows.append(row)
+    paragraphs = [markdown(header, rows)]
+    if "updates" in data:
+        paragraphs.append(
+            " ".join(
+                f"{u['model'].removeprefix('RepOpt-VGG-')}: the update with multipliers takes "
+                f"{u['time']:.3f} of plain SGD's time, compiling {s['compile']['time']:.2f}; the "
+                f"multipliers take {100 * u['extra_state_to_parameters']:.3f} % of the parameters' "
+                "memory."
+                for u, s in zip(data["updates"], settings, strict=True)
+            )
+        )
+    facts = measured_with(data["environment"], "jax", "torch")
+    if "rounds" in data:
+        flags = f" --rounds {data['rounds']}"
+        if settings[0]["dtype"] == "bfloat16":  # torch takes seven times as long: one model
+            flags += f" --models {settings[0]['model']} --dtypes bfloat16"
+        facts = f"batch {settings[0]['batch']}, {data['rounds']} rounds in turns; {facts}"
+        facts = f"`python benchmarks/step_time.py{flags}{output}`: {settings[0]['dtype']}, {facts}"
+    else:
+        facts = f"{settings[0]['dtype']}; {facts}"
+    return "\n\n".join([*paragraphs, f"{facts}."])
+
+
+TABLES = {
+    "ablation": ablation,
+    "small_models": small_models,
+    "small_set_h100": small_set,
+    "input_pipeline": input_pipeline,
+    "quantization": quantization,
+    "quantization_width": quantization_width,
+    "quantization_width_cifar10": quantization_width,
+    "step_time_cpu": step_time,
+    "step_time_cpu_amd": step_time,
+    "step_time_cpu_amd_bfloat16": step_time,
+    "step_time_h100": step_time,
+}
+# Files that their scripts write without `--output`.
+DEFAULT_OUTPUTS = {f.__name__ for f in TABLES.values()} | {"step_time_cpu"}

@@ -1,0 +1,59 @@
+"""A package of a missing extra ends in one sentence with the command that installs it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from repopt_jax.extras import needs_extra
+
+
+def without(package, code):
+    """Runs code in a Python where `package` cannot be imported."""
+    code = f"import sys\nsys.modules[{package!r}] = None\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_program_ends_with_one_sentence_and_status_1():
+    code = """
+from repopt_jax.extras import needs_extra
+with needs_extra("train", command="repopt-train"):
+    import grain
+"""
+    done = without("grain", code)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "repopt-train: grain is missing: pip install 'repopt_jax[train]'\n"
+
+
+def test_the_outermost_block_names_the_extra():
+    told = pytest.raises(ModuleNotFoundError, match=r"'repopt_jax\[deploy\]'$")
+    with told, needs_extra("deploy"), needs_extra("train"):
+        import a_package_that_nobody_has  # noqa: F401
+
+
+def test_our_own_mistakes_are_no_missing_extras():
+    told = pytest.raises(ModuleNotFoundError, match=r"^No module named 'repopt_jax\.mistyped'$")
+    with told, needs_extra("train"):
+        import repopt_jax.mistyped  # noqa: F401
+
+
+@pytest.mark.parametrize("package", ["grain", "cv2", "simplejpeg", "PIL"])
+def test_importing_data_without_its_packages_names_the_command(package):
+    done = without(package, "import repopt_jax.data")
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ModuleNotFoundError: {package} is missing: pip install 'repopt_jax[train]'"
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "grain", "tqdm"])
+def test_the_command_deploy_names_its_extra(package):
+    code = "from repopt_jax.deploy.command_line import main\nmain(['benchmark', 'a.onnx'])"
+    done = without(package, code)
+    assert (done.returncode, done.stdout) == (1, "")
+    sentence = f"{package} is missing: pip install 'repopt_jax[deploy]'"
+    assert done.stderr == f"repopt-deploy: {sentence}\n"
+
+
+def test_importing_onnx_export_without_onnx_names_the_command():
+    done = without("onnx", "import repopt_jax.deploy.onnx_export")
+    last = done.stderr.splitlines()[-1]
+    assert last == "ModuleNotFoundError: onnx is missing: pip install 'repopt_jax[deploy]'"
