@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from repopt_jax.pruning.channels import ChannelGroup, check_channels, sharded_as, unsharded
-from repopt_jax.tree_paths import layer_at, path_str
+from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
@@ -89,12 +89,11 @@ def scale_by_csgd(
     counts = {path: int(label.max()) + 1 for path, label in labels.items()}
 
     def init_fn(params):
-        for path, param in jax.tree_util.tree_leaves_with_path(params):
-            label = labels.get(path_str(path))
-            if label is not None and label.shape != jnp.shape(param)[-1:]:
+        for path, param in by_path(params).items():
+            if path in labels and labels[path].shape != jnp.shape(param)[-1:]:
                 raise ValueError(
-                    f"clusters of {path_str(path)!r} must have the shape "
-                    f"{jnp.shape(param)[-1:]}, got {label.shape}"
+                    f"clusters of {path!r} must have the shape {jnp.shape(param)[-1:]}, got "
+                    f"{labels[path].shape}"
                 )
         return ScaleByCsgdState({path: jnp.asarray(label) for path, label in labels.items()})
 

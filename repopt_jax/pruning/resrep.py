@@ -23,7 +23,7 @@ from flax import nnx
 from repopt_jax.branches import wide_type
 from repopt_jax.pruning.channels import ChannelGroup, check_channels, place, unsharded
 from repopt_jax.pruning.surgery import copied, prune_filters
-from repopt_jax.tree_paths import layer_at, path_str
+from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -183,7 +183,7 @@ def scale_by_resrep(
     names = {path: name for name, path in compactors.items()}
 
     def init_fn(params):
-        found = _by_path(params, names)
+        found = by_path(params)
         if missing := [path for path in names if path not in found]:
             raise ValueError(f"targets must have compactors among the parameters, not: {missing}")
         masks = {name: jnp.ones(found[path].shape[-1], bool) for name, path in compactors.items()}
@@ -193,7 +193,7 @@ def scale_by_resrep(
         del extra_args
         if params is None:
             raise ValueError("params must be given to update, got None")
-        found = _by_path(params, names)
+        found = by_path(params)
         norms = {
             name: unsharded(_column_norms(found[path])[0]) for name, path in compactors.items()
         }
@@ -215,11 +215,6 @@ def scale_by_resrep(
         return updates, ScaleByResRepState(optax.safe_increment(state.count), masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _by_path(params: PyTree, paths: Mapping[str, str]) -> dict[str, Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {path_str(path): leaf for path, leaf in leaves if path_str(path) in paths}
 
 
 def _column_norms(w: Float[Array, "in out"]) -> Float[Array, "1 out"]:
