@@ -75,12 +75,17 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
     return groups
 
 
-def check_channels(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
-    """Refuse groups that do not fit a network; the number of channels of each.
+def channel_widths(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
+    """How many channels each group of a network has.
 
     Raises:
-      ValueError: no such layer, layers of different widths, a reader that does not read the
-        group's width, a layer in two groups, or a grouped convolution that is not depthwise.
+      ValueError: groups that do not fit the network: no such layer, layers of different widths, a
+        reader that does not read the group's width, a layer in two groups, or a grouped
+        convolution that is not depthwise.
+
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> channel_widths(model, {"outputs": ChannelGroup({"layers/0": None})})
+    {'outputs': 3}
     """
     widths = {}
     seen = {"layers": set(), "readers": set()}

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, sharded_as, unsharded
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, sharded_as, unsharded
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def cluster_filters(
     >>> cluster_filters(model, groups, {"hidden": 2})["hidden"].tolist()
     [0, 1, 0, 1]
     """
-    channels = check_channels(model, groups)
+    channels = channel_widths(model, groups)
     clusters = {}
     for name, width in widths.items():
         if name not in channels:

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import wide_type
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, place, unsharded
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, place, unsharded
 from repopt_jax.pruning.surgery import copied, prune_filters
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
@@ -64,7 +64,7 @@ def add_compactors(
       ValueError: a target that is no group, or has several layers (those around a shortcut) or no
         BatchNorm; groups that do not fit the network.
     """
-    check_channels(model, groups)
+    channel_widths(model, groups)
     norms = _norms(groups, targets)
     for name in targets:
         (path,) = groups[name].layers
