@@ -123,6 +123,20 @@ def test_deep_nesting_is_refused(tmp_path, pickled):
     refuse(tmp_path / "file.pth", data, "nested more than 100 deep")
 
 
+def test_deep_nesting_that_a_shared_part_hides_is_refused(tmp_path, packed):
+    """Eighty lists in each other, found once alone and once within eighty more."""
+    pickled = b"(" + b"]" * 80 + b"a" * 79 + b"q\0" + b"]" * 80 + b"h\0" + b"a" * 80 + b"t."
+    refuse(tmp_path / "file.pth", packed(b"\x80\x02" + pickled), "nested more than 100 deep")
+
+
+def test_items_of_many_dicts_are_not_multiplied(tmp_path, packed):
+    """Thirty dicts, each made of the same 60,000 pairs, in 0.4 MB."""
+    pairs = b"".join(b"M" + struct.pack("<H", n) + b"N\x86" for n in range(60_000))
+    dicts = b"ccollections\nOrderedDict\nq\1(" + b"h\1h\0\x85R" * 30 + b"l."
+    data = packed(b"\x80\x02](" + pairs + b"eq\0" + dicts)
+    refuse(tmp_path / "file.pth", data, "out of all proportion")
+
+
 @pytest.mark.parametrize("part", [b"\x85R", b"\x85\x81", b"b"])
 def test_deeply_nested_objects_do_no_harm(tmp_path, part):
     """Objects inside objects end the reader's checks of depth, and must be freed safely."""

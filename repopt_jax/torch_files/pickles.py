@@ -30,22 +30,23 @@ _REWRITTEN = {
     "NEWOBJ_EX": pickle.TUPLE3 + pickle.BINPERSID,
     "FRAME": b"",  # its length would be wrong
 }
-_CALL, _NUMBER = 600, 48  # bytes of memory, about
-_COSTS = {
-    **dict.fromkeys(("EMPTY_DICT", "DICT", "EMPTY_SET", "FROZENSET", "REDUCE"), _CALL),
-    **dict.fromkeys(("NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BINPERSID"), _CALL),
-    **dict.fromkeys(("INT", "LONG", "FLOAT", "BININT", "BININT2", "BINFLOAT"), _NUMBER),
-    **dict.fromkeys(("LONG1", "LONG4"), _NUMBER + MAX_INT_BITS // 8),
-    **dict.fromkeys(("EMPTY_LIST", "LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND"), 100),
-    **dict.fromkeys(("SETITEM", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), 100),
-}
-_TEXT = "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8"
 _PYTHON2_TEXT = ("STRING", "BINSTRING", "SHORT_BINSTRING")
-_OTHERS = (
-    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT1 MARK EMPTY_TUPLE APPENDS SETITEMS ADDITEMS "
-    "GLOBAL STACK_GLOBAL BUILD POP POP_MARK DUP GET BINGET LONG_BINGET BYTEARRAY8"
-)
-_ALLOWED = {*_COSTS, *_TEXT.split(), *_PYTHON2_TEXT, *_OTHERS.split()}
+# The instructions that are allowed -> about the bytes of memory that each takes, but for the text
+# that it holds: 16 for its place on the stack and in what it ends up in, and its object.
+_COSTS = {
+    name: cost
+    for cost, names in {
+        600: "EMPTY_DICT DICT EMPTY_SET FROZENSET REDUCE NEWOBJ NEWOBJ_EX OBJ INST BINPERSID",
+        100: "EMPTY_LIST LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND SETITEM "
+        "PUT BINPUT LONG_BINPUT MEMOIZE",
+        80: "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 STRING BINSTRING SHORT_BINSTRING "
+        "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8",
+        64: "INT LONG LONG1 LONG4 FLOAT BININT BININT2 BINFLOAT",
+        16: "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT1 MARK EMPTY_TUPLE APPENDS SETITEMS "
+        "ADDITEMS BUILD GLOBAL STACK_GLOBAL POP POP_MARK DUP GET BINGET LONG_BINGET",
+    }.items()
+    for name in names.split()
+}
 
 
 class TorchFileError(ValueError):
@@ -165,15 +166,20 @@ class _Source:
     def read(self, count: int) -> bytes:
         if count > self.left:
             raise TorchFileError(f"its pickle is cut off: {count} bytes are due, {self.left} left")
-        return self._take(self.stream.read(count))
+        return self._note(self.stream.read(count))
 
     def readline(self) -> bytes:
-        return self._take(self.stream.readline(min(self.left, MAX_NAME)))
+        return self._note(self.stream.readline(min(self.left, MAX_NAME)))
 
-    def _take(self, data: bytes) -> bytes:
+    def _note(self, data: bytes) -> bytes:
         self.left -= len(data)
         self.taken += data
         return data
+
+    def take(self) -> bytes:
+        """What was read since the last call."""
+        taken, self.taken = self.taken, b""
+        return taken
 
 
 def scan(stream: BinaryIO, left: int, budget: Budget) -> bytes:
@@ -181,21 +187,14 @@ def scan(stream: BinaryIO, left: int, budget: Budget) -> bytes:
 
     Raises TorchFileError for an instruction that is not allowed or declares too much.
     """
-    source = _Source(stream, left)
-    pieces = []
-    before = None
+    source, result, total, before = _Source(stream, left), bytearray(), 0, ""
     for count, (opcode, arg, _) in enumerate(pickletools.genops(source)):
-        name = opcode.name
-        if name not in _ALLOWED or count >= MAX_OPCODES:
+        name, raw = opcode.name, source.take()
+        if name not in _COSTS or count >= MAX_OPCODES:
             raise TorchFileError(f"its pickle has the instruction {name} at place {count}")
-        budget.spend(16 + _COSTS.get(name, 0))
-        if isinstance(arg, str | bytes | bytearray):
-            budget.spend(64 + (4 if isinstance(arg, str) else 1) * len(arg))
-        elif isinstance(arg, int) and arg.bit_length() > MAX_INT_BITS:
-            raise TorchFileError(f"its pickle holds an integer of {arg.bit_length()} bits")
-        if name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
-            raise TorchFileError(f"its pickle numbers object {quote(arg)} after {count} others")
-        raw, source.taken = source.taken, b""
+        total += _COSTS[name]
+        if arg is not None:
+            total += _check_argument(name, arg, count)
         if name in _PYTHON2_TEXT:
             raw = _python2_text(arg.encode("latin-1"))
         elif name == "BYTEARRAY8":
@@ -204,9 +203,21 @@ def scan(stream: BinaryIO, left: int, budget: Budget) -> bytes:
             if before != "MARK":
                 raise TorchFileError("its pickle makes a dict as no version of Python does")
             raw = pickle.POP + _NEW_DICT
-        pieces.append(_REWRITTEN.get(name, raw))
+        result += _REWRITTEN.get(name, raw)
         before = name
-    return b"".join(pieces)
+    budget.spend(total)
+    return bytes(result)
+
+
+def _check_argument(name: str, arg: Any, count: int) -> int:
+    """Refuse what would take much time or memory; returns the bytes that the argument takes."""
+    if isinstance(arg, int):
+        if arg.bit_length() > MAX_INT_BITS:
+            raise TorchFileError(f"its pickle holds an integer of {arg.bit_length()} bits")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
+            raise TorchFileError(f"its pickle numbers object {quote(arg)} after {count} others")
+        return arg.bit_length() // 8
+    return 0 if isinstance(arg, float) else (4 if isinstance(arg, str) else 1) * len(arg)
 
 
 def _python2_text(data: bytes) -> bytes:
