@@ -126,22 +126,23 @@ def test_what_is_there_already_is_refused(source, tmp_path):
         prepare.prepare(source, tmp_path / "new", max_side=0)
 
 
+@pytest.mark.parametrize("damage", ["changed", "exchanged"])
 def test_a_file_that_is_damaged_on_the_way_is_found_and_written_anew(
-    source, tmp_path, small_shards, monkeypatch
+    source, tmp_path, small_shards, monkeypatch, damage
 ):
+    """Bytes that ArrayRecord's own checksum finds, or a good file in the place of another."""
     write, path = prepare._write_shard, tmp_path / "ready" / "train-00001-of-00003.array_record"
 
     def damaging(job):
         facts = write(job)
         if job[2] == path:
-            content = path.read_bytes()
-            path.write_bytes(content.replace(b"train/n02/1.JPEG", b"train/n02/7.JPEG"))
+            content = path.read_bytes().replace(b"train/n02/1.JPEG", b"train/n02/7.JPEG")
+            other = path.with_name("train-00000-of-00003.array_record").read_bytes()
+            path.write_bytes(content if damage == "changed" else other)
         return facts
 
     monkeypatch.setattr(prepare, "_write_shard", damaging)
-    with pytest.raises(
-        ValueError, match=r"train-00001-of-00003\.array_record is not what was writ"
-    ):
+    with pytest.raises(ValueError, match=r"train-00001-of-00003\.array_record is not what was"):
         prepare.prepare(source, tmp_path / "ready", workers=0)
     monkeypatch.undo()
     monkeypatch.setattr("repopt_jax.data.prepare._SHARD_IMAGES", 5)
