@@ -124,6 +124,8 @@ def test_what_is_there_already_is_refused(source, tmp_path):
         prepare.prepare(source, tmp_path / "begun")
     with pytest.raises(ValueError, match="max_side must be None or at least 1, got 0"):
         prepare.prepare(source, tmp_path / "new", max_side=0)
+    with pytest.raises(ValueError, match="workers must be None or at least 0, got -1"):
+        prepare.prepare(source, tmp_path / "new", workers=-1)
 
 
 @pytest.mark.parametrize("damage", ["changed", "exchanged"])

@@ -9,7 +9,6 @@ resume from is one number.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ import numpy as np
 from repopt_jax.data.augment import preset
 from repopt_jax.data.batches import EvalBatch, TrainBatch, image_shape
 from repopt_jax.data.sources import ArraySource, Dataset
-from repopt_jax.data.workers import WorkerPool
+from repopt_jax.data.workers import WorkerPool, usable_cores
 from repopt_jax.extras import needs_extra
 
 if TYPE_CHECKING:
@@ -197,9 +196,7 @@ def _executors(
     make: TrainBatch | EvalBatch, threads: int | None, workers: int | None
 ) -> tuple[Callable, grain.ReadOptions]:
     """What makes a batch, by processes or not, and how many threads call it."""
-    # Of the cores that this process may use, which Slurm and containers limit.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    cores = usable_cores()
     for name, value in (("threads", threads), ("workers", workers)):
         if value is not None and value < 0:
             raise ValueError(f"{name} must be None or at least 0, got {value}")

@@ -27,6 +27,7 @@ from repopt_jax.data.decode import decode
 from repopt_jax.data.folder import open_folder
 from repopt_jax.data.records import FACTS, FORMAT_VERSION, pack, shard_name, unpack
 from repopt_jax.data.tar_files import TRAIN, open_tar_files
+from repopt_jax.data.workers import usable_cores
 
 _PLAN = "unfinished.json"
 _SHARD_IMAGES = 10_000  # ImageNet in 129 files, of about a gigabyte each
@@ -62,6 +63,8 @@ def prepare(
     source, output = pathlib.Path(source), pathlib.Path(output)
     if max_side is not None and max_side < 1:
         raise ValueError(f"max_side must be None or at least 1, got {max_side}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be None or at least 0, got {workers}")
     if (source / TRAIN).is_file():
         class_names, splits = open_tar_files(source)
     else:
@@ -119,7 +122,7 @@ def _pool(workers: int | None, task: tuple) -> concurrent.futures.Executor:
         return concurrent.futures.ThreadPoolExecutor(1, initializer=_set_task, initargs=(task,))
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_process, initargs=(task,)
+        workers or usable_cores(), mp_context=context, initializer=_start_process, initargs=(task,)
     )
 
 

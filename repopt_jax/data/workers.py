@@ -32,6 +32,12 @@ _CODE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, which Slurm and containers limit."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return own or 1
+
+
 class WorkerPool:
     """Makes batches in processes, one batch per process at a time.
 
