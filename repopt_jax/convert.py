@@ -31,7 +31,7 @@ from repopt_jax.torch_files.weights import load_torch_weights
 def check_target(
     source: epath.Path, target: epath.Path, suffixes: Sequence[str], *, force: bool
 ) -> None:
-    """Refuse, before any work, what could not be written or would destroy something.
+    """Refuse, before any work, a target that cannot be written or would destroy something.
 
     Raises:
       ValueError: `target` exists and `force` is not set, is `source` itself, has no folder, or

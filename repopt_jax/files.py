@@ -1,4 +1,4 @@
-"""Files of scales and of weights, opened by what they hold: safetensors or PyTorch's.
+"""Files of scales and of weights, opened by their content: safetensors or PyTorch.
 
 The suffix of a file does not matter. Paths are local or ``gs://``.
 A weights file of ours is a safetensors file with one array per path of a variable, such as
@@ -28,7 +28,7 @@ FORMAT_VERSION = "1"
 
 
 def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
-    """Whether torch wrote the file; else it is a safetensors file.
+    """Whether a file is torch's; otherwise it is a safetensors file.
 
     Args:
       path: the file.
@@ -36,7 +36,7 @@ def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is of neither format.
+      ValueError: it has neither format.
     """
     source = epath.Path(path)
     if not source.is_file():

@@ -1,4 +1,4 @@
-"""Scales: what a search yields and a RepOptimizer is built from.
+"""Scales: the result of a search, from which a RepOptimizer is built.
 
 One float32 vector per branch of every block, shape ``(out,)``. For scaled branches it is the
 constant ``s_b``; for ``identity`` it is the value at which the search left the trainable vector,
@@ -251,7 +251,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     tensors = {key: np.array(v, np.float32) for key, v in scales.flat().items()}
     metadata = {"format_version": FORMAT_VERSION, **scales.metadata}
     data = save(tensors, metadata)
-    # safetensors writes metadata in any order; equal scales shall be equal files.
+    # safetensors writes metadata in any order; equal scales must give equal files.
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -321,12 +321,3 @@ def parse_scales(data: bytes, name: str) -> Scales:
 def _in_network_order(key: str) -> list[tuple[int, int, str]]:
     """Sort ``stage1/2`` before ``stage1/10``."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split("/")]
-
-
-def __getattr__(name: str) -> Any:
-    # Until everyone imports it from where it is.
-    if name == "load_scales":
-        from repopt_jax.files import load_scales
-
-        return load_scales
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from small_run import small_config
+from torch_file_builder import archive_of, tensor
 
 import repopt_jax
 from repopt_jax.data import load_dataset
@@ -26,9 +28,6 @@ from repopt_jax.training import run
 from repopt_jax.training.report import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from small_run import small_config  # noqa: E402
-from torch_file_builder import archive_of, tensor  # noqa: E402
 
 DOCUMENT = (REPOSITORY / "docs" / "deploy.md").read_text()
 VGG = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}

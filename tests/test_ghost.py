@@ -105,6 +105,14 @@ def test_search_network_computes_conv_plus_identity(x64, strict):
     np.testing.assert_allclose(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_squeeze_excite_gates_by_a_hard_sigmoid(x64, strict):
+    """``clip(x / 6 + 1 / 2, 0, 1)``, which differs from the sigmoid by up to 0.07."""
+    se = small(dtype=np.float64).stages[3][0].se
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, se.up.kernel.shape[-1])))
+    gate = se.up(jax.nn.relu(se.down(x.mean((1, 2), keepdims=True))))
+    np.testing.assert_allclose(se(x), x * np.clip(gate / 6 + 0.5, 0, 1), rtol=1e-12)
+
+
 def assert_same_outputs(compute, x):
     expected, found = jax.jit(compute)(x)
     assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()

@@ -270,3 +270,13 @@ def test_weight_decay_mask_is_the_recipes():
     assert "linear/kernel" in decayed
     assert "stage0/post_se/down/kernel" in decayed
     assert not any(name.endswith("bias") or "/bn/" in name or "scale" in name for name in decayed)
+
+
+def test_weight_decay_mask_decays_the_identities_of_repvgg():
+    """As the official code does, which goes by the name."""
+    block = {"conv3x3": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2)}
+    norms = {name: {"scale": jnp.ones(2), "bias": jnp.ones(2)} for name in ("bn3x3", "bn_identity")}
+    mask = repopt_jax.weight_decay_mask({"stage1": {**block, **norms}})["stage1"]
+    assert mask["bn_identity"] == {"scale": True, "bias": False}
+    assert mask["bn3x3"] == {"scale": False, "bias": False}
+    assert (mask["conv3x3"], mask["bias"]) == (True, False)

@@ -24,7 +24,7 @@ class TrainBatch:
       augment: the augmentation.
       rows: this process's part of the global batch.
 
-    The others are arguments of `train_batches`.
+    The other attributes are arguments of `train_batches`.
     """
 
     dataset: Dataset

@@ -30,8 +30,8 @@ def decode(
       data: the file's bytes, in any format that Pillow reads.
       rows: None, or how many rows are wanted, from the top; the result may have more. A crop
         ends at 85 % of the height on average, and the rest of most JPEGs can be left alone.
-      reduction: 2, 4 or 8 have a JPEG decoded at that fraction of its size, which skips most of
-        the work; other formats ignore it.
+      reduction: 2, 4 or 8 decode a JPEG at a half, a quarter or an eighth of its size, which skips
+        most of the work; other formats ignore it.
       fast: use libjpeg's faster, less exact arithmetic; values are off by 1 or 2.
 
     Returns:
@@ -89,7 +89,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A Pillow image; all that goes wrong with it is a ValueError."""
+    """A Pillow image; every failure becomes a ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image

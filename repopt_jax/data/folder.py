@@ -109,7 +109,7 @@ def _classes(argument: str, folder: pathlib.Path) -> dict[str, list[str]]:
 
 
 def _annotated(argument: str, annotations: pathlib.Path) -> dict[str, list[str]]:
-    """What a file says whose lines begin with the name of an image in `images`, tab, its class."""
+    """Labels from a file whose lines begin with an image's name, a tab and its class."""
     lines = [line.split("\t") for line in annotations.read_text().splitlines()]
     present = set(_image_files(argument, annotations.parent, "images"))
     listed = {f"images{os.sep}{line[0]}" for line in lines}

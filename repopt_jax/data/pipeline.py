@@ -67,7 +67,7 @@ def train_batches(
       dataset: from `load_dataset`.
       batch_size: images per step over all processes.
       seed: 0..2**32-1, decides order and augmentation.
-      num_epochs: None goes on for ever.
+      num_epochs: passes over the set. None: without end.
       augment: name of a preset, see `repopt_jax.data.augment.preset`.
       image_size: side of the images; None keeps the size that they have, if they share one.
       fast: decode with less exact arithmetic and crop without antialiasing. Not used by `none`,

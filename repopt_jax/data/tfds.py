@@ -38,7 +38,7 @@ class TfdsSource:
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             records = self._reader.__getitems__(indices)
-        except RuntimeError as error:  # ArrayRecord's for all that goes wrong
+        except RuntimeError as error:  # ArrayRecord raises it for every failure
             raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
         return [
             {
@@ -107,7 +107,7 @@ def _prepared(name: str, data_dir: str | None):
             f"--data_dir={root} --file_format=array_record{manual}` once ({_COMMAND})"
         )
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        # Knows of formats that were added later, which a set's own class does not.
+        # It knows formats that were added later; a set's own class does not.
         builder = tfds.builder_from_directory(folder)
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise ValueError(

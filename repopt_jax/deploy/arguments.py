@@ -1,4 +1,4 @@
-"""The flags of the command line, and what they name: networks, images, configurations."""
+"""The flags of the command line, and the networks, images and configurations that they name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROGRAM = "repopt-deploy"
 
 
 class Parser(argparse.ArgumentParser):
-    """One sentence instead of the usage for what is wrong."""
+    """Answers wrong flags with one sentence instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
@@ -134,7 +134,7 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(path: str | os.PathLike, *, force: bool) -> None:
-    """Refuse, before any work, a file that could not be written or is there already.
+    """Refuse, before any work, a path that cannot be written or is taken.
 
     Raises:
       ValueError: `path` exists and `force` is not set, is a folder, or its folder is not there or
@@ -160,7 +160,7 @@ def check_output(path: str | os.PathLike, *, force: bool) -> None:
 
 
 def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> ConfigDict:
-    """What --config, --workdir and --config.FIELD=VALUE say.
+    """The configuration that --config, --workdir and --config.FIELD=VALUE name.
 
     Raises:
       ValueError: there is no configuration, or an override does not fit.
@@ -254,7 +254,7 @@ def _refuse_overrides(overrides: Sequence[str]) -> None:
 
 
 def refuse(arguments: argparse.Namespace, needed: str, *names: str) -> None:
-    """Raise ValueError for flags that would not be looked at without another one."""
+    """Raise ValueError for flags that mean nothing without another one."""
     given = [f"--{n.replace('_', '-')}" for n in names if getattr(arguments, n) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} must be given with {needed} only")

@@ -1,4 +1,4 @@
-"""What the commands do: each takes the parsed flags, writes its file and prints what it found."""
+"""The commands: each takes the parsed flags, writes its file and prints its results."""
 
 from __future__ import annotations
 

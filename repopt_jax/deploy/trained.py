@@ -1,4 +1,4 @@
-"""A trained network with what its deployment must know: from a run, or from a weights file."""
+"""A trained network and its preprocessing, from a run or from a weights file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
     """The configuration that a run has left in its working directory.
 
     Raises:
-      ValueError: there is none, or it is none of this version's.
+      ValueError: there is none, or this version cannot read it.
     """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
@@ -84,7 +84,7 @@ def load_run(
     Args:
       config: the run's configuration.
       workdir: the run's directory, local or ``gs://``.
-      part: whose network.
+      part: the part whose network is wanted.
       checkpoint: "latest", or "best" by top-1 accuracy.
       averaged: take the moving averages of the weights.
       preprocess: whether an exported file is to normalize uint8 images itself.
@@ -146,7 +146,7 @@ def _filled(
 
 
 def _image_size(data: ConfigDict) -> tuple[int, int]:
-    """Height and width; only images that keep their own size need be looked at."""
+    """Height and width; only where images keep their own size is the data set opened."""
     if data.image_size is not None:
         return data.image_size, data.image_size
     return configured_images(data).size
@@ -167,16 +167,16 @@ def load_weights_file(
 
     Args:
       path: the file.
-      name: of the model that it must hold. None: whichever.
-      kind: of the network that it must hold. None: whichever.
-      strides: of the stages, which are in no file. None: the published ones, 2 each.
+      name: of the model that it must hold. None: any.
+      kind: of the network that it must hold. None: any.
+      strides: of the stages, which files do not state. None: the published ones, 2 each.
       image_size: height and width of the images.
       mean: per channel, in units of a pixel of range 0 to 1.
       std: likewise.
       preprocess: whether an exported file is to normalize uint8 images itself.
 
     Raises:
-      ValueError: the file is no such one, or holds another model or kind.
+      ValueError: the file is no such file, or holds another model or kind.
     """
     from repopt_jax.files import is_torch_file, load_weights, read_weights
     from repopt_jax.torch_files import read_state_dict, recognize

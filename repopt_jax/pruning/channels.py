@@ -13,13 +13,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repopt_jax.tree_paths import layer_at, parent_and_key
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +75,17 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
     return groups
 
 
-def check_channels(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
-    """Refuse groups that do not fit a network; the number of channels of each.
+def channel_widths(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
+    """How many channels each group of a network has.
 
     Raises:
-      ValueError: no such layer, layers of different widths, a reader that does not read the
-        group's width, a layer in two groups, or a grouped convolution that is not depthwise.
+      ValueError: groups that do not fit the network: no such layer, layers of different widths, a
+        reader that does not read the group's width, a layer in two groups, or a grouped
+        convolution that is not depthwise.
+
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> channel_widths(model, {"outputs": ChannelGroup({"layers/0": None})})
+    {'outputs': 3}
     """
     widths = {}
     seen = {"layers": set(), "readers": set()}
@@ -115,6 +124,22 @@ def _misfit(model: nnx.Module, group: ChannelGroup, width: int) -> str | None:
                 f"shape {layer.kernel.shape}"
             )
     return None
+
+
+def unsharded(x: Array) -> Array:
+    """`x`, whole on every device of an explicit mesh; other meshes see to it themselves."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def sharded_as(x: Array, other: Array) -> Array:
+    """`x` spread over the devices of an explicit mesh as `other` is."""
+    sharding = jax.typeof(other).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, sharding)
 
 
 def place(model: nnx.Module, path: str, layer: Any) -> None:

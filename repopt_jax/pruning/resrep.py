@@ -21,9 +21,9 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import wide_type
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, place
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, place, unsharded
 from repopt_jax.pruning.surgery import copied, prune_filters
-from repopt_jax.tree_paths import layer_at, path_str
+from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -64,7 +64,7 @@ def add_compactors(
       ValueError: a target that is no group, or has several layers (those around a shortcut) or no
         BatchNorm; groups that do not fit the network.
     """
-    check_channels(model, groups)
+    channel_widths(model, groups)
     norms = _norms(groups, targets)
     for name in targets:
         (path,) = groups[name].layers
@@ -155,8 +155,8 @@ def scale_by_resrep(
       An optax.GradientTransformationExtraArgs; its ``update`` needs the parameters.
 
     Raises:
-      ValueError: here, for a number out of range or a target that has no compactor's place; by
-        ``init``, if a target has no compactor.
+      ValueError: here, for a number out of range, a target that can have no compactor, or a
+        layer of a target without a count; by ``init``, if a target has no compactor.
 
     >>> import jax.numpy as jnp, optax
     >>> groups = {"hidden": ChannelGroup({"conv": "bn"})}
@@ -177,10 +177,13 @@ def scale_by_resrep(
         if value < bound:
             raise ValueError(f"{argument} must be at least {bound}, got {value}")
     compactors = {name: f"{norm}/compactor" for name, norm in _norms(groups, targets).items()}
+    touched = {path for name in targets for path in (*groups[name].layers, *groups[name].readers)}
+    if missing := sorted(touched - counts.keys()):
+        raise ValueError(f"counts must have the layers of all targets, missing: {missing}")
     names = {path: name for name, path in compactors.items()}
 
     def init_fn(params):
-        found = _by_path(params, names)
+        found = by_path(params)
         if missing := [path for path in names if path not in found]:
             raise ValueError(f"targets must have compactors among the parameters, not: {missing}")
         masks = {name: jnp.ones(found[path].shape[-1], bool) for name, path in compactors.items()}
@@ -189,9 +192,11 @@ def scale_by_resrep(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        found = _by_path(params, names)
-        norms = {name: _column_norms(found[path])[0] for name, path in compactors.items()}
+            raise ValueError("params must be given to update, got None")
+        found = by_path(params)
+        norms = {
+            name: unsharded(_column_norms(found[path])[0]) for name, path in compactors.items()
+        }
         share_left = _share_left(groups, counts, {name: norm.size for name, norm in norms.items()})
         masks = jax.lax.cond(
             (state.count >= start) & (state.count % every == 0),
@@ -210,11 +215,6 @@ def scale_by_resrep(
         return updates, ScaleByResRepState(optax.safe_increment(state.count), masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _by_path(params: PyTree, paths: Mapping[str, str]) -> dict[str, Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {path_str(path): leaf for path, leaf in leaves if path_str(path) in paths}
 
 
 def _column_norms(w: Float[Array, "in out"]) -> Float[Array, "1 out"]:

@@ -1,4 +1,4 @@
-"""PyTorch files in and out, without PyTorch; see `reader` for what and why."""
+"""Reading and writing PyTorch files without PyTorch; see `reader`."""
 
 from repopt_jax.torch_files.modules import read_state_dict as read_state_dict
 from repopt_jax.torch_files.modules import state_dict as state_dict

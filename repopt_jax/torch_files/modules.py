@@ -10,7 +10,7 @@ import numpy as np
 from repopt_jax.torch_files.pickles import Standin, TorchFileError, quote
 from repopt_jax.torch_files.reader import read_torch_file
 
-# Where checkpoints keep their weights, the likeliest first.
+# Keys under which checkpoints keep their weights, the likeliest first.
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "ema", "model_ema")
 # About the bytes of all names, one for each entry of a module, those that are None included.
 # A module held under n names counts n times: so it does in torch.

@@ -1,4 +1,4 @@
-"""Names and layouts: which torch tensor is which variable of ours, told once for both directions.
+"""Names and layouts: one table says which torch tensor is which variable, for both directions.
 
 The path of a variable is that of a block, a layer in it and an array: ``stage1/0``, ``conv``,
 ``kernel``. The official code calls the same tensor ``stage1.0``, ``conv``, ``weight``. To read

@@ -1,4 +1,4 @@
-"""Which network a state dict is of: told by its names and shapes, of weights and of scales."""
+"""Recognition of the network that a state dict belongs to, by names and shapes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Search checkpoints are taken for kind "hs"; "csla" has the same names.
 
     Raises:
-      TorchFileError: it is none of ours.
+      TorchFileError: it is no network of ours.
     """
     kinds = [kind for name, kind in _KINDS.items() if name in weights]
     is_ghost = "conv_stem.weight" in weights

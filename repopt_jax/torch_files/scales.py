@@ -1,4 +1,4 @@
-"""Scales out of torch files, and back under the official names."""
+"""Scales from torch files, and back under the official names."""
 
 from __future__ import annotations
 

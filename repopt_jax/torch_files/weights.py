@@ -109,5 +109,5 @@ def load_torch_weights(
 
 
 def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost:
-    """A network of which only the shapes are there: drawing what is then replaced takes seconds."""
+    """A network that has shapes but no numbers: drawing what is then replaced takes seconds."""
     return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))

@@ -8,10 +8,15 @@ import re
 import sys
 import traceback
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from repopt_jax.extras import needs_extra
 
-from repopt_jax.training.config import default_config
+PROGRAM = pathlib.Path(sys.argv[0]).name
+
+with needs_extra("train", command=PROGRAM):
+    from absl import app, flags, logging
+    from ml_collections import ConfigDict, config_flags
+
+    from repopt_jax.training.config import default_config
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "digits.py"
 MODES = {
@@ -78,7 +83,7 @@ def _check_fields(argv: list[str]) -> None:
 
 
 def _hint(section: object, key: str, field: str) -> str:
-    """What was probably meant by the unknown `key` in a section, or by the whole `field`."""
+    """A guess at what the unknown `key` of a section, or the whole `field`, should have been."""
     if field in _fields(default_config().target):
         return f"; did you mean --config.search.{field} or --config.target.{field}?"
     names = list(section) if isinstance(section, ConfigDict) else []
@@ -98,9 +103,10 @@ def _fields(section: ConfigDict) -> set[str]:
 def _dispatch(_) -> None:
     """Do what --mode says; end with one sentence where the run cannot go on."""
     logging.set_verbosity(logging.WARNING)  # absl would log which backends jax looks for
-    from repopt_jax.training import run
-    from repopt_jax.training.interruption import RunStopped
-    from repopt_jax.training.processes import join_processes, leave_the_others
+    with needs_extra("train", command=PROGRAM):
+        from repopt_jax.training import run
+        from repopt_jax.training.interruption import RunStopped
+        from repopt_jax.training.processes import join_processes, leave_the_others
 
     given = flags.FLAGS
     try:
@@ -128,7 +134,7 @@ def _dispatch(_) -> None:
 
 def _stop(sentence: str, exit_code: int) -> None:
     """End the process with a sentence instead of a traceback."""
-    print(f"{pathlib.Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
     if "jax" in sys.modules and exit_code < 128:
         from repopt_jax.training.processes import leave_the_others
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict, config_dict
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclasses.dataclass(frozen=True)
