@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class TrainBatch:
     fast: bool
     skip_bad: bool
     rows: slice
+    split: ClassVar[str] = "train"
 
     def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns `{"image", "label"}`; `rng` must be in the same state for the same step."""
@@ -56,7 +58,7 @@ class TrainBatch:
 
     def _read(self, indices: np.ndarray, make: Callable) -> dict[str, np.ndarray]:
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
-        reader = ImageReader(self.dataset, "train", self.skip_bad)
+        reader = ImageReader(self.dataset, self.split, self.skip_bad)
         for row, (image, label) in enumerate(reader.read_all(indices.tolist(), make)):
             batch["image"][row], batch["label"][row] = image, label
         return batch
@@ -154,9 +156,14 @@ class ImageReader:
             name += f" ({item['name']})"
         if self._bad_images is None:
             raise ValueError(f"{name}: {error} (skip_bad=True goes on without it)") from error
-        if name not in self._bad_images:
-            self._bad_images.add(name)
-            _log.warning("skipping %s, bad image number %d", name, len(self._bad_images))
+        note_bad_image(self._bad_images, name)
+
+
+def note_bad_image(bad_images: set[str], name: str) -> None:
+    """Add an image to those that were passed over, with a warning the first time."""
+    if name not in bad_images:
+        bad_images.add(name)
+        _log.warning("skipping %s, bad image number %d", name, len(bad_images))
 
 
 def image_shape(dataset: Dataset, image_size: int | None) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
@@ -93,6 +93,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError as error:
+        raise ValueError("the image cannot be decoded: its format is unknown") from error
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
         raise ValueError(f"the image cannot be decoded: {error}") from error

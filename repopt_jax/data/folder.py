@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.data.records import FACTS, load_records
 from repopt_jax.data.sources import Dataset, printable
 
 _EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -42,7 +43,7 @@ class FolderSource:
 
 
 def load_folder(data_dir: str | None, train_split: str | None, eval_split: str | None) -> Dataset:
-    """Opens the image files of two splits; the arguments are those of `load_dataset`.
+    """Opens a prepared set or the image files of two splits; for the arguments see `load_dataset`.
 
     A split's images lie in `data_dir/<split>/<class>/`, at any depth, or in
     `data_dir/<split>/images/` with their classes in `data_dir/<split>/<split>_annotations.txt`.
@@ -50,6 +51,16 @@ def load_folder(data_dir: str | None, train_split: str | None, eval_split: str |
     """
     if data_dir is None:
         raise ValueError("data_dir must be the folder that holds train/ and val/, got None")
+    if (pathlib.Path(data_dir) / FACTS).is_file():
+        return load_records(pathlib.Path(data_dir), train_split, eval_split)
+    class_names, sources = open_folder(data_dir, train_split, eval_split)
+    return Dataset("folder", len(class_names), *sources.values())
+
+
+def open_folder(
+    data_dir: str, train_split: str | None, eval_split: str | None
+) -> tuple[list[str], dict[str, FolderSource]]:
+    """The names of the classes, and the sources `train` and `val`, of image files."""
     root = pathlib.Path(data_dir)
     if eval_split is None:
         found = [split for split in ("val", "validation", "test") if (root / split).is_dir()]
@@ -81,7 +92,7 @@ def load_folder(data_dir: str | None, train_split: str | None, eval_split: str |
             "train_split must hold images of every class, "
             f"got none in {str(splits['train_split'] / empty[0])!r}"
         )
-    return Dataset("folder", len(class_names), *sources)
+    return class_names, dict(zip(("train", "val"), sources, strict=True))
 
 
 def _classes(argument: str, folder: pathlib.Path) -> dict[str, list[str]]:

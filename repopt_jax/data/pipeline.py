@@ -6,14 +6,23 @@ call per image would cost more than the work inside it. The batch of a step is a
 resume from is one number.
 """
 
-import os
-import sys
+from __future__ import annotations
 
-import grain
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from repopt_jax.data.augment import preset
 from repopt_jax.data.batches import EvalBatch, TrainBatch, image_shape
-from repopt_jax.data.sources import Dataset
+from repopt_jax.data.sources import ArraySource, Dataset
+from repopt_jax.data.workers import WorkerPool, usable_cores
+from repopt_jax.extras import needs_extra
+
+if TYPE_CHECKING:
+    import grain
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -45,6 +54,7 @@ def train_batches(
     fast: bool = False,
     skip_bad: bool = False,
     threads: int | None = None,
+    workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -65,7 +75,9 @@ def train_batches(
       skip_bad: take the next image for one that cannot be decoded, whose name is added to
         `dataset.bad_images`; False stops the run.
       threads: threads that make batches, at most two batches each ahead; None is one per core,
-        0 makes them in the caller's.
+        0 makes them in the caller's. Not used with workers.
+      workers: processes that make batches, likewise; None is one per core for images that have to
+        be decoded, if there are at least 4 cores, else 0: threads make them.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
 
@@ -95,8 +107,9 @@ def train_batches(
     augmentation = preset(augment)
     make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, fast, skip_bad, rows)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
-    batches = grain.MapDataset.range(total).seed(seed).random_map(make)
-    return iter(batches.to_iter_dataset(_read_options(threads)))
+    call, options = _executors(make, threads, workers)
+    batches = _grain().MapDataset.range(total).seed(seed).random_map(call)
+    return iter(batches.to_iter_dataset(options))
 
 
 def eval_batches(
@@ -108,6 +121,7 @@ def eval_batches(
     resize: int | None = None,
     skip_bad: bool = False,
     threads: int | None = None,
+    workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
@@ -126,6 +140,7 @@ def eval_batches(
       skip_bad: leave out images that cannot be decoded and add their names to
         `dataset.bad_images`; False stops the run.
       threads: as for `train_batches`.
+      workers: likewise.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
 
@@ -150,8 +165,9 @@ def eval_batches(
     rows = _rows(batch_size, process_index, process_count)
     image_shape(dataset, image_size)  # refuses some
     make = EvalBatch(dataset, split, batch_size, image_size, resize, skip_bad, rows)
-    batches = grain.MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(make)
-    return batches.to_iter_dataset(_read_options(threads))
+    call, options = _executors(make, threads, workers)
+    batches = _grain().MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(call)
+    return batches.to_iter_dataset(options)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -169,12 +185,32 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _read_options(threads: int | None) -> grain.ReadOptions:
-    if threads is None:
-        # Of the cores that this process may use, which Slurm and containers limit.
-        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        threads = own or os.cpu_count() or 1
-    if threads < 0:
-        raise ValueError(f"threads must be None or at least 0, got {threads}")
+def _grain():
+    """The package, not imported before it is needed: with it comes JAX, of no use to workers."""
+    with needs_extra("train"):
+        import grain
+    return grain
+
+
+def _executors(
+    make: TrainBatch | EvalBatch, threads: int | None, workers: int | None
+) -> tuple[Callable, grain.ReadOptions]:
+    """What makes a batch, by processes or not, and how many threads call it."""
+    cores = usable_cores()
+    for name, value in (("threads", threads), ("workers", workers)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be None or at least 0, got {value}")
+    if workers is None:
+        decoded = isinstance(getattr(make.dataset, make.split), ArraySource)
+        workers = cores if cores >= 4 and not decoded and sys.platform != "win32" else 0
+    if workers:
+        count = len(range(make.batch_size)[make.rows])
+        shape = image_shape(make.dataset, make.image_size)
+        # A process needs no copy of the other split.
+        unused = {"eval" if make.split == "train" else "train": None}
+        make = dataclasses.replace(make, dataset=dataclasses.replace(make.dataset, **unused))
+        make = WorkerPool(make, workers, count * int(np.prod(shape)))
+        threads = workers
+    threads = cores if threads is None else threads
     # Two batches per thread: enough to hide a slow batch, small enough for big images.
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return make, _grain().ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

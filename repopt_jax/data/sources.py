@@ -94,6 +94,12 @@ def chunks(source) -> list[list[int]]:
     return [list(range(i, min(i + 1000, len(source)))) for i in range(0, len(source), 1000)]
 
 
+def read_labels(source) -> np.ndarray:
+    """The label of every image of a source, int32 (n,), by reading all of it."""
+    items = (item for chunk in chunks(source) for item in read_items(source, chunk))
+    return np.fromiter((item["label"] for item in items), np.int32, len(source))
+
+
 def printable(name: str | bytes) -> str:
     r"""The name of a file as text; bytes that are no UTF-8 are escaped.
 

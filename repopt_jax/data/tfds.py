@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.data.sources import Dataset, chunks, printable
+from repopt_jax.data.sources import Dataset, printable, read_labels
 
 # TFDS 4.9 declares none of the three, and its command cannot do without them.
 _COMMAND = "the command needs `pip install tensorflow apache-beam mlcroissant`"
@@ -52,8 +52,7 @@ class TfdsSource:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """The label of every image, int32 (n,), for which all records are read."""
-        items = (item for chunk in chunks(self) for item in self.__getitems__(chunk))
-        return np.fromiter((item["label"] for item in items), np.int32, len(self))
+        return read_labels(self)
 
 
 def load_tfds(
