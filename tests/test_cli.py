@@ -25,28 +25,23 @@ def train_py(*flags, folder, devices=1):
 
 
 WRONG_FLAGS = [
-    (["--config.nope=1"], "the configuration has no field --config.nope"),
+    (["--config.nope=1"], "the configuration has no field nope"),
     (
         ["--config.seed=1", "--config.search.epoch=3"],
-        "the configuration has no field --config.search.epoch; "
-        "did you mean 'epochs' instead of 'epoch'?",
+        "no field search.epoch; did you mean --config.search.epochs",
     ),
     (
         ["--config.data.data_dir=/data"],
-        "the configuration has no field --config.data.data_dir; "
-        "did you mean --config.search.data.data_dir or --config.target.data.data_dir?",
+        "did you mean --config.target.data.data_dir or --config.search.data.data_dir?",
     ),
-    (["--config.serch.epochs=3"], "did you mean 'search' instead of 'serch'?"),
+    (["--config.serch.epochs=3"], "did you mean --config.search.epochs"),
     (["--config.seed=first"], "flag --config.seed=first: invalid literal for int()"),
     (["--config.search.epochs=many"], "flag --config.search.epochs=many: could not convert"),
     (["--config=nowhere.py"], "config must be a file that can be read, got this: [Errno 2]"),
     (["--config=nowhere.py", "--config.search.epochs=3"], "config must be a file that can be read"),
     ([f"--config={REPOSITORY}/configs/digits.py:x"], "get_config() takes 0 positional arguments"),
     (["--config=a.py", "--config=b.py"], "config must be given once, got --config=a.py --config=b"),
-    (
-        ["--config.target.data.name.x=1"],
-        "the configuration has no field --config.target.data.name.x",
-    ),
+    (["--config.target.data.name.x=1"], "the configuration has no field target.data.name.x"),
     (["--mode=sleep"], "flag --mode=sleep: value should be one of <run|eval|throughput>"),
     (["--colour=red"], "Unknown command line flag 'colour'"),
     (["configs/digits.py"], "unknown arguments ['configs/digits.py']"),

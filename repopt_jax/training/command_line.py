@@ -14,9 +14,9 @@ PROGRAM = pathlib.Path(sys.argv[0]).name
 
 with needs_extra("train", command=PROGRAM):
     from absl import app, flags, logging
-    from ml_collections import ConfigDict, config_flags
+    from ml_collections import config_flags
 
-    from repopt_jax.training.config import default_config
+    from repopt_jax.training.config import default_config, flat
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "digits.py"
 MODES = {
@@ -69,35 +69,13 @@ def _check_fields(argv: list[str]) -> None:
     files = [argument for argument in argv if re.match("--?config(=|$)", argument)]
     if len(files) > 1:
         _stop(f"config must be given once, got {' '.join(files)}", 2)
+    fields = flat(default_config().to_dict())
     for argument in argv[1:]:
         given = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
-        if given is None:
-            continue
-        section = default_config()
-        for key in given[1].split("."):
-            if not isinstance(section, ConfigDict) or key not in section:
-                flag = argument.split("=")[0]
-                hint = _hint(section, key, given[1])
-                _stop(f"the configuration has no field {flag}{hint}", 2)
-            section = section[key]
-
-
-def _hint(section: object, key: str, field: str) -> str:
-    """What was probably meant by the unknown `key` in a section, or by the whole `field`."""
-    if field in _fields(default_config().target):
-        return f"; did you mean --config.search.{field} or --config.target.{field}?"
-    names = list(section) if isinstance(section, ConfigDict) else []
-    similar = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {similar[0]!r} instead of {key!r}?" if similar else ""
-
-
-def _fields(section: ConfigDict) -> set[str]:
-    """The dotted names of everything in a section."""
-    found = set(section)
-    for name, value in section.items():
-        if isinstance(value, ConfigDict):
-            found |= {f"{name}.{inner}" for inner in _fields(value)}
-    return found
+        if given and given[1] not in fields:
+            similar = difflib.get_close_matches(given[1], fields, n=2)
+            hint = f"; did you mean --config.{' or --config.'.join(similar)}?" if similar else ""
+            _stop(f"the configuration has no field {given[1]}{hint}", 2)
 
 
 def _dispatch(_) -> None:

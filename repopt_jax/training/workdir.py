@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from repopt_jax.training.checkpoints import checkpoint_directory
-from repopt_jax.training.config import PARTS, sections_of
+from repopt_jax.training.config import PARTS, flat, sections_of
 from repopt_jax.training.devices import samples_per_group
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import write_json
@@ -107,7 +107,7 @@ def stored_classes(workdir: epath.PathLike, part: str) -> int | None:
 
 
 def _require_same(present: dict[str, Any], wanted: dict[str, Any], workdir: epath.Path) -> None:
-    present, wanted = _flat(present), _flat(wanted)
+    present, wanted = flat(present), flat(wanted)
     different = [
         f"{key} ({present.get(key)!r} there, {wanted.get(key)!r} here)"
         for key in sorted(present.keys() | wanted.keys())
@@ -123,13 +123,3 @@ def _require_same(present: dict[str, Any], wanted: dict[str, Any], workdir: epat
 
 def _read(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
