@@ -23,7 +23,7 @@ import numpy as np
 from environment import environment
 from small_run import SETTINGS, command, interrupt, lines_written, small_config
 
-from repopt_jax.scales import load_scales
+from repopt_jax.files import load_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.parts import prepare

@@ -146,7 +146,7 @@ def reparameterize(
         ]
         if missing:
             raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
-    # NumPy arrays: they occupy no device memory, and a donated state does not take them along.
+    # NumPy arrays: they take no device memory, and donating the state does not delete them.
     starts = {
         path: {n: w if not is_known(w) else np.asarray(w) for n, w in weights[path].items()}
         for path in blocks
@@ -199,7 +199,7 @@ def reparameterize(
         }
         for path, own in weights.items():
             kernel = leaves[f"{path}/kernel"]
-            # The difference to the kernel rather than the merged moves: roundings do not add up.
+            # The difference from the kernel, not the merged moves: rounding does not add up.
             merged = merge(blocks[path], own, state.scales[path], kernel.shape)
             moves[f"{path}/kernel"] = (merged - kernel.astype(merged.dtype)).astype(kernel.dtype)
         outer = jax.tree_util.tree_map_with_path(lambda path, _: moves[path_str(path)], updates)

@@ -208,13 +208,32 @@ def test_multipliers_of_repopt_vgg_are_the_published_ones(x64, strict):
     np.testing.assert_allclose(dense, direction, rtol=1e-15)
 
 
+def test_mean_multipliers_count_the_branches_that_reach_an_entry(x64, strict):
+    """3x3 alone at the border; with the 1x1 in the centre; and the identity on its diagonal."""
+    shape, block = (3, 3, 2, 2), {"conv3x3": Full(), "conv1x1": Centre(1), "id": Identity()}
+    scales = {"conv3x3": normal(0, (2,)), "conv1x1": normal(1, (2,))}
+    expected = branch_mult(block, scales, "direction").dense(shape, jnp.float64)
+    count = np.ones(shape)
+    count[1, 1] = [[3, 2], [2, 3]]
+    found = branch_mult(block, scales, "mean").dense(shape, jnp.float64)
+    np.testing.assert_allclose(found, expected / count, rtol=1e-15)
+
+
 def test_weights_start_within_the_bounds_of_their_own_fan_in():
     """Rule of Initialization: a 1x1 branch starts with the wide range of a 1x1 convolution."""
     block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
     weights = init_weights(block, jax.random.key(0), (3, 3, 16, 16))
-    assert 0.9 / 12 < abs(weights["conv3x3"]).max() <= 1 / 12
-    assert 0.9 / 4 < abs(weights["conv1x1"]).max() <= 1 / 4
+    for name, bound in (("conv3x3", 1 / 12), ("conv1x1", 1 / 4)):
+        assert -bound <= weights[name].min() < -0.9 * bound
+        assert 0.9 * bound < weights[name].max() <= bound
     assert weights["identity"].tolist() == [1.0] * 16
+
+
+def test_branches_of_one_block_are_drawn_apart():
+    block = {"first": Full(), "second": Full()}
+    weights = init_weights(block, jax.random.key(0), (3, 3, 16, 16))
+    correlation = np.corrcoef(weights["first"].ravel(), weights["second"].ravel())[0, 1]
+    assert abs(correlation) < 0.1
 
 
 def test_identity_starts_where_the_search_left_it():

@@ -6,7 +6,7 @@ from repopt_jax.check_equivalence import layers, networks
 from repopt_jax.check_equivalence.__main__ import main
 
 FEW = {n: layers.LAYERS[n] for n in ("dense, identity", "1x1, then pooling")}
-CASE = networks.Case("block, stride 2", "SGD Nesterov, decay", mixed=True)
+CASE = ("block, stride 2", "SGD Nesterov, decay", True)
 
 
 @pytest.mark.parametrize("method", ["multiplier: SGD", "SGD, clip+mask+schedule"])
@@ -44,7 +44,7 @@ def test_one_table_and_exit_status(monkeypatch, capsys):
 def test_exit_status_past_a_bound(monkeypatch, capsys):
     monkeypatch.setattr(networks, "cases", lambda: iter([CASE, CASE]))
     results = iter([1.0, float("nan")])
-    monkeypatch.setattr(networks, "difference", lambda case, steps: next(results))
+    monkeypatch.setattr(networks, "difference", lambda *case: next(results))
     assert main([]) == 1
     assert "2 of 2 cases failed" in capsys.readouterr().out
     with pytest.raises(SystemExit):

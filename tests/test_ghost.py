@@ -12,12 +12,11 @@ import repopt_jax
 from repopt_jax import create_model
 from repopt_jax.branches import Identity
 from repopt_jax.deploy import fold
+from repopt_jax.files import load_weights, save_weights, variables
 from repopt_jax.models.layers import BatchNorm
 from repopt_jax.models.repopt_ghost import GHOST_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
-from repopt_jax.torch_files.conversion import _write
 from repopt_jax.torch_files.scales import official_names, scales_in
-from repopt_jax.torch_files.weights import load_weights, variables
 from repopt_jax.training.step import StepOptions, loss_function
 from repopt_jax.tree_paths import layer_at
 
@@ -104,6 +103,14 @@ def test_search_network_computes_conv_plus_identity(x64, strict):
     expected = convolved * layer.branch_scales["conv"][...].reshape(1, 1, 1, -1)
     expected += x * layer.branch_weights["identity"][...].reshape(1, 1, 1, -1)
     np.testing.assert_allclose(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_squeeze_excite_gates_by_a_hard_sigmoid(x64, strict):
+    """``clip(x / 6 + 1 / 2, 0, 1)``, which differs from the sigmoid by up to 0.07."""
+    se = small(dtype=np.float64).stages[3][0].se
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, se.up.kernel.shape[-1])))
+    gate = se.up(jax.nn.relu(se.down(x.mean((1, 2), keepdims=True))))
+    np.testing.assert_allclose(se(x), x * np.clip(gate / 6 + 0.5, 0, 1), rtol=1e-12)
 
 
 def assert_same_outputs(compute, x):
@@ -206,8 +213,8 @@ def test_round_trip_is_bit_exact(kind):
 
 def test_weights_file_round_trip(tmp_path):
     model = small("rep")
-    facts = {"name": NAME, "kind": "rep", "width": "0.1", "num_classes": "3"}
-    _write(tmp_path / "w.safetensors", variables(model), facts)
+    facts = {"name": NAME, "kind": "rep", "width": 0.1, "num_classes": 3}
+    save_weights(tmp_path / "w.safetensors", model, facts)
     loaded = load_weights(tmp_path / "w.safetensors")
     assert_same(variables(loaded), variables(model))
 

@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import pathlib
 import signal
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import small_config
 
 from repopt_jax.training import evaluation, loop, run
 from repopt_jax.training.checkpoints import Checkpoints
@@ -18,10 +17,6 @@ from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from flax import nnx
 import repopt_jax
 from repopt_jax import create_model, init_target, search_network, searched_scales
 from repopt_jax.deploy import fold
-from repopt_jax.models.layers import BatchNorm, materialize
+from repopt_jax.models.layers import BatchNorm, conv, linear, materialize
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 from repopt_jax.models.search import search_layers
 from repopt_jax.tree_paths import layer_at
 
@@ -76,9 +77,53 @@ def test_batch_norm_refuses_a_group_that_does_not_divide():
         BatchNorm(2, group=3)(jnp.ones((4, 2)))
 
 
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_layers_start_from_torchs_bounds(use_bias):
+    """``U(-a, a)`` with ``a = 1 / sqrt(fan_in)``, for biases too."""
+    types = {"dtype": None, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    found = [(conv(64, 256, 3, groups=2, use_bias=use_bias, **types), 32 * 9)]
+    found.append((linear(256, 512, **types), 256))
+    for layer, fan_in in found:
+        assert layer.bias is not None or (layer is found[0][0] and not use_bias)
+        for values in (layer.kernel, layer.bias):
+            if values is not None:
+                assert -1 <= values.min() * fan_in**0.5 < -0.95
+                assert 0.95 < values.max() * fan_in**0.5 <= 1
+
+
+def test_squeeze_excite_comes_last_and_gates_by_the_averages(x64, strict):
+    """``y = x * sigmoid(up(relu(down(average of x))))`` of the block's output ``x``."""
+    model, x = small(se=True), normal(0, (2, 6, 6, 3))
+    se, model.stage0.post_se = model.stage0.post_se, None
+    y = np.asarray(model.stage0(x))
+    assert y.min() == 0  # after the ReLU
+    hidden = y.mean((1, 2)) @ np.asarray(se.down.kernel)[0, 0]
+    se.down.bias[...] = -hidden.mean(0)  # one image below zero, one above
+    hidden = np.maximum(hidden - hidden.mean(0), 0)
+    gate = hidden @ np.asarray(se.up.kernel)[0, 0] + np.asarray(se.up.bias)
+    gate = 1 / (1 + np.exp(-gate))
+    model.stage0.post_se = se
+    np.testing.assert_allclose(model.stage0(x), y * gate[:, None, None], rtol=1e-12)
+
+
 def test_materialize_changes_nothing():
     x = normal(0, (2, 3, 3, 4)).astype(jnp.float32)
     assert (jax.jit(materialize)(x) == x).all()
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_block_costs_the_same_however_many_stand_before_it():
+    """What `materialize` is for: XLA would compute the sums of all earlier blocks anew."""
+
+    def flops(count):
+        types = {"se": False, "bn_group": None, "dtype": None, "param_dtype": jnp.float32}
+        blocks = [RepVGGBlock(2, 2, 1, **types, rngs=nnx.Rngs(0)) for _ in range(count)]
+        graphdef, state = nnx.split(nnx.Sequential(*blocks))
+        run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+        return run.lower(state, jnp.ones((2, 8, 8, 2))).compile().cost_analysis()["flops"]
+
+    one, two, four = map(flops, (1, 2, 4))
+    assert four - two <= 1.01 * 2 * (two - one)
 
 
 def test_search_network_equals_branch_by_branch_form(x64, strict):

@@ -3,21 +3,16 @@
 import json
 import math
 import os
-import pathlib
 import re
-import sys
 
 import numpy as np
 import pytest
 from etils import epath
+from small_run import small_config
 
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training import run
 from repopt_jax.training.interruption import RunStopped
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 def refused(config, workdir, action=run.run):

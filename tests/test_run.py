@@ -3,26 +3,21 @@
 import contextlib
 import json
 import logging
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import small_config
 
-from repopt_jax.scales import load_scales
+from repopt_jax.files import load_scales
 from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import scales_by_epoch
 from repopt_jax.training.parts import prepare
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 NAMES = ("search", "target")
 

@@ -1,5 +1,7 @@
 """From any Flax NNX network to its search network, its scales and its target."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,13 @@ def test_search_network_computes_what_the_plain_one_does_with_merged_kernels(x64
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def graph_mode():
+    """Flax's mode that lets a network share layers; the default in versions that have but one."""
+    with getattr(nnx, "set_graph_mode", lambda _: contextlib.nullcontext())(True):
+        yield
+
+
 class Shared(nnx.Module):
     """One layer at two places."""
 
@@ -134,7 +143,7 @@ class Shared(nnx.Module):
         return self.again[0](jnp.tanh(self.first(x)))
 
 
-def test_shared_layer_stays_shared():
+def test_shared_layer_stays_shared(graph_mode):
     model = Shared(nnx.Rngs(0))
     blocks = find_blocks(model, lambda path, layer: FULL)
     assert len(blocks) == 1
@@ -230,6 +239,16 @@ def test_scales_go_from_the_search_to_a_file_to_the_target(tmp_path):
         jax.jit(sgd.update)(ones, sgd.init(params), params)[0],
         jax.jit(exact.update)(ones, exact.init(params), params)[0],
     )
+
+
+def test_a_target_has_the_multipliers_of_either_rule():
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    scales = {"layers/0": {"full": jnp.array([3.0, -0.5])}}
+    target = target_network(model, scales, blocks={"layers/0": FULL}, rngs=nnx.Rngs(1))
+    for rule, wanted in (("linear", [9.0, 0.25]), ("direction", [3.0, 0.5])):
+        mult = target.grad_mults(rule)["layers"][0]["kernel"].get_value()
+        assert mult.rule == rule
+        assert mult.dense((2, 2))[0].tolist() == wanted
 
 
 def test_target_is_a_copy_and_refuses_scales_that_do_not_fit():

@@ -1,19 +1,14 @@
 """What sound torch files hold, `read_torch_file` and `state_dict` return."""
 
 import collections
-import pathlib
 import pickle
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_file_builder as build
 
 from repopt_jax.torch_files import Standin, TorchFileError, read_torch_file, state_dict
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import torch_file_builder as build  # noqa: E402
 
 FORMATS = {"archive": build.archive_of, "legacy": build.legacy_of}
 DTYPES = [*build.STORAGE_KINDS]

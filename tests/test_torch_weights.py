@@ -10,11 +10,16 @@ import pytest
 from flax import nnx
 
 import repopt_jax
-from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
-from repopt_jax.torch_files.conversion import _write
-from repopt_jax.torch_files.scales import find_state_dict, official_names, scales_in
-from repopt_jax.torch_files.standin import Standin
-from repopt_jax.torch_files.weights import load_weights, variables
+from repopt_jax.files import load_weights, save_weights, variables
+from repopt_jax.torch_files import (
+    Standin,
+    TorchFileError,
+    export_weights,
+    import_weights,
+    recognize,
+)
+from repopt_jax.torch_files.modules import find_state_dict
+from repopt_jax.torch_files.scales import official_names, scales_in
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 SCRIPT = pathlib.Path(__file__).parents[1] / "convert_torch_scales.py"
@@ -119,10 +124,8 @@ def test_files_without_weights_are_refused():
 
 def test_weights_file_round_trip(tmp_path):
     model = network("csla")
-    metadata = {"name": "RepOpt-VGG", "kind": "csla", "num_blocks": "[1, 2, 1, 1]",
-                "widths": "[4, 4, 6, 8, 8]", "num_classes": "3", "se": "false"}  # fmt: skip
-    _write(tmp_path / "w.safetensors", variables(model), metadata)
-    loaded = load_weights(tmp_path / "w.safetensors")
+    save_weights(tmp_path / "w", model, {"name": "RepOpt-VGG", "kind": "csla", "se": False, **SIZE})
+    loaded = load_weights(tmp_path / "w")
     for name, value in variables(model).items():
         np.testing.assert_array_equal(variables(loaded)[name], value)
     assert loaded(jnp.ones((2, 32, 32, 3))).shape == (2, 3)
@@ -154,7 +157,7 @@ def test_command_converts_released_scales(official_scales, tmp_path):
     ("arguments", "message"),
     [
         (("{tmp}/nope.pth", "{tmp}/a.safetensors"), "source must be an existing file"),
-        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "it is no torch file"),
+        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "must be a safetensors or a torch file"),
         (("{tmp}/text.pth", "{tmp}/a.bin"), "target must end in .safetensors"),
         (("{tmp}/text.pth", "{tmp}/text.pth", "--force"), "target must be another file"),
         (("{tmp}/text.pth", "{tmp}/no/a.safetensors"), "target must lie in an existing folder"),

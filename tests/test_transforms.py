@@ -177,27 +177,44 @@ def test_extra_arguments_are_accepted():
     tx.update(params, tx.init(params), params, value=1.0, grad_fn=None)
 
 
+def steps_on_a_quadratic(tx, params, steps):
+    """The distance to the minimum of ``sum((w - target)^2)``, 0.5 in every entry at the start."""
+    target = jax.tree.map(lambda x: x + 0.5, params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda a, b: 2 * (a - b), params, target)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return jax.tree.map(jnp.subtract, target, params)
+
+
 @pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
 def test_convergence_on_a_quadratic(make):
     """Both optimizers reach the minimum in spite of multipliers from 0.25 to 14."""
     params = make_params()
-    target = jax.tree.map(lambda x: x + 0.5, params)
     rule = "linear" if make is repopt_sgd else "direction"
     tx = make(2e-2, mults_of(params, rule), weight_decay=0.0)
+    distances = steps_on_a_quadratic(tx, params, 300)
+    assert optax.tree.norm(distances, squared=True) < 1e-6
 
-    def loss(p):
-        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(
-            jax.tree.leaves(p), jax.tree.leaves(target), strict=True))  # fmt: skip
 
-    @jax.jit
-    def step(p, s):
-        updates, s = tx.update(jax.grad(loss)(p), s, p)
-        return optax.apply_updates(p, updates), s
-
-    state = tx.init(params)
-    for _ in range(300):
-        params, state = step(params, state)
-    assert loss(params) < 1e-6
+def test_every_entry_goes_to_the_minimum_at_the_rate_of_its_multiplier(x64):
+    """SGD multiplies the distance by ``1 - 2 η M`` a step; Adam's first step is ``η M`` long."""
+    params = make_params(jnp.float64)
+    sgd = repopt_sgd(2e-2, mults_of(params), momentum=0.0)
+    found = steps_on_a_quadratic(sgd, params, 3)["conv"]["kernel"]
+    np.testing.assert_allclose(found, 0.5 * (1 - 4e-2 * dense_of(params)) ** 3, rtol=1e-6)
+    assert np.ptp(found) > 0.4
+    mults = mults_of(params, "direction")
+    adamw = repopt_adamw(2e-2, mults, weight_decay=0.0)
+    found = steps_on_a_quadratic(adamw, params, 1)["conv"]["kernel"]
+    dense = mults["conv"]["kernel"].dense(found.shape, jnp.float64)
+    np.testing.assert_allclose(found, 0.5 - 2e-2 * dense, rtol=1e-6)
 
 
 def test_sharding_of_updates_is_that_of_parameters():
@@ -253,3 +270,13 @@ def test_weight_decay_mask_is_the_recipes():
     assert "linear/kernel" in decayed
     assert "stage0/post_se/down/kernel" in decayed
     assert not any(name.endswith("bias") or "/bn/" in name or "scale" in name for name in decayed)
+
+
+def test_weight_decay_mask_decays_the_identities_of_repvgg():
+    """As the official code does, which goes by the name."""
+    block = {"conv3x3": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2)}
+    norms = {name: {"scale": jnp.ones(2), "bias": jnp.ones(2)} for name in ("bn3x3", "bn_identity")}
+    mask = repopt_jax.weight_decay_mask({"stage1": {**block, **norms}})["stage1"]
+    assert mask["bn_identity"] == {"scale": True, "bias": False}
+    assert mask["bn3x3"] == {"scale": False, "bias": False}
+    assert (mask["conv3x3"], mask["bias"]) == (True, False)

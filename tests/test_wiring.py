@@ -5,13 +5,12 @@ the multipliers made from other scales, the two networks would part.
 """
 
 import functools
-import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import small_config
 
 from repopt_jax.models import repopt_ghost
 from repopt_jax.models.search import search_layers
@@ -19,10 +18,6 @@ from repopt_jax.training.devices import make_mesh, put_batch
 from repopt_jax.training.parts import initial_scales, prepare_parts
 from repopt_jax.training.step import jitted_train_step
 from repopt_jax.tree_paths import layer_at
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 STEPS = 10
 NETWORKS = {

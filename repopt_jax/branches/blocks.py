@@ -26,9 +26,9 @@ _UNTRUE: dict[type[Branch], str | None] = {}
 
 
 def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
-    """What is wrong with the numbers that `embed` returns, or with what the class says of itself.
+    """Why `embed` returns wrong numbers or a claim of the class is untrue; None if all is right.
 
-    Found out once per class, because it costs a compilation.
+    Checked once per class, because it costs a compilation.
     """
     if type(branch) not in _UNTRUE:
         shape = branch.weight_shape(kernel_shape)
@@ -68,7 +68,7 @@ def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a branch's `embed`; None if it is a linear map onto `kernel_shape`."""
+    """Why a branch's `embed` is no linear map onto `kernel_shape`; None if it is one."""
     weight = jax.ShapeDtypeStruct(branch.weight_shape(kernel_shape), jnp.float32)
     embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
     made = jax.eval_shape(embed, weight)
@@ -85,7 +85,7 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
 
 
 def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:
-    """Refuse what no equivalence exists for: branches that do not fit or are not linear.
+    """Refuse branches that do not fit the kernel or are not linear.
 
     Args:
       block: branch name -> branch.
@@ -195,7 +195,7 @@ def merge(
     terms = []
     for name, branch in block.items():
         weight, scale = weights[name], scales.get(name)
-        if branch.by_channel:  # a small kernel is multiplied, not the large one that it lies in
+        if branch.by_channel:  # multiply the small kernel, not the large one around it
             terms.append(branch.embed(_scaled(branch, scale, weight), kernel_shape))
         else:
             terms.append(_scaled(branch, scale, branch.embed(weight, kernel_shape)))

@@ -41,7 +41,7 @@ def frozen_uniform(seed: int, shape: tuple[int, ...], fan_in: int, dtype: DTypeL
     Args:
       seed: from 0 to 2^32 - 1.
       shape: of the factor, at most 2^32 entries.
-      fan_in: how many products an output of the factor sums.
+      fan_in: number of products that one output of the factor sums.
       dtype: of the factor; 24 random bits, so that float32 and float64 agree up to rounding.
 
     >>> [round(float(x), 4) for x in frozen_uniform(0, (3,), 4, jnp.float32)]

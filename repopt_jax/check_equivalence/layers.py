@@ -1,8 +1,8 @@
 """Every branch type under every optimizer.
 
-One network holds a layer of every type, so that clipping and other global norms join them. It is
-trained as a network of branches with the plain optimizer, and as a plain network with the
-closed-form multipliers or with `reparameterize`.
+One network holds a layer of every type, so that clipping and other global norms see all of them.
+It is trained twice: as a network of branches with the plain optimizer, and as a plain network with
+the closed-form multipliers or with `reparameterize`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,8 @@ class LayerType:
 
 def conv(window: tuple[int, ...], block: Block, *, out: int = 4, groups: int = 1) -> LayerType:
     """A convolution of 4 channels with `Full` and the branches of `block`."""
-    options = {
-        "in_features": 4,
-        "out_features": out,
-        "kernel_size": window,
-        "feature_group_count": groups,
-    }
+    options = {"in_features": 4, "out_features": out, "kernel_size": window}
+    options["feature_group_count"] = groups
     return LayerType(nnx.Conv, (*(5,) * len(window), 4), options, {"full": Full(), **block})
 
 
@@ -132,21 +128,11 @@ class Method:
     bound: float = 1e-11
 
 
-def _clipped_and_scheduled() -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(0.1),
-        optax.add_decayed_weights(1e-2, weight_decay_mask),
-        optax.trace(0.9, nesterov=True),
-        optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.1, STEPS)),
-    )
-
-
 _DECAY = {"weight_decay": 1e-2, "mask": weight_decay_mask}
+_decayed = optax.add_decayed_weights(**_DECAY)
 METHODS: dict[str, Method] = {
     "multiplier: SGD": Method(
-        lambda: optax.chain(
-            optax.add_decayed_weights(1e-2, weight_decay_mask), optax.sgd(0.05, 0.9, True)
-        ),
+        lambda: optax.chain(_decayed, optax.sgd(0.05, 0.9, nesterov=True)),
         "linear",
         lambda mults: repopt_sgd(0.05, mults, **_DECAY),
         1e-12,
@@ -168,7 +154,13 @@ METHODS: dict[str, Method] = {
     "SGD, clipped norm": Method(
         lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))
     ),
-    "SGD, clip+mask+schedule": Method(_clipped_and_scheduled),
+    "SGD, clip+mask+schedule": Method(
+        lambda: optax.chain(
+            optax.clip_by_global_norm(0.1),
+            _decayed,
+            optax.sgd(optax.cosine_decay_schedule(0.1, STEPS), 0.9, nesterov=True),
+        )
+    ),
 }
 
 

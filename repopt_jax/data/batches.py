@@ -23,7 +23,7 @@ class TrainBatch:
       augment: the augmentation.
       rows: this process's part of the global batch.
 
-    The others are arguments of `train_batches`.
+    The other attributes are arguments of `train_batches`.
     """
 
     dataset: Dataset
@@ -56,7 +56,7 @@ class TrainBatch:
 
     def _read(self, indices: np.ndarray, make: Callable) -> dict[str, np.ndarray]:
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
-        reader = ImageReader(self.dataset, "training", self.skip_bad)
+        reader = ImageReader(self.dataset, "train", self.skip_bad)
         for row, (image, label) in enumerate(reader.read_all(indices.tolist(), make)):
             batch["image"][row], batch["label"][row] = image, label
         return batch
@@ -67,6 +67,7 @@ class EvalBatch:
     """Makes an evaluation batch from its number; the attributes are as in `TrainBatch`."""
 
     dataset: Dataset
+    split: str
     batch_size: int
     image_size: int | None
     resize: int | None
@@ -75,7 +76,7 @@ class EvalBatch:
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """Returns `{"image", "label", "mask"}`."""
-        source = self.dataset.eval
+        source = getattr(self.dataset, self.split)
         indices = (number * self.batch_size + np.arange(self.batch_size))[self.rows]
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
         batch["mask"] = np.zeros(len(indices), bool)
@@ -85,7 +86,7 @@ class EvalBatch:
             batch["label"][: len(indices)] = source.labels[indices]
             batch["mask"][: len(indices)] = True
             return batch
-        reader = ImageReader(self.dataset, "evaluation", self.skip_bad)
+        reader = ImageReader(self.dataset, self.split, self.skip_bad)
         pairs = reader.read(
             indices.tolist(), lambda data, row: _whole(data, self.image_size, self.resize)
         )
@@ -100,13 +101,13 @@ class ImageReader:
 
     Args:
       dataset: whose images, and where the names of bad ones are collected.
-      split: `training` or `evaluation`.
+      split: `train` or `eval`.
       skip_bad: pass over images that cannot be decoded. False stops at the first.
     """
 
     def __init__(self, dataset: Dataset, split: str, skip_bad: bool):
-        self._source = dataset.train if split == "training" else dataset.eval
-        self._split = split
+        self._source = getattr(dataset, split)
+        self._split = {"train": "training", "eval": "evaluation"}[split]
         self._bad_images = dataset.bad_images if skip_bad else None
 
     def read(
@@ -117,7 +118,8 @@ class ImageReader:
         Args:
           indices: into the source.
           make: `make(image, row)` gives the finished array of the array or encoded bytes that stand
-            at `indices[row]`, and raises ValueError if it cannot.
+            at `indices[row]`, and raises ValueError or MemoryError if it
+            cannot.
 
         Yields:
           The array, None for a bad image, and the label. One at a time, so that arrays can be
@@ -130,7 +132,7 @@ class ImageReader:
         for row, (index, item) in enumerate(zip(indices, items, strict=True)):
             try:
                 image = make(item["image"], row)
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 self._note(index, item, error)
                 image = None
             yield image, item["label"]
@@ -147,8 +149,8 @@ class ImageReader:
                 ((image, label),) = self.read([other], lambda data, _, row=row: make(data, row))
             yield image, label
 
-    def _note(self, index: int, item: dict, error: ValueError) -> None:
-        name = f"{self._split} image {index}"
+    def _note(self, index: int, item: dict, error: Exception) -> None:
+        name = f"{self._split} image {item.get('index', index)}"
         if item.get("name"):
             name += f" ({item['name']})"
         if self._bad_images is None:

@@ -57,7 +57,7 @@ def train_batches(
       dataset: from `load_dataset`.
       batch_size: images per step over all processes.
       seed: 0..2**32-1, decides order and augmentation.
-      num_epochs: None goes on for ever.
+      num_epochs: passes over the set. None: without end.
       augment: name of a preset, see `repopt_jax.data.augment.preset`.
       image_size: side of the images; None keeps the size that they have, if they share one.
       fast: decode with less exact arithmetic and crop without antialiasing. Not used by `none`,
@@ -103,6 +103,7 @@ def eval_batches(
     dataset: Dataset,
     *,
     batch_size: int,
+    split: str = "eval",
     image_size: int | None = None,
     resize: int | None = None,
     skip_bad: bool = False,
@@ -118,6 +119,7 @@ def eval_batches(
     Args:
       dataset: from `load_dataset`.
       batch_size: images per batch over all processes; may exceed the size of the set.
+      split: `eval`, or `train` for the training images as evaluation sees them.
       image_size: side of the images; None keeps the size that they have, if they share one.
       resize: length that the shorter side is brought to before the centre crop of
         `image_size`; None is `image_size` itself.
@@ -147,8 +149,8 @@ def eval_batches(
         )
     rows = _rows(batch_size, process_index, process_count)
     image_shape(dataset, image_size)  # refuses some
-    make = EvalBatch(dataset, batch_size, image_size, resize, skip_bad, rows)
-    batches = grain.MapDataset.range(-(-len(dataset.eval) // batch_size)).map(make)
+    make = EvalBatch(dataset, split, batch_size, image_size, resize, skip_bad, rows)
+    batches = grain.MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(make)
     return batches.to_iter_dataset(_read_options(threads))
 
 

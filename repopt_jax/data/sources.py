@@ -1,12 +1,14 @@
 """A data set, and random access to its labelled images, decoded or encoded.
 
 A source is anything with `len(source)` and `source[i] -> {"image", "label"}`. The `image` is a
-uint8 (height, width, 3) array or the bytes of an image file. Items may have a `name` for messages.
+uint8 (height, width, 3) array or the bytes of an image file. For messages, items may have a `name`
+and, where it is not `i`, their `index` in the data set.
 `source.__getitems__(list)` is used where it exists: TFDS reads many records at once in 25 us each,
 and one alone in 160. A source of which some classes are kept needs `labels`.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,8 +75,11 @@ class SubsetSource:
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         items = read_items(self._source, self._indices[indices].tolist())
-        labels = self.labels[indices].tolist()
-        return [item | {"label": label} for item, label in zip(items, labels, strict=True)]
+        places = zip(self._indices[indices].tolist(), self.labels[indices].tolist(), strict=True)
+        return [
+            {"index": index} | item | {"label": label}
+            for item, (index, label) in zip(items, places, strict=True)
+        ]
 
 
 def read_items(source, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -87,3 +92,12 @@ def read_items(source, indices: Sequence[int]) -> list[dict[str, Any]]:
 def chunks(source) -> list[list[int]]:
     """All indices of a source in lists of at most 1000."""
     return [list(range(i, min(i + 1000, len(source)))) for i in range(0, len(source), 1000)]
+
+
+def printable(name: str | bytes) -> str:
+    r"""The name of a file as text; bytes that are no UTF-8 are escaped.
+
+    >>> print(printable(b"caf\xe9.jpg"))
+    caf\xe9.jpg
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")

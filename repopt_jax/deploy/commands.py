@@ -1,4 +1,4 @@
-"""What the commands do: each takes the parsed flags, writes its file and prints what it found."""
+"""The commands: each takes the parsed flags, writes its file and prints its results."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         images = np.concatenate(_calibration(arguments, overrides, metadata))
     else:
         names = ("workdir", "config", "part", "data", "data_dir", "train_split", "eval_split")
-        flags.refuse(arguments, "--int8", *names, "resize")
+        flags.refuse(arguments, "--int8", *names, "resize", "skip_bad")
         if overrides:
             raise ValueError(f"images are used with --int8 only, got {list(overrides)}")
     reports = layer_report.layer_reports(graph, int8, images)

@@ -1,4 +1,4 @@
-"""Folding: a plain network without BatchNorm that computes what a trained one computes.
+"""Folding: a plain network without BatchNorm that computes the same as a trained one.
 
 A convolution with kernel ``k`` and the BatchNorm after it become one convolution::
 
@@ -41,7 +41,7 @@ class FoldedBlock(nnx.Module):
 
 
 class FoldedGhost(nnx.Module):
-    """Pointwise and depthwise convolution with bias, and ReLU after either if the module had it."""
+    """Pointwise and depthwise convolution with bias, and ReLU after each if the module had it."""
 
     def __init__(self, module: PlainGhost | RepGhost):
         primary = _fold_branch(module.primary_conv.kernel[...], module.primary_bn)
@@ -57,7 +57,7 @@ class FoldedGhost(nnx.Module):
 
 
 class Unchanged(nnx.Module):
-    """What stands where a BatchNorm was."""
+    """Takes the place of a folded BatchNorm."""
 
     def __call__(self, x: Array) -> Array:
         """`x`."""
@@ -91,7 +91,7 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     return folded
 
 
-# The layers of a GhostNet, outside its modules, that stand before a BatchNorm, and its name.
+# Layers of a GhostNet outside its modules, and the BatchNorm that follows each.
 GHOST_PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
 

@@ -94,7 +94,7 @@ class SearchLayer(nnx.Module):
 
 
 def _swap(model: nnx.Module, layers: Mapping[int, tuple[Any, Any]]) -> None:
-    """Swap layers, ``id(old) -> (old, new)``, wherever `model` has them: shared ones stay so."""
+    """Swap layers, ``id(old) -> (old, new)``, wherever `model` has them; shared ones stay so."""
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
             if id(value) in layers:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, intercepted
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, intercepted
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -138,7 +138,7 @@ class Aofp:
         Raises:
           ValueError: the groups do not fit the network.
         """
-        widths = check_channels(model, self.groups)
+        widths = channel_widths(model, self.groups)
 
         def every(fill, dtype):
             return {name: jnp.full(widths[name], fill, dtype) for name in self.followers}

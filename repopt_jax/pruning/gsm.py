@@ -61,7 +61,7 @@ def scale_by_gsm(keep: float) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("params must be given to update, got None")
         products = jax.tree.map(lambda w, g: _wide(w) * _wide(g), params, updates)
         passing = _at_least(products, int(keep * _count(products)), keep)
         passed = jax.tree.map(lambda g, p: jnp.where(p, g, jnp.zeros_like(g)), updates, passing)

@@ -1,9 +1,9 @@
 """Checkpoints that survive interruptions, damage and a change of the number of devices.
 
-Orbax writes and reads the arrays. What is added here is what a run needs besides:
+Orbax writes and reads the arrays. This module adds what a run needs besides:
 
-* Every array's fingerprint is saved with it and compared after reading: with a changed byte in a
-  data file, Orbax alone returns wrong numbers without a word.
+* Every array's fingerprint is saved with it and compared after reading: if a byte of a
+  data file has changed, Orbax alone returns wrong numbers silently.
 * A damaged checkpoint is reported, and the one before is used.
 * Nothing is deleted before a newer checkpoint is complete.
 
@@ -132,7 +132,9 @@ class Checkpoints:
 
         Orbax asks when it begins to write, and deletes the others when the new one is complete.
         """
-        newest = checkpoints[-1].step  # higher steps are of a run that was taken back to before it
+        newest = checkpoints[
+            -1
+        ].step  # higher steps belong to a run that was taken back to an earlier step
         good = [c.step for c in checkpoints if c.step <= newest and c.step not in self._damaged]
         keep = {*sorted(good)[-self._keep_latest :], *self._ranked(good)[:1]}
         return [c.step in keep for c in checkpoints]
@@ -179,7 +181,7 @@ class Checkpoints:
         }
         if positions:
             items["data"] = ocp.args.JsonSave(seal(positions))
-        if step in self.steps():  # damaged, or left by a run that was taken back to before here
+        if step in self.steps():  # damaged, or left by a run that was taken back to an earlier step
             self._manager.delete(step)
         self._metrics[step] = manifest["metrics"]
         self._damaged.discard(step)
@@ -323,7 +325,9 @@ class Checkpoints:
             raise ValueError(f"data_iterator must be None: {where} has no position of the data")
         with failure_is_damage():
             positions = self._read_json(step, "data")
-        if len(set(positions)) == 1:  # of an order that they share: any number can go on
+        if (
+            len(set(positions)) == 1
+        ):  # positions in an order that all share: any number of processes can go on
             return positions[0]
         if len(positions) != jax.process_count():
             raise ValueError(
@@ -342,7 +346,7 @@ class Checkpoints:
             yield
         except Exception as error:
             step, self._here = self._here, None
-            self._manager.reload()  # Orbax has forgotten those that would have been removed by now
+            self._manager.reload()  # those due for removal are no longer listed
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.directory} "
                 f"({in_short(error)})"

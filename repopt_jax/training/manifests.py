@@ -1,7 +1,7 @@
-"""What a checkpoint holds, and whether that is still what was written.
+"""Manifests: the types and fingerprints of a checkpoint's arrays.
 
-A manifest beside the arrays has the type and the fingerprint of each, by its path. Before anything
-is read it shows whether a checkpoint fits; afterwards, whether the checkpoint is undamaged.
+A manifest lies beside the arrays. Before anything is read it shows whether a checkpoint fits;
+afterwards it shows whether the checkpoint is undamaged.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def as_saved(leaf: jax.Array) -> jax.Array:
 
 
 def current_name(path: str) -> str:
-    """One name for a path of today and for that path in a checkpoint of an earlier version."""
+    """The name that a path has today, for paths of any version."""
     return current_path(path).removesuffix("/value")  # which nnx.Variable appends
 
 
 def make_manifest(leaves: dict[str, jax.Array]) -> dict[str, Any]:
-    """State the type, the fingerprint and, of random keys, the generator, of every array.
+    """State the type and the fingerprint of every array, and the generator of random keys.
 
     Args:
       leaves: arrays by path, as `repopt_jax.tree_paths.by_path` returns them.
@@ -175,7 +175,7 @@ def to_read(example: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def as_example(
     array: jax.Array, example: jax.Array | jax.ShapeDtypeStruct, generator: str | None
 ) -> jax.Array:
-    """Give back what files do not hold: a random key's type, and freedom from any one device.
+    """Restore what files do not hold: a random key's type, and independence of any one device.
 
     Args:
       array: what was read for :func:`to_read`.
@@ -252,7 +252,7 @@ def quieten_orbax() -> None:
     """Leave out what Orbax logs and prints of failures that it raises as exceptions anyway."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        # Orbax tells every file at INFO, and at ERROR four tracebacks of what it raises anyway.
+        # Orbax logs every file at INFO, and at ERROR four tracebacks of what it raises anyway.
         return record.levelno == logging.WARNING or "orbax" not in record.pathname
 
     def is_of_others(record: logging.LogRecord) -> bool:

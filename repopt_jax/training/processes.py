@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Each lists the hosts of a TPU slice, on GKE and where a user has said so.
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-# Says where the first process of several slices is.
+# Holds the address of the first process of several slices.
 TPU_SLICES = "MEGASCALE_COORDINATOR_ADDRESS"
 
 
@@ -22,8 +22,8 @@ def join_processes(
 ) -> None:
     """Call `jax.distributed.initialize` if the arguments or the environment ask for it.
 
-    To be called before anything else of jax. Without arguments, more than one task of Slurm's
-    ``srun`` or Open MPI's ``mpirun`` asks for it; and TPUs do: jax finds out who shares them.
+    Call it before anything else of jax. Without arguments, more than one task of Slurm's ``srun``
+    or Open MPI's ``mpirun`` asks for it, and so does a TPU slice, whose hosts jax finds itself.
 
     Args:
       coordinator: ``HOST:PORT`` of the first process. None: as the launcher says.
@@ -35,7 +35,7 @@ def join_processes(
 
     >>> join_processes()  # alone here
     """
-    # Its handler would swallow a SIGTERM that comes before the loop has installed its own.
+    # Its handler would swallow a SIGTERM that arrives before the loop has installed its own.
     jax.config.update("jax_enable_preemption_service", False)
     given = {"coordinator": coordinator, "count": count, "index": index}
     missing = [name for name, value in given.items() if value is None]
@@ -81,7 +81,7 @@ def agreed(values: Sequence[float]) -> list[float]:
 
 
 def gathered(text: str) -> list[str]:
-    """Every process's text, which is not empty; the same list in all of them.
+    """The texts of all processes, none of them empty; the same list in each process.
 
     >>> gathered("alone")
     ['alone']
@@ -97,14 +97,14 @@ def gathered(text: str) -> list[str]:
 def leave_the_others(exit_code: int):
     """End this process at once if there are others, for a reason that only this one may know.
 
-    An ordinary end would wait for them, and they wait for this one in their next collective; so
-    they are ended by jax's coordination service, which misses it.
+    An ordinary end would wait for them, while they wait for this one in their next collective. This
+    way jax's coordination service misses the process and ends the others.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         os._exit(exit_code)
 
 
 def wait_for_all(where: str):
-    """Return once every process has come `where`."""
+    """Return once every process has reached `where`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)

@@ -178,9 +178,9 @@ class MetricsWriter:
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def close(self) -> None:
-        """Close TensorBoard's file, of which every `write` has written all."""
+        """Close TensorBoard's file; every `write` has already written its part."""
         if self._events is not None:
-            with contextlib.suppress(OSError):  # the `write` that could not has said so
+            with contextlib.suppress(OSError):  # a `write` that failed has raised already
                 self._events.close()
 
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from repopt_jax.scales import Scales, load_scales, save_scales
+from repopt_jax.files import load_scales
+from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
 from repopt_jax.training.devices import make_mesh, put_batch
@@ -110,7 +111,7 @@ def names_and_scales(
 
 
 def _keep_scales(part: Part, state: TrainState, summary: dict, workdir: epath.Path) -> Scales:
-    """Save what a search found, with figures of it and of how it came about."""
+    """Save the scales that a search found, and figures of them and of their course."""
     scales = part.scales_of(state, part.steps, summary)
     if jax.process_index() == 0:
         save_scales(workdir / SCALES, scales)
@@ -207,7 +208,7 @@ def _restored(part: Part, workdir: epath.Path) -> Iterator[tuple[str, int, Train
         checkpoints = Checkpoints(workdir, read_only=True)
     for which in ("latest", "best"):
         if which == "best" and checkpoints.best_step() is None:
-            continue  # no checkpoint was written where an evaluation was due
+            continue  # no checkpoint has been evaluated
         with plain_errors():
             restored = checkpoints.restore(state, step=which)
         if restored is not None:  # None: stopped before its first checkpoint
@@ -225,7 +226,7 @@ def throughput(config: ConfigDict) -> dict[str, float]:
     """
     with plain_errors():
         names, scales = names_and_scales(config)
-        # How long a step takes does not depend on the values of the scales.
+        # The values of the scales do not change the time of a step.
         scales = initial_scales(config) if scales is None else scales
         parts = prepare_parts(config, names, make_mesh(config.fsdp), scales)
     rows, found = [], {}
@@ -239,7 +240,7 @@ def throughput(config: ConfigDict) -> dict[str, float]:
 
 
 def _time(part: Part) -> tuple[float, float]:
-    """Seconds to compile, and per step."""
+    """Seconds for the compilation, and for one step."""
     state = part.init()
     batch = put_batch(part.mesh, next(part.train_batches()))
     arguments = (part.graphdef, part.tx, part.options)

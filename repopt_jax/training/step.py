@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes, and a checkpoint holds.
+    """Everything that a training step changes and a checkpoint holds.
 
     Attributes:
       step: number of updates done.
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a step does besides the model and the optimizer.
+    """The options of a step besides the model and the optimizer.
 
     Attributes:
       mean: per channel, in units of a pixel of range 0 to 1.
@@ -145,7 +145,7 @@ def _loss(params, stats, images, labels, key, *, graphdef, options):
 
 
 def loss_function(graphdef: nnx.GraphDef, options: StepOptions) -> Callable[..., tuple]:
-    """What a step differentiates: of params, stats, images, labels and a random key.
+    """The function that a step differentiates, of params, stats, images, labels and a random key.
 
     It returns the loss, and (share of hits, new stats).
     """
@@ -183,7 +183,7 @@ def train_step(
     if options.accumulation == 1:
         stats, (loss, correct, grads) = part(state.stats, (images, labels, 0))
     else:
-        # Every part takes some samples of every device, so that no image changes its device.
+        # Every part takes samples from every device, so that no image changes its device.
         parts = [
             x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
             for x in (images, labels)

@@ -1,4 +1,4 @@
-"""The working directory of a run: which configuration it belongs to, and what it remembers."""
+"""The working directory of a run: the configuration that it belongs to, and what it keeps."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ FREE_FIELDS = (
     "eval_batch_size",
 )
 
-# Statistics of fewer images are poor, and of one 1x1 map none at all: nobody should get them
-# because the machine is large.
+# Statistics over fewer images are poor, and over a single 1x1 map there are none: a large machine
+# must not bring them about unasked.
 SMALLEST_SHARE = 8
 
 
