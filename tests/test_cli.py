@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from small_run import command
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -110,3 +111,40 @@ def test_an_unforeseen_error_shows_its_traceback_and_does_not_wait_for_other_pro
     assert done.stdout == "left with status 1\n"
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert done.stderr.count("RuntimeError: unforeseen") == 1
+
+
+def test_a_console_that_nobody_reads_is_outlived():
+    """As after `train.py 2>&1 | head -3`, and with a terminal that was closed."""
+    code = """
+import os, sys
+from repopt_jax.training.command_line import _Console
+read, write = os.pipe()
+os.close(read)
+console = _Console(open(write, "w"))
+for _ in range(3):
+    print("a line", file=console, flush=True)
+assert not console.isatty()
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
+    arguments = command(tmp_path / "run", "--config.parts=('plain',)")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert "plain step 33" in (tmp_path / "run" / "plain" / "train.log").read_text()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+    """No shell expands one after an equals sign."""
+    environment = os.environ | {"HOME": str(tmp_path)}
+    arguments = [sys.executable, str(REPOSITORY / "train.py"), "--mode=eval", "--workdir=~/x"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.endswith(f"got {tmp_path}/x\n")

@@ -81,7 +81,7 @@ def load_folder(data_dir: str | None, train_split: str | None, eval_split: str |
             "train_split must hold images of every class, "
             f"got none in {str(splits['train_split'] / empty[0])!r}"
         )
-    return Dataset("folder", len(class_names), *sources)
+    return Dataset("folder", len(class_names), *sources, class_names=tuple(class_names))
 
 
 def _classes(argument: str, folder: pathlib.Path) -> dict[str, list[str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import pathlib
 import re
 import sys
@@ -26,8 +28,34 @@ MODES = {
 }
 
 
+class _Console:
+    """A standard stream that a run outlives: writes are lost once nobody reads, as after `head`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with self._outlived():
+            return self._stream.write(text)
+
+    def flush(self):
+        with self._outlived():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _outlived(self):
+        try:
+            yield
+        except OSError:  # what is buffered goes nowhere, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def main() -> None:
     """Run the command with the arguments of the process."""
+    sys.stdout, sys.stderr = _Console(sys.stdout), _Console(sys.stderr)
     app.run(_dispatch, flags_parser=_parse)
 
 
@@ -92,7 +120,7 @@ def _dispatch(_) -> None:
     except (ValueError, RuntimeError) as error:
         _stop(f"the processes cannot be joined: {error}", 2)
     name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
-    workdir = given.workdir or f"runs/{name}"
+    workdir = os.path.expanduser(given.workdir or f"runs/{name}")  # no shell does so after a =
     try:
         if given.mode == "run":
             run.run(given.config, workdir)
