@@ -204,7 +204,7 @@ def test_the_workdir_holds_what_the_design_says(finished):
     _, workdir, _, _ = finished
     names = {path.name for path in workdir.iterdir()}
     figures = {"scales.png", "scales_by_epoch.png", "curves.png"}
-    files = {"config.json", "classes.json", "scales.safetensors", "summary.json"}
+    files = {"config.json", ".lock", "data.json", "scales.safetensors", "summary.json"}
     assert names == {*NAMES, *figures, *files}
     for name in NAMES:
         kept = {path.name for path in (workdir / name).iterdir()}

@@ -123,8 +123,14 @@ def _keep_classes(dataset: Dataset, classes: np.ndarray) -> Dataset:
         indices = np.flatnonzero(labels >= 0)
         return SubsetSource(source, indices, labels[indices])
 
-    train, evaluation = subset(dataset.train), subset(dataset.eval)
-    return dataclasses.replace(dataset, num_classes=len(classes), train=train, eval=evaluation)
+    names = dataset.class_names
+    return dataclasses.replace(
+        dataset,
+        num_classes=len(classes),
+        train=subset(dataset.train),
+        eval=subset(dataset.eval),
+        class_names=names and tuple(names[label] for label in classes),
+    )
 
 
 def _is_small(dataset: Dataset) -> bool:

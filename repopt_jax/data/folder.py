@@ -54,7 +54,7 @@ def load_folder(data_dir: str | None, train_split: str | None, eval_split: str |
     if (pathlib.Path(data_dir) / FACTS).is_file():
         return load_records(pathlib.Path(data_dir), train_split, eval_split)
     class_names, sources = open_folder(data_dir, train_split, eval_split)
-    return Dataset("folder", len(class_names), *sources.values())
+    return Dataset("folder", len(class_names), *sources.values(), class_names=tuple(class_names))
 
 
 def open_folder(

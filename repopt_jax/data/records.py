@@ -78,8 +78,8 @@ def load_records(folder: pathlib.Path, train_split: str | None, eval_split: str 
                 f"{argument} {split!r} must hold {expected} images in {str(folder)!r}, "
                 f"got {len(sources[-1])}"
             )
-    shape = facts["image_shape"]
-    return Dataset("folder", len(facts["classes"]), *sources, tuple(shape) if shape else None)
+    shape, names = facts["image_shape"], tuple(facts["classes"])
+    return Dataset("folder", len(names), *sources, tuple(shape) if shape else None, names)
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:

@@ -26,6 +26,7 @@ class Dataset:
       eval: source of the evaluation images.
       image_shape: (height, width, 3) if all images are known to share it, else None.
       bad_images: names of the undecodable images met so far, if they are skipped.
+      class_names: of the labels, in their order. None: not known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Dataset:
     eval: Any
     image_shape: tuple[int, int, int] | None = None
     bad_images: set[str] = dataclasses.field(default_factory=set)
+    class_names: tuple[str, ...] | None = None
 
 
 class ArraySource:

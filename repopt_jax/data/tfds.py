@@ -79,6 +79,7 @@ def load_tfds(
         _open_split(builder, "train_split", train_split or "train"),
         _open_split(builder, "eval_split", eval_split),
         None if None in (height, width) else (height, width, 3),
+        class_names=tuple(features[label_key].names),
     )
 
 

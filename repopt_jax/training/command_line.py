@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import pathlib
 import re
 import sys
@@ -14,9 +16,9 @@ PROGRAM = pathlib.Path(sys.argv[0]).name
 
 with needs_extra("train", command=PROGRAM):
     from absl import app, flags, logging
-    from ml_collections import ConfigDict, config_flags
+    from ml_collections import config_flags
 
-    from repopt_jax.training.config import default_config
+    from repopt_jax.training.config import default_config, flat
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "digits.py"
 MODES = {
@@ -26,8 +28,34 @@ MODES = {
 }
 
 
+class _Console:
+    """A standard stream that a run outlives: writes are lost once nobody reads, as after `head`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with self._outlived():
+            return self._stream.write(text)
+
+    def flush(self):
+        with self._outlived():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _outlived(self):
+        try:
+            yield
+        except OSError:  # what is buffered goes nowhere, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def main() -> None:
     """Run the command with the arguments of the process."""
+    sys.stdout, sys.stderr = _Console(sys.stdout), _Console(sys.stderr)
     app.run(_dispatch, flags_parser=_parse)
 
 
@@ -69,35 +97,13 @@ def _check_fields(argv: list[str]) -> None:
     files = [argument for argument in argv if re.match("--?config(=|$)", argument)]
     if len(files) > 1:
         _stop(f"config must be given once, got {' '.join(files)}", 2)
+    fields = flat(default_config().to_dict())
     for argument in argv[1:]:
         given = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
-        if given is None:
-            continue
-        section = default_config()
-        for key in given[1].split("."):
-            if not isinstance(section, ConfigDict) or key not in section:
-                flag = argument.split("=")[0]
-                hint = _hint(section, key, given[1])
-                _stop(f"the configuration has no field {flag}{hint}", 2)
-            section = section[key]
-
-
-def _hint(section: object, key: str, field: str) -> str:
-    """A guess at what the unknown `key` of a section, or the whole `field`, should have been."""
-    if field in _fields(default_config().target):
-        return f"; did you mean --config.search.{field} or --config.target.{field}?"
-    names = list(section) if isinstance(section, ConfigDict) else []
-    similar = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {similar[0]!r} instead of {key!r}?" if similar else ""
-
-
-def _fields(section: ConfigDict) -> set[str]:
-    """The dotted names of everything in a section."""
-    found = set(section)
-    for name, value in section.items():
-        if isinstance(value, ConfigDict):
-            found |= {f"{name}.{inner}" for inner in _fields(value)}
-    return found
+        if given and given[1] not in fields:
+            similar = difflib.get_close_matches(given[1], fields, n=2)
+            hint = f"; did you mean --config.{' or --config.'.join(similar)}?" if similar else ""
+            _stop(f"the configuration has no field {given[1]}{hint}", 2)
 
 
 def _dispatch(_) -> None:
@@ -114,7 +120,7 @@ def _dispatch(_) -> None:
     except (ValueError, RuntimeError) as error:
         _stop(f"the processes cannot be joined: {error}", 2)
     name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
-    workdir = given.workdir or f"runs/{name}"
+    workdir = os.path.expanduser(given.workdir or f"runs/{name}")  # no shell does so after a =
     try:
         if given.mode == "run":
             run.run(given.config, workdir)

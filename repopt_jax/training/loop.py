@@ -26,7 +26,7 @@ from repopt_jax.files import load_scales
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import Profile, forward_flops, peak_flops, peak_memory, put_batch
-from repopt_jax.training.evaluation import evaluate_state
+from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
 from repopt_jax.training.interruption import RunStopped, StopSignal, plain_errors
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, gathered, wait_for_all
@@ -287,7 +287,7 @@ def _sentence(name: str, step: int, found: dict[str, float]) -> str:
     text += f", loss {found['eval/loss']:.4f}"
     if "eval_ema/top1" in found:
         text += f"; averaged weights: top-1 {found['eval_ema/top1']:.2f} %"
-    return text
+    return text + not_finite_sentence(found)
 
 
 def _summary(part: Part, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -303,19 +303,16 @@ def initial_scales(config: ConfigDict) -> Scales:
 
 def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: float):
     draws = section.mix.mixup or section.mix.cutmix or section.random_erasing or dropout
+    names = ("label_smoothing", "accumulation", "ema_decay", "random_erasing")
     return StepOptions(
         mean=tuple(section.data.mean),
         std=tuple(section.data.std),
         dtype=DTYPES[config.dtype],
-        label_smoothing=section.label_smoothing,
-        accumulation=section.accumulation,
-        ema_decay=section.ema_decay,
         group=group,
-        mixup=section.mix.mixup,
-        cutmix=section.mix.cutmix,
-        random_erasing=section.random_erasing,
         seed=config.seed if draws else 0,  # so that seeds share a program where nothing is drawn
         remat=config.remat,
+        **section.mix,
+        **{name: section[name] for name in names},
     )
 
 
