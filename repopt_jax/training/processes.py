@@ -122,8 +122,8 @@ def gathered(text: str) -> list[str]:
 def leave_the_others(exit_code: int) -> None:
     """End this process at once if there are others, for a reason that only this one may know.
 
-    An ordinary end would wait for them, and they wait for this one in their next collective; so
-    they are ended by jax's coordination service, which misses it.
+    An ordinary end would wait for them, and they wait for this one in their next collective. They
+    end a little later, by `join_processes`' watch.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         _say(_LEAVING)
