@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from kill_and_resume import final_states
-from small_run import command, lines_written, small_config
+from small_run import command, kill_one, lines_written, small_config, start_joined
 
 from repopt_jax.training import processes
 from repopt_jax.training.processes import join_processes
@@ -40,15 +40,6 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(workdir, env, *flags):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    joined = (f"--coordinator_address=localhost:{free_port()}", "--num_processes=2")
-    return [
-        subprocess.Popen([*command(workdir, *flags, *joined), f"--process_id={i}"], **pipes)
-        for i in range(2)
-    ]
-
-
 def outcomes(both):
     """What each process wrote, and its exit status."""
     try:
@@ -72,13 +63,13 @@ def story(tmp_path_factory):
     )
     assert finished.returncode == 0, finished.stderr
     env = environment(folder, 1)
-    both = start_two(together, env, *FLAGS)
+    both = start_joined(together, *FLAGS, env=env)
     begun = time.monotonic()
     while lines_written(together) < 4 and both[0].poll() is None and time.monotonic() < begun + 200:
         time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)
     stopped = outcomes(both)
-    ended = outcomes(start_two(together, env, *FLAGS))
+    ended = outcomes(start_joined(together, *FLAGS, env=env))
     return {"alone": alone, "together": together, "stopped": stopped, "ended": ended}
 
 
@@ -113,6 +104,18 @@ def test_only_the_first_process_writes_and_prints(story):
     assert "search" not in err
     summary = json.loads((story["together"] / "summary.json").read_text())
     assert summary["machine"]["devices"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_sentence(story, tmp_path, victim):
+    env = environment(story["together"].parent, 1)
+    both = start_joined(tmp_path, *FLAGS, env=env)
+    status, other, said, seconds = kill_one(both, victim, tmp_path, lines=3, delay=0.0)
+    assert (status, other) == (-signal.SIGKILL, 1)
+    assert seconds < 120
+    assert "another process of this run has ended" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 GATHER = """

@@ -132,9 +132,7 @@ class Checkpoints:
 
         Orbax asks when it begins to write, and deletes the others when the new one is complete.
         """
-        newest = checkpoints[
-            -1
-        ].step  # higher steps belong to a run that was taken back to an earlier step
+        newest = checkpoints[-1].step  # higher steps: before the run was taken back to a lower one
         good = [c.step for c in checkpoints if c.step <= newest and c.step not in self._damaged]
         keep = {*sorted(good)[-self._keep_latest :], *self._ranked(good)[:1]}
         return [c.step in keep for c in checkpoints]
@@ -325,9 +323,7 @@ class Checkpoints:
             raise ValueError(f"data_iterator must be None: {where} has no position of the data")
         with failure_is_damage():
             positions = self._read_json(step, "data")
-        if (
-            len(set(positions)) == 1
-        ):  # positions in an order that all share: any number of processes can go on
+        if len(set(positions)) == 1:  # all read in one order, so any number of them can go on
             return positions[0]
         if len(positions) != jax.process_count():
             raise ValueError(
@@ -346,7 +342,7 @@ class Checkpoints:
             yield
         except Exception as error:
             step, self._here = self._here, None
-            self._manager.reload()  # those due for removal are no longer listed
+            self._manager.reload()  # it no longer lists those due for removal
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.directory} "
                 f"({in_short(error)})"

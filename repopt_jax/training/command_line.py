@@ -112,7 +112,11 @@ def _dispatch(_) -> None:
     with needs_extra("train", command=PROGRAM):
         from repopt_jax.training import run
         from repopt_jax.training.interruption import RunStopped
-        from repopt_jax.training.processes import join_processes, leave_the_others
+        from repopt_jax.training.processes import (
+            end_if_another_is_lost,
+            join_processes,
+            leave_the_others,
+        )
 
     given = flags.FLAGS
     try:
@@ -133,6 +137,7 @@ def _dispatch(_) -> None:
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except Exception:  # not foreseen, so its traceback is wanted
+        end_if_another_is_lost()
         traceback.print_exc()
         leave_the_others(1)
         sys.exit(1)
@@ -140,9 +145,12 @@ def _dispatch(_) -> None:
 
 def _stop(sentence: str, exit_code: int) -> None:
     """End the process with a sentence instead of a traceback."""
-    print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
-    if "jax" in sys.modules and exit_code < 128:
-        from repopt_jax.training.processes import leave_the_others
+    joined = "jax" in sys.modules and exit_code < 128
+    if joined:
+        from repopt_jax.training.processes import end_if_another_is_lost, leave_the_others
 
+        end_if_another_is_lost()
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+    if joined:
         leave_the_others(exit_code)
     sys.exit(exit_code)
