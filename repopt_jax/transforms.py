@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import RULES, BranchMult, is_known, wide_type
+from repopt_jax.branches import RULES, BranchMult, is_known, placed_like, replicated_like, wide_type
 from repopt_jax.tree_paths import by_path, errors_at, path_str
 
 if TYPE_CHECKING:
@@ -55,6 +55,14 @@ def _multiply(mult: Array | BranchMult, update: Array) -> Array:
     dtype = wide_type(update.dtype)  # half precision holds neither the multiplier nor the product
     wide = jnp.broadcast_to(mult, update.shape).astype(dtype)
     return (update.astype(dtype) * wide).astype(update.dtype)
+
+
+def _placed(mult: Array | BranchMult, param: Any) -> Array | BranchMult:
+    """A copy on the devices of `param`, if there is one."""
+    if not hasattr(param, "shape"):
+        return jax.tree.map(jnp.array, mult)
+    place = replicated_like if isinstance(mult, BranchMult) else placed_like
+    return jax.tree.map(lambda x: place(x, param), mult)
 
 
 def _check_values(mult: Any, rule: str) -> None:
@@ -158,7 +166,9 @@ def scale_by_grad_mult(
                 with errors_at(f"grad_mults[{path!r}]"):
                     _check_shape(mult, jnp.shape(shown[path]))
         # Copies: a step that is given the state to reuse its memory deletes what is in it.
-        return ScaleByGradMultState(jax.tree.map(jnp.array, mults))
+        return ScaleByGradMultState(
+            {path: _placed(m, shown.get(path)) for path, m in mults.items()}
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

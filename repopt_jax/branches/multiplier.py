@@ -13,6 +13,7 @@ import numpy as np
 
 from repopt_jax.branches.blocks import Block, check_block, merge, pull_back
 from repopt_jax.branches.branch import Branch, is_known, wide_type
+from repopt_jax.branches.sharding import in_auto_mode
 from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:
@@ -125,8 +126,11 @@ class BranchMult:
             product = wide * self.dense(gradient.shape, dtype)
         else:
             block = dict(self.block)
-            pulled = pull_back(block, self.scales, wide)
-            product = merge(block, pulled, self.scales, gradient.shape)
+
+            def operator(scales, wide):
+                return merge(block, pull_back(block, scales, wide), scales, wide.shape)
+
+            product = in_auto_mode(operator, gradient, self.scales, wide)
         return product.astype(gradient.dtype)
 
 
