@@ -8,6 +8,7 @@ optimizer runs on the branches themselves, which live in its state, and the netw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,14 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import Block, check_block, is_known, merge, pull_back, wide_type
+from repopt_jax.branches import (
+    Block,
+    check_block,
+    in_auto_mode,
+    is_known,
+    merge,
+    placed_like,
+    pull_back,
+    replicated_like,
+    wide_type,
+)
 from repopt_jax.tree_paths import by_path, errors_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-# Two ways of summing a few branches differ by a few units in the last place.
-ROUNDING = 16
+# Two ways of summing a few branches differ by a few units in the last place of their terms.
+ROUNDING = 32
 
 
 class ReparameterizeState(NamedTuple):
@@ -34,8 +45,8 @@ class ReparameterizeState(NamedTuple):
     inner: optax.OptState  # of the optimizer, which sees branch weights in place of kernels
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+def _is_absent(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _inner_tree(leaves: Mapping[str, Any], branches: Mapping[str, Mapping[str, Any]]) -> dict:
@@ -63,16 +74,30 @@ def _check_shapes(block: Block, weights: Mapping[str, Array], kernel_shape: tupl
             )
 
 
-def _check_start(path: str, merged: Array, kernel: Array) -> None:
-    """Refuse branch weights that are not those of the kernel."""
+def _merged(block: Block, weights: Mapping, scales: Mapping, kernel: Array) -> Array:
+    """The kernel of branches, split over devices as `kernel` is."""
+    merged = functools.partial(merge, block, kernel_shape=kernel.shape)
+    return in_auto_mode(merged, kernel, weights, scales)
+
+
+def _distance(
+    block: Block, weights: Mapping, scales: Mapping, kernel: Array
+) -> tuple[Array, Array]:
+    """How far a kernel is from that of its branches, and how far roundings may take it."""
+    terms = [_merged({name: block[name]}, weights, scales, kernel) for name in block]
+    merged = functools.reduce(jnp.add, terms)
     eps = max(float(jnp.finfo(x.dtype).eps) for x in (merged, kernel))
-    kernel = kernel.astype(merged.dtype)
-    largest = float(jnp.abs(kernel).max())
-    off = float(jnp.abs(merged - kernel).max())
-    if not off <= ROUNDING * eps * max(largest, float(jnp.abs(merged).max())):  # true for NaN
+    size = sum(jnp.abs(term).max() for term in terms)
+    return jnp.abs(merged - kernel.astype(merged.dtype)).max(), ROUNDING * eps * size
+
+
+def _check_merged(path: str, off: Array, bound: Array) -> None:
+    """Refuse a kernel that is not that of its branches; under `jax.jit` nothing is known."""
+    if is_known(off) and not off <= bound:  # true for NaN
         raise ValueError(
-            f"weights[{path!r}] must merge to the layer's kernel, got a largest difference of "
-            f"{off:.2g} from a kernel of entries up to {largest:.2g}"
+            f"params[{path + '/kernel'!r}] must be what weights[{path!r}] in the state merge to, "
+            f"got a largest difference of {off:.2g}: the branches are others', or something else "
+            "has moved the kernel"
         )
 
 
@@ -107,8 +132,10 @@ def reparameterize(
     (51.8 M parameters, 198 MiB in float32): with momentum 430 MiB instead of 198, with Adam 649
     instead of 396, and 63 MiB of temporary memory during an update.
 
-    The kernel follows the weights in the state: it must be the last of a chain, and what others
-    do to the kernel between two updates is undone by the next one.
+    The kernel follows the weights in the state, so nothing else may move it: wrappers that look at
+    or average the parameters go inside. Every update compares the kernel with the sum of the
+    branches. What is off by more than rounding is refused; under ``jax.jit``, where nothing can be
+    raised, the kernel's update is NaN.
 
     Args:
       optimizer: any Optax optimizer, with its learning rate.
@@ -153,23 +180,25 @@ def reparameterize(
     }
 
     def init_fn(params):
-        leaves = by_path(params)
-        hidden = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
-        shown = [path for path in blocks if f"{path}/kernel" in leaves]
-        missing = sorted(blocks.keys() - set(shown))
-        if missing and not hidden:
+        # None stands for no parameter, as in Equinox; wrappers hide others.
+        named = by_path(params, is_leaf=_is_absent)
+        leaves = {path: leaf for path, leaf in named.items() if not _is_absent(leaf)}
+        missing = [path for path in blocks if f"{path}/kernel" not in named]
+        if missing and not any(isinstance(x, optax.MaskedNode) for x in named.values()):
             raise ValueError(f"every block needs a kernel in params, missing: {missing}")
         own_scales, own_weights = {}, {}
-        for path in shown:
+        for path in blocks:
+            if f"{path}/kernel" not in leaves:
+                continue
             kernel, block = leaves[f"{path}/kernel"], blocks[path]
-            own_scales[path] = {n: jnp.array(scales[path][n]) for n, b in block.items() if b.scaled}
-            own_weights[path] = {n: jnp.array(starts[path][n]) for n in block}
+            own_scales[path] = {
+                n: replicated_like(scales[path][n], kernel) for n, b in block.items() if b.scaled
+            }
+            own_weights[path] = {n: placed_like(starts[path][n], kernel) for n in block}
             with errors_at(f"block {path!r}"):
                 check_block(block, kernel.shape)
                 _check_shapes(block, own_weights[path], kernel.shape)
-                merged = merge(block, own_weights[path], own_scales[path], kernel.shape)
-            if is_known(merged) and is_known(kernel):
-                _check_start(path, merged, kernel)
+            _check_merged(path, *_distance(block, own_weights[path], own_scales[path], kernel))
         state = inner.init(_inner_tree(leaves, own_weights))
         return ReparameterizeState(own_scales, own_weights, state)
 
@@ -181,7 +210,9 @@ def reparameterize(
         for path, own in state.weights.items():
             gradient = gradients[f"{path}/kernel"]
             wide = gradient.astype(wide_type(gradient.dtype))
-            back = pull_back(blocks[path], state.scales[path], wide)
+            back = in_auto_mode(
+                functools.partial(pull_back, blocks[path]), own, state.scales[path], wide
+            )
             pulled[path] = {name: back[name].astype(w.dtype) for name, w in own.items()}
         moves, inner_state = inner.update(
             _inner_tree(gradients, pulled),
@@ -200,8 +231,11 @@ def reparameterize(
         for path, own in weights.items():
             kernel = leaves[f"{path}/kernel"]
             # The difference from the kernel, not the merged moves: rounding does not add up.
-            merged = merge(blocks[path], own, state.scales[path], kernel.shape)
-            moves[f"{path}/kernel"] = (merged - kernel.astype(merged.dtype)).astype(kernel.dtype)
+            merged = _merged(blocks[path], own, state.scales[path], kernel)
+            move = (merged - kernel.astype(merged.dtype)).astype(kernel.dtype)
+            off, size = _distance(blocks[path], state.weights[path], state.scales[path], kernel)
+            _check_merged(path, off, size)
+            moves[f"{path}/kernel"] = jnp.where(off <= size, move, jnp.full_like(move, jnp.nan))
         outer = jax.tree_util.tree_map_with_path(lambda path, _: moves[path_str(path)], updates)
         return outer, ReparameterizeState(state.scales, weights, inner_state)
 

@@ -26,11 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from repopt_jax.branches import RULES, BranchMult, is_known
+from repopt_jax.branches import RULES, BranchMult, is_known, placed_like, replicated_like, wide_type
 from repopt_jax.tree_paths import by_path, errors_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
+
+
+# Names of biases, and of what normalization multiplies by.
+NOT_DECAYED = ("bias", "b", "beta", "offset", "scale", "gamma")
 
 
 def _is_mult_leaf(x: Any) -> bool:
@@ -48,7 +52,17 @@ def _is_absent(x: Any) -> bool:
 def _multiply(mult: Array | BranchMult, update: Array) -> Array:
     if isinstance(mult, BranchMult):
         return mult(update)
-    return update * jnp.broadcast_to(mult, update.shape).astype(update.dtype)
+    dtype = wide_type(update.dtype)  # half precision holds neither the multiplier nor the product
+    wide = jnp.broadcast_to(mult, update.shape).astype(dtype)
+    return (update.astype(dtype) * wide).astype(update.dtype)
+
+
+def _placed(mult: Array | BranchMult, param: Any) -> Array | BranchMult:
+    """A copy on the devices of `param`, if there is one."""
+    if not hasattr(param, "shape"):
+        return jax.tree.map(jnp.array, mult)
+    place = replicated_like if isinstance(mult, BranchMult) else placed_like
+    return jax.tree.map(lambda x: place(x, param), mult)
 
 
 def _check_values(mult: Any, rule: str) -> None:
@@ -148,11 +162,13 @@ def scale_by_grad_mult(
                 f"missing: {missing or 'none'}, surplus: {surplus or 'none'}"
             )
         for path, mult in mults.items():
-            if path in shown and not _is_masked(shown[path]):
+            if path in shown and not _is_absent(shown[path]):
                 with errors_at(f"grad_mults[{path!r}]"):
                     _check_shape(mult, jnp.shape(shown[path]))
         # Copies, because a step that donates the state deletes its arrays.
-        return ScaleByGradMultState(jax.tree.map(jnp.array, mults))
+        return ScaleByGradMultState(
+            {path: _placed(m, shown.get(path)) for path, m in mults.items()}
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -173,17 +189,32 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     Decayed: every parameter of rank 2 or more and, in search networks, the vectors of identity
     branches (they are kernels in disguise). The official code goes by the name: in RepVGG the
     scale of the identity branch's BatchNorm is decayed, too. Not decayed: biases, the other
-    BatchNorms and scales.
+    BatchNorms and scales, of any rank; they are told by their names in Flax, Haiku, Equinox and
+    Keras.
+
+    Under `optax.inject_hyperparams` list ``"mask"`` in its ``static_args``; it would otherwise call
+    this function with a step count, as if it were a schedule.
+
+    Raises:
+      ValueError: for a number, such as that count.
 
     >>> import jax.numpy as jnp
     >>> weight_decay_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
     {'bias': False, 'kernel': True}
     """
 
+    if jax.tree_util.all_leaves([params]) and jnp.ndim(params) == 0:
+        raise ValueError(
+            f"params must be a tree of parameters, got {params}; optax.inject_hyperparams needs "
+            'static_args=("nesterov", "mask")'
+        )
+
     def decayed(path, param):
         name = f"/{path_str(path)}"
-        is_identity = "/branch_weights/" in name or name.endswith("/bn_identity/scale")
-        return jnp.ndim(param) >= 2 or is_identity
+        if "/branch_weights/" in name or name.endswith("/bn_identity/scale"):
+            return True
+        undecayed = name.rpartition("/")[2] in NOT_DECAYED or "/branch_scales/" in name
+        return jnp.ndim(param) >= 2 and not undecayed
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 

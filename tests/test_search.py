@@ -317,3 +317,21 @@ def test_scales_of_another_network_are_refused(scales, message):
             take(model, scales, blocks=blocks, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=f"^scales.*{message}"):
         search_network(model, blocks, scales=scales, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", ["search", "target"])
+def test_a_step_that_donates_the_copy_leaves_the_given_model_intact(make):
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    blocks = {"layers/0": FULL}
+
+    def copy():
+        if make == "search":
+            return search_network(model, blocks, rngs=nnx.Rngs(1))
+        scales = Scales.initial(model, blocks)
+        return target_network(model, scales, blocks=blocks, rngs=nnx.Rngs(1)).model
+
+    before = np.array(model.layers[0].bias)  # a view of it would keep it from being donated
+    halve = jax.jit(lambda p: jax.tree.map(lambda x: x / 2, p), donate_argnums=0)
+    halve(nnx.state(copy(), nnx.Param))
+    np.testing.assert_array_equal(model.layers[0].bias, before)
+    halve(nnx.state(copy(), nnx.Param))

@@ -280,3 +280,70 @@ def test_weight_decay_mask_decays_the_identities_of_repvgg():
     assert mask["bn_identity"] == {"scale": True, "bias": False}
     assert mask["bn3x3"] == {"scale": False, "bias": False}
     assert (mask["conv3x3"], mask["bias"]) == (True, False)
+
+
+def test_weight_decay_mask_goes_by_the_names_of_biases_and_norms_too():
+    """An Equinox convolution's bias has rank 3; all of an ensemble's vectors have rank 2."""
+    ensemble = {"kernel": jnp.ones((5, 2, 2)), "bias": jnp.ones((5, 2)), "scale": jnp.ones((5, 2))}
+    params = {
+        "equinox": {"weight": jnp.ones((8, 3, 3, 3)), "bias": jnp.ones((8, 1, 1))},
+        "ensemble": ensemble,
+        "search": {"branch_scales": {"full": jnp.ones((5, 2))}},
+    }
+    mask = repopt_jax.weight_decay_mask(params)
+    assert mask["equinox"] == {"weight": True, "bias": False}
+    assert mask["ensemble"] == {"kernel": True, "bias": False, "scale": False}
+    assert mask["search"] == {"branch_scales": {"full": False}}
+
+
+def test_weight_decay_mask_under_inject_hyperparams_decays_or_is_refused():
+    """Optax calls a function that is not in `static_args` with a step count."""
+    params = make_params()
+    options = {"weight_decay": 0.5, "mask": repopt_jax.weight_decay_mask}
+    make = optax.inject_hyperparams(repopt_sgd, static_args=("nesterov", "mask"))
+    tx = make(0.1, mults_of(params), **options)
+    updates = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
+    expected = -0.1 * 1.9 * 0.5 * params["conv"]["kernel"]
+    np.testing.assert_allclose(updates["conv"]["kernel"], expected, rtol=1e-6)
+    assert (updates["bn"]["scale"] == 0).all()
+    tx = optax.inject_hyperparams(repopt_sgd, static_args=("nesterov",))
+    with pytest.raises(ValueError, match=r"params.*static_args"):
+        tx(0.1, mults_of(params), **options).init(params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_arrays_multiply_in_at_least_float32(dtype):
+    """1e5 is infinite in float16, and 1 + 2^-8 is 1 in bfloat16."""
+    update = {"w": jnp.array([1e-3, 1.5], dtype)}
+    multipliers = jnp.array([1e5, 1 + 2**-8], jnp.float32)
+    found = one_update(by_mult({"w": multipliers}), update)["w"]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(
+        found, (update["w"].astype(jnp.float32) * multipliers).astype(dtype)
+    )
+    assert np.isfinite(found.astype(jnp.float32)).all()
+
+
+def test_a_branch_of_zero_scale_does_not_count_for_epsilon(x64):
+    """Exact where one branch reaches an entry, and one whose scale is 0 does not."""
+    block = {"conv3x3": Full(), "conv1x1": Centre(1)}
+    scales = {"conv3x3": jnp.array([0.5, 2.0]), "conv1x1": jnp.array([0.0, 0.0])}
+    mults = {"kernel": repopt_jax.branch_mult(block, scales, "direction")}
+    kernel = make_params(jnp.float64)["conv"]["kernel"]
+    tx = repopt_adamw(1e-2, mults, eps=1e-2, weight_decay=0.0)
+    branch = optax.adam(1e-2, eps=1e-2)
+    scale = scales["conv3x3"][None, None, None]
+    expected = scale * one_update(branch, scale * kernel)
+    found = one_update(tx, {"kernel": kernel})["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_parameters_that_are_none_need_no_kernel_for_their_multiplier():
+    """As `equinox.partition` leaves them: the multipliers of the whole network fit either half."""
+    params = make_params()
+    half = {"conv": {"kernel": None}, "bn": params["bn"]}
+    for mult in (mults_of(params)["conv"]["kernel"], dense_of(params)):
+        mults = {"conv": {"kernel": mult}, "bn": {"scale": jnp.full(2, 3.0), "bias": None}}
+        updates = one_update(by_mult(mults), half)
+        assert updates["conv"]["kernel"] is None
+        assert updates["bn"]["scale"].tolist() == [3.0, 3.0]

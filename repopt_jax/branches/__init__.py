@@ -32,6 +32,7 @@ from repopt_jax.branches.frozen import frozen_uniform
 from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
 from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
 from repopt_jax.branches.multiplier import RULES, BranchMult, branch_mult, grad_mults
+from repopt_jax.branches.sharding import in_auto_mode, placed_like, replicated_like
 
 __all__ = [
     "RULES",
@@ -53,11 +54,14 @@ __all__ = [
     "check_block",
     "frozen_uniform",
     "grad_mults",
+    "in_auto_mode",
     "init_weights",
     "initial_scales",
     "is_known",
     "merge",
+    "placed_like",
     "pull_back",
+    "replicated_like",
     "uniform_fan_in",
     "wide_type",
 ]

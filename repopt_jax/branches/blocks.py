@@ -22,53 +22,54 @@ if TYPE_CHECKING:
 Block: TypeAlias = Mapping[str, Branch]
 
 
-_UNTRUE: dict[type[Branch], str | None] = {}
+_UNTRUE = {
+    "constant": "embed must be linear in its weight, got a constant added to it",
+    "mask": "mask must be embed of ones, got another one; a subclass that overrides embed must "
+    "override mask too",
+    "placement": "embed must copy each weight to one place of its own where placement is True",
+    "channel": "embed must keep the output channels apart where by_channel is True",
+}
 
 
 def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
     """Why `embed` returns wrong numbers or a claim of the class is untrue; None if all is right.
 
-    Checked once per class, because it costs a compilation.
+    It costs a compilation. The types of this package are tested, and not asked.
     """
-    if type(branch) not in _UNTRUE:
-        shape = branch.weight_shape(kernel_shape)
+    if type(branch).__module__.startswith(f"{__package__}."):
+        return None
+    shape = branch.weight_shape(kernel_shape)
 
-        def differences():
-            size = math.prod(shape)
-            weight = jnp.arange(1, size + 1, dtype=jnp.float32).reshape(shape) / size
+    def differences():
+        size = math.prod(shape)
+        weight = jnp.arange(1, size + 1, dtype=jnp.float32).reshape(shape) / size
+        found = {"constant": branch.embed(jnp.zeros_like(weight), kernel_shape)}
+        if branch.placement:
+            ones = branch.embed(jnp.ones_like(weight), kernel_shape)
+            found["mask"] = ones - branch.mask(kernel_shape, jnp.float32)
+            embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
+            (there_and_back,) = jax.linear_transpose(embed, weight)(embed(weight))
+            found["placement"] = jnp.maximum(
+                jnp.abs(there_and_back - weight).max(), jnp.abs(ones * (ones - 1)).max()
+            )
+        if branch.by_channel:
             scale = jnp.linspace(1, 2, kernel_shape[-1], dtype=jnp.float32)
-            found = {"constant": branch.embed(jnp.zeros_like(weight), kernel_shape)}
-            if branch.placement:
-                ones = branch.embed(jnp.ones_like(weight), kernel_shape)
-                found["mask"] = ones - branch.mask(kernel_shape, jnp.float32)
-                embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
-                (there_and_back,) = jax.linear_transpose(embed, weight)(embed(weight))
-                found["placement"] = jnp.maximum(
-                    jnp.abs(there_and_back - weight).max(), jnp.abs(ones * (ones - 1)).max()
-                )
-            if branch.by_channel:
-                before = branch.embed(weight * jnp.broadcast_to(scale, shape), kernel_shape)
-                after = branch.embed(weight, kernel_shape) * jnp.broadcast_to(scale, kernel_shape)
-                found["channel"] = before - after
-            return {name: jnp.abs(array).max() > 1e-5 for name, array in found.items()}
+            before = branch.embed(weight * jnp.broadcast_to(scale, shape), kernel_shape)
+            after = branch.embed(weight, kernel_shape) * jnp.broadcast_to(scale, kernel_shape)
+            found["channel"] = before - after
+        return {name: jnp.abs(array).max() > 1e-5 for name, array in found.items()}
 
-        with jax.ensure_compile_time_eval():
-            found = jax.device_get(jax.jit(differences)())
-        messages = {
-            "constant": "embed must be linear in its weight, got a constant added to it",
-            "mask": "mask must be embed of ones, got another one; a subclass that overrides embed "
-            "must override mask too",
-            "placement": "embed must copy each weight to one place of its own where placement is "
-            "True",
-            "channel": "embed must keep the output channels apart where by_channel is True",
-        }
-        _UNTRUE[type(branch)] = next((messages[k] for k in messages if found.get(k)), None)
-    return _UNTRUE[type(branch)]
+    with jax.ensure_compile_time_eval():
+        found = jax.device_get(jax.jit(differences)())
+    return next((message for name, message in _UNTRUE.items() if found.get(name)), None)
 
 
 @functools.lru_cache(maxsize=1024)
 def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
-    """Why a branch's `embed` is no linear map onto `kernel_shape`; None if it is one."""
+    """Why a branch's `embed` is no linear map onto `kernel_shape`; None if it is one.
+
+    Kept for every statement of a branch and every shape, since either may make the difference.
+    """
     weight = jax.ShapeDtypeStruct(branch.weight_shape(kernel_shape), jnp.float32)
     embed = functools.partial(branch.embed, kernel_shape=kernel_shape)
     made = jax.eval_shape(embed, weight)

@@ -13,6 +13,7 @@ import numpy as np
 
 from repopt_jax.branches.blocks import Block, check_block, merge, pull_back
 from repopt_jax.branches.branch import Branch, is_known, wide_type
+from repopt_jax.branches.sharding import in_auto_mode
 from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class BranchMult:
 
         rule "linear":     G * sum_b s_b^2  * E_b(1)    (SGD, momentum, coupled decay)
         rule "direction":  G * sum_b |s_b|  * E_b(1)    (after Adam's or Lion's preconditioner)
-        rule "mean":       the last divided by ``sum_b E_b(1)``, the number of branches that reach
+        rule "mean":       the last divided by the number of branches with ``s_b != 0`` that reach
                            an entry             (before Adam: its epsilon then acts as in a branch)
 
     and for other linear branches under the rule "linear" the exact operator
@@ -104,13 +105,14 @@ class BranchMult:
             raise ValueError(f"dense needs branches that are 0/1 placements, got {names}")
         terms, counts = [], []
         for name, branch in self.block:
-            mask = branch.mask(kernel_shape, dtype)
-            counts.append(mask)
+            term = count = branch.mask(kernel_shape, dtype)
             if branch.scaled:
                 scale = self.scales[name].astype(dtype)
                 factor = jnp.square(scale) if self.rule == "linear" else jnp.abs(scale)
-                mask = mask * jnp.broadcast_to(factor, kernel_shape)
-            terms.append(mask)
+                term = term * jnp.broadcast_to(factor, kernel_shape)
+                count = count * jnp.broadcast_to((scale != 0).astype(dtype), kernel_shape)
+            terms.append(term)
+            counts.append(count)
         total = functools.reduce(jnp.add, terms)
         if self.rule == "mean":
             return total / jnp.maximum(functools.reduce(jnp.add, counts), 1)
@@ -124,8 +126,11 @@ class BranchMult:
             product = wide * self.dense(gradient.shape, dtype)
         else:
             block = dict(self.block)
-            pulled = pull_back(block, self.scales, wide)
-            product = merge(block, pulled, self.scales, gradient.shape)
+
+            def operator(scales, wide):
+                return merge(block, pull_back(block, scales, wide), scales, wide.shape)
+
+            product = in_auto_mode(operator, gradient, self.scales, wide)
         return product.astype(gradient.dtype)
 
 

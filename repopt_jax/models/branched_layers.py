@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity, check_block
 from repopt_jax.tree_paths import errors_at, layer_at
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+def copy_model(model: ModelT) -> ModelT:
+    """A copy that shares no array with `model`, which a step that donates the copy's would delete.
+
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> copy_model(model).kernel.get_value() is model.kernel.get_value()
+    False
+    """
+    graphdef, state = nnx.split(model)
+    copy = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, state)
+    return nnx.merge(graphdef, copy)
 
 
 def check_layer(layer: Any, block: Block) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.branches import Block, init_weights, initial_scales, merge
-from repopt_jax.models.branched_layers import check_layers
+from repopt_jax.models.branched_layers import check_layers, copy_model
 from repopt_jax.scales import Scales, check_scales, frozen_seeds
 from repopt_jax.tree_paths import layer_at
 
@@ -137,7 +137,7 @@ def search_network(
     check_layers(model, blocks)
     if scales is not None:
         check_scales(scales, model, blocks)
-    model = nnx.clone(model)
+    model = copy_model(model)
     swapped = {}
     for path, block in blocks.items():
         vectors = None if scales is None else scales[path]

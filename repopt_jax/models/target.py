@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import Block, BranchMult, grad_mults, init_weights, merge
-from repopt_jax.models.branched_layers import check_layers
+from repopt_jax.models.branched_layers import check_layers, copy_model
 from repopt_jax.reparameterization import reparameterize
 from repopt_jax.scales import blocks_of, check_scales
 from repopt_jax.tree_paths import layer_at
@@ -170,5 +170,5 @@ def target_network(
     >>> state = any_optimizer.init(nnx.state(target.model, nnx.Param))
     """
     blocks = blocks_of(model, blocks)
-    model = nnx.clone(model)
+    model = copy_model(model)
     return Target(model, blocks, scales, _draw_kernels(model, blocks, scales, identity, rngs))
