@@ -60,7 +60,7 @@ def prune_by_resrep(model, fit):
     model = pruning.add_compactors(model, groups, list(groups))
     rule = pruning.scale_by_resrep(groups, list(groups), counts, keep=KEEP, lasso=0.02, every=2)
     fit(model, before=[rule])
-    return pruning.fold_compactors(model, groups, threshold=1e-3)
+    return pruning.fold_compactors(model, groups)
 
 
 def row(name, model, images, labels):
