@@ -144,7 +144,8 @@ def test_a_step_compiles_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"followers": {"other": Follower("head")}}, "followers.*'other'"),
+        ({"followers": {}}, "followers"),
+        ({"followers": {"other": Follower("head")}}, r"followers.*'other'"),
         ({"followers": {"conv": Follower("conv")}}, r"followers\['conv'\].*'conv'"),
         ({"steps": 0}, "steps.*0"),
         ({"threshold": 0.0}, r"threshold.*0\.0"),

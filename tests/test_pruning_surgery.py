@@ -264,5 +264,11 @@ def test_masks_and_clusters_that_do_not_fit_are_refused(x64):
         add_compactors(model, OWN, ["trunk"])
     with pytest.raises(ValueError, match=r"targets.*'outer'"):
         add_compactors(model, OWN, ["outer"])
+    layers = {"depthwise": ChannelGroup({"depthwise": "bn2"})}
+    with pytest.raises(ValueError, match=r"targets.*'depthwise'"):
+        add_compactors(model, layers, ["depthwise"])
+    model.bn1.scale = None
+    with pytest.raises(ValueError, match=r"targets.*'bn1'.*scale"):
+        add_compactors(model, OWN, ["inner"])
     with pytest.raises(ValueError, match=r"compactors"):
         fold_compactors(model, OWN)

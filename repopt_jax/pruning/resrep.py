@@ -45,7 +45,8 @@ class CompactedNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch *window channels"]) -> Array:
         """Run both."""
-        return self.layer(x) @ self.compactor[...].astype(x.dtype)
+        y = self.layer(x)
+        return y @ self.compactor[...].astype(y.dtype)
 
 
 def add_compactors(
@@ -61,15 +62,18 @@ def add_compactors(
       targets: the groups to prune; each needs one layer with a BatchNorm.
 
     Raises:
-      ValueError: a target that is no group, or has several layers (those around a shortcut) or no
-        BatchNorm; groups that do not fit the network.
+      ValueError: a target that is no group, has several layers (those around a shortcut), a
+        depthwise one or no complete BatchNorm; groups that do not fit the network.
     """
     channel_widths(model, groups)
     norms = _norms(groups, targets)
     for name in targets:
         (path,) = groups[name].layers
+        norm = layer_at(model, norms[name])
         if getattr(layer_at(model, path), "feature_group_count", 1) > 1:
             raise ValueError(f"targets: the layer {path!r} of group {name!r} must not be depthwise")
+        if norm.scale is None or norm.bias is None:
+            raise ValueError(f"targets: {norms[name]!r} must have a scale and a bias")
     model = copied(model)
     for path in norms.values():
         place(model, path, CompactedNorm(layer_at(model, path)))
@@ -132,24 +136,24 @@ def scale_by_resrep(
 
     All other parameters are left alone. The masks are chosen anew in every update that `every`
     divides, from update `start` on: all targets' channels are looked at from the smallest
-    ``|w_j|`` up and masked until the network without them has `keep` of its multiply-adds, but
-    no more than `more` beyond those masked before. Every target keeps a channel, and one of which
-    no channel is chosen keeps its mask.
+    ``|w_j|`` up and masked until the network without them has `keep` of its multiply-adds. As long
+    as it has more, a choice looks at no more channels than were masked before and `more` others.
+    Every target keeps a channel, and one of which no channel is chosen keeps its mask.
 
     In a chain it comes first; the paper gives compactors the momentum 0.99 and no decay, see
     `is_compactor`. Its order with `scale_by_grad_mult` does not matter: no compactor has a
     multiplier.
 
     Args:
-      groups: name -> group of channels, all that the network has: what a target's channel costs
-        depends on who reads it.
+      groups: name -> group of channels. Who writes and reads a target's channels is what they
+        cost.
       targets: the groups with compactors, as in `add_compactors`.
       counts: path of a layer -> its multiply-adds, as `multiply_adds` returns them.
       keep: the share of multiply-adds to leave, in (0, 1).
       lasso: strength of the lasso.
       start: the first update that may choose masks; the paper waits for five epochs.
       every: updates from one choice to the next.
-      more: channels that a choice may look at beyond those masked before.
+      more: how many more channels a choice may look at than were masked before.
 
     Returns:
       An optax.GradientTransformationExtraArgs; its ``update`` needs the parameters.
