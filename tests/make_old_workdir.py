@@ -68,10 +68,9 @@ def sigterm_in_the_target():
 
 
 def build(folder):
-    from repopt_jax.training.stopping import RunStopped
-
     from repopt_jax.training import run
     from repopt_jax.training.checkpoints import Checkpoints
+    from repopt_jax.training.stopping import RunStopped
 
     workdir, finished = folder / "workdir", folder / "finished"
     with sigterm_in_the_target(), contextlib.suppress(RunStopped):
