@@ -230,8 +230,10 @@ def test_a_closed_terminal_or_a_warning_of_a_scheduler_saves_first(
 
     monkeypatch.setattr(loop, "Progress", Interrupted)
     config = small_config(parts=("plain",), checkpoint__every=9.0)
+    before = signal.signal(signal.Signals[name], lambda *_: None)  # else it would end the tests
     with pytest.raises(RunStopped, match=f"^{name} received: plain is saved at step 2 of 33"):
         run.run(config, tmp_path)
+    signal.signal(signal.Signals[name], before)
     assert (tmp_path / "plain" / "checkpoints" / "2").is_dir()
 
 

@@ -71,6 +71,7 @@ SECTIONS = [
     ({"data.image_size": 0}, "image_size must be .* got 0"),
     ({"data.augment": "heavy"}, "augment must be one of .* got 'heavy'"),
     ({"data.threads": -1}, "threads must be .* got -1"),
+    ({"data.workers": -1}, "workers must be .* got -1"),
     ({"data.mean": (0.5,)}, r"data.mean must be 3 numbers, one per channel, got \(0.5,\)"),
     ({"data.std": (0.5, 0.5, 0.0)}, "data.std must be 3 numbers above 0"),
     ({"data.std": ("a", "b", "c")}, "data.std must be 3 numbers above 0"),
@@ -230,6 +231,18 @@ def test_a_run_whose_images_changed_is_refused(begun, key, value, told):
     assert refused(small_config(), begun).startswith("target.data must be the images")
     assert refused(small_config(), begun).endswith(told)
     assert snapshot(begun) == before
+
+
+def test_a_run_without_fields_that_came_later_goes_on_with_their_defaults(begun):
+    """With another value it would be another run."""
+    path = begun / "config.json"
+    present = json.loads(path.read_text())
+    del present["target"]["label_smoothing"]
+    path.write_text(json.dumps(present))
+    other = small_config(target__label_smoothing=0.3)
+    assert "target.label_smoothing (0.1 there, 0.3 here)" in refused(other, begun)
+    with pytest.raises(pytest.fail.Exception, match="a part was trained"):
+        run.run(small_config(), begun)
 
 
 def test_a_run_whose_classes_have_other_names_is_refused(begun, monkeypatch):

@@ -110,6 +110,9 @@ def _default_section() -> ConfigDict:
                 "fast": False,  # random-resized-crop without antialiasing
                 "skip_bad": False,  # leave out images that cannot be decoded, and count them
                 "threads": config_dict.placeholder(int),  # None: one per core
+                # Processes that make batches. None: one per core of at least 4 where images have
+                # to be decoded, else threads do it.
+                "workers": config_dict.placeholder(int),
                 "mean": IMAGENET_MEAN,  # of pixels in 0..1
                 "std": IMAGENET_STD,
             },

@@ -150,7 +150,8 @@ class Part:
         )
 
     def _reading(self) -> dict[str, Any]:
-        fields = {key: self.section.data[key] for key in ("image_size", "skip_bad", "threads")}
+        keys = ("image_size", "skip_bad", "threads", "workers")
+        fields = {key: self.section.data[key] for key in keys}
         places = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         return fields | places
 

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from repopt_jax.training.checkpoints import checkpoint_directory
-from repopt_jax.training.config import PARTS, flat, sections_of
+from repopt_jax.training.config import PARTS, default_config, flat, sections_of
 from repopt_jax.training.devices import samples_per_group
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import write_json
@@ -42,6 +42,7 @@ FREE_FIELDS = (
     "fsdp",
     "remat",
     "threads",
+    "workers",
     "data_dir",
     "skip_bad",
     "eval_batch_size",
@@ -166,7 +167,9 @@ def _require_same_images(present: dict, wanted: dict, workdir: epath.Path) -> No
 
 
 def _require_same(present: dict[str, Any], wanted: dict[str, Any], workdir: epath.Path) -> None:
-    present, wanted = flat(present), flat(wanted)
+    # Fields that came after the run began had the effect of their defaults.
+    defaults = json.loads(default_config().to_json_best_effort())
+    present, wanted = flat(defaults) | flat(present), flat(wanted)
     different = [
         f"{key} ({present.get(key)!r} there, {wanted.get(key)!r} here)"
         for key in sorted(present.keys() | wanted.keys())
