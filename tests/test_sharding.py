@@ -67,10 +67,12 @@ def steps(tx, params, count=3):
 @pytest.mark.parametrize("axis", [2, 3], ids=["inputs", "outputs"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_kernels_train_split_as_they_are(name, axis, kind):
-    """To the numbers of one device; state beside the shards; compiled once; constants everywhere."""
+    """To the numbers of one device, compiled once, with the state beside the shards."""
     expected, _, _ = steps(transforms(start())[name], start())
     mesh = jax.make_mesh((8,), ("d",), (kind,))
-    split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "d", *[None] * (3 - axis)))
+    # As jit writes the shardings of its results; else plain SGD would be compiled twice, too.
+    rest = [None] * (3 - axis) if kind == AxisType.Explicit else []
+    split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "d", *rest))
     with jax.set_mesh(mesh):
         params = jax.device_put(start(), split)
         found, state, compilations = steps(transforms(params)[name], params)
@@ -87,10 +89,11 @@ def test_kernels_train_split_as_they_are(name, axis, kind):
 @pytest.mark.parametrize("axis", [2, 3], ids=["inputs", "outputs"])
 def test_weights_of_a_small_branch_lie_beside_the_kernels_shards(axis):
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,))
-    spec = PartitionSpec(*[None] * axis, "d", *[None] * (3 - axis))
+    spec = PartitionSpec(*[None] * axis, "d")
     params = jax.device_put(start(), NamedSharding(mesh, spec))
     state = transforms(params)["reparameterize"].init(params)
-    assert state.weights["conv"]["conv1x1"].sharding.spec == spec
+    small = state.weights["conv"]["conv1x1"]
+    assert small.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
     identity = state.weights["conv"]["identity"].sharding.spec
     assert identity == PartitionSpec("d" if axis == 3 else None)
     assert state.scales["conv"]["conv3x3"].sharding.is_fully_replicated
