@@ -12,10 +12,12 @@ A target that ends in .pth or .pt needs torch; .safetensors holds the same names
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -25,7 +27,7 @@ from repopt_jax.files import load_scales, load_weights, save_arrays, save_weight
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.scales import save_scales
 from repopt_jax.torch_files import export_weights, official_names, read_state_dict, recognize
-from repopt_jax.torch_files.weights import load_torch_weights
+from repopt_jax.torch_files.weights import import_weights, unfilled_model
 
 
 def check_target(
@@ -55,13 +57,14 @@ def check_target(
 def convert_scales(source: epath.Path, target: epath.Path) -> str:
     """Write the scales of a torch file as ours; returns what was found and the next command."""
     scales = load_scales(source)
+    table = scales.describe("stage")
     save_scales(target, scales)
     name = scales.metadata.get("model", "unknown")
     configs = {"RepOpt-VGG-": "imagenet", f"{GHOST}-": "ghostnet"}
     config = next((c for family, c in configs.items() if name.startswith(family)), None)
     config = f"configs/{config}.py:{name}" if config else "CONFIG"
     return (
-        f"{name}, {len(scales)} blocks\n\n{scales.describe('stage')}\n\nwrote {target}; next:\n"
+        f"{name}, {len(scales)} blocks\n\n{table}\n\nwrote {target}; next:\n"
         f"python train.py --config={config} --config.scales={target} --workdir=DIR"
     )
 
@@ -70,10 +73,11 @@ def convert_weights(source: epath.Path, target: epath.Path) -> str:
     """Write the weights of a torch file as ours; returns what was found and the next command."""
     weights = read_state_dict(source)
     found = recognize(weights)
-    # The file's own type is kept, as the conversion has to be exact.
-    dtype = next(v.dtype for v in weights.values() if v.dtype.kind == "f")
-    with jax.enable_x64(dtype == np.float64):
-        model = load_torch_weights(source, param_dtype=dtype)
+    # The widest of the file's types holds all of its numbers exactly.
+    types = {v.dtype for v in weights.values() if jnp.issubdtype(v.dtype, np.floating)}
+    with jax.enable_x64(np.dtype("float64") in types):
+        dtype = functools.reduce(jnp.promote_types, types or [np.dtype("float32")])
+        model = import_weights(unfilled_model(**found, param_dtype=dtype), weights)
         save_weights(target, model, found)
         count = sum(value.size for value in jax.tree.leaves(nnx.state(model)))
     return (

@@ -37,23 +37,14 @@ def test_our_own_mistakes_are_no_missing_extras():
         import repopt_jax.mistyped  # noqa: F401
 
 
-@pytest.mark.parametrize("package", ["cv2", "simplejpeg", "PIL"])
+@pytest.mark.parametrize("package", ["grain", "cv2", "simplejpeg", "PIL"])
 def test_importing_data_without_its_packages_names_the_command(package):
     done = without(package, "import repopt_jax.data")
     last = done.stderr.splitlines()[-1]
     assert last == f"ModuleNotFoundError: {package} is missing: pip install 'repopt_jax[train]'"
 
 
-def test_batches_without_grain_name_the_command():
-    code = """
-from repopt_jax.data import eval_batches, load_dataset
-eval_batches(load_dataset("digits"), batch_size=4)
-"""
-    last = without("grain", code).stderr.splitlines()[-1]
-    assert last == "ModuleNotFoundError: grain is missing: pip install 'repopt_jax[train]'"
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "simplejpeg", "tqdm"])
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "grain", "tqdm"])
 def test_the_command_deploy_names_its_extra(package):
     code = "from repopt_jax.deploy.command_line import main\nmain(['benchmark', 'a.onnx'])"
     done = without(package, code)

@@ -147,6 +147,18 @@ def test_merging_equal_channels_changes_nothing(make, x64):
     assert sizes[0] < 0.7 * sizes[1]
 
 
+def test_the_first_channel_of_a_cluster_stays_and_its_readers_add_up(x64):
+    """Also where channels are not quite equal, as training leaves them."""
+    model = shaken(Own())
+    small = merge_clusters(model, OWN, {"inner": np.array([0, 1, 0, 1, 2])})
+    for layer, name in (("conv1", "kernel"), ("conv1", "bias"), ("bn1", "mean"), ("bn1", "scale")):
+        before, after = (getattr(layer_at(m, layer), name)[...] for m in (model, small))
+        np.testing.assert_array_equal(after, before[..., np.array([0, 1, 4])])
+    wide, narrow = (m.conv2.kernel[...] for m in (model, small))
+    np.testing.assert_allclose(narrow[:, :, 1], wide[:, :, 1] + wide[:, :, 3], rtol=1e-12)
+    np.testing.assert_array_equal(narrow[:, :, 2], wide[:, :, 4])
+
+
 def test_folding_compactors_changes_nothing_but_what_they_forgot(x64):
     model, groups, _ = vgg()
     compacted = add_compactors(shaken(model), groups, ["stage1/0", "stage3/0"])

@@ -166,6 +166,11 @@ def test_clusters_are_as_many_as_asked_and_hold_equal_filters_together():
             cluster_filters(model, groups, {"hidden": width})
 
 
+def share_left(a, b):
+    """Of the multiply-adds, with so many channels."""
+    return (900 * a / 8 + 1600 * a * b / 64 + 10 * b / 8) / 2510
+
+
 def resrep_masks(steps, **options):
     """Masked channels of both targets after each step."""
     options = {"keep": 0.3, "lasso": 0.1, "every": 1, **options}
@@ -183,17 +188,34 @@ def test_resrep_masks_a_few_more_each_time_until_the_network_is_small_enough(x64
     counts, masks = resrep_masks(8, more=3)
     assert counts[:3] == [3, 6, 9] and counts[-1] == counts[-2]
     left = {name: int(mask.sum()) for name, mask in masks.items()}
-
-    def share(a, b):
-        return (900 * a / 8 + 1600 * a * b / 64 + 10 * b / 8) / 2510
-
-    assert share(left["a"], left["b"]) <= 0.3
-    assert share(left["a"] + 1, left["b"]) > 0.3 or share(left["a"], left["b"] + 1) > 0.3
+    assert share_left(**left) <= 0.3
+    assert share_left(left["a"] + 1, left["b"]) > 0.3 or share_left(left["a"], left["b"] + 1) > 0.3
 
 
 def test_resrep_leaves_every_layer_a_channel(x64):
     _, masks = resrep_masks(8, keep=1e-6, more=16)
     assert [int(mask.sum()) for mask in masks.values()] == [1, 1]
+
+
+def test_resrep_keeps_the_mask_of_a_layer_without_a_small_channel(x64):
+    tx = scale_by_resrep(GROUPS, ["a", "b"], COUNTS, keep=0.3, more=1)
+    params = make_params()
+    params["b"]["bn"]["compactor"] *= 100
+    masks = {"a": jnp.ones(8, bool), "b": jnp.arange(8) != 5}
+    _, state = tx.update(params, tx.init(params)._replace(masks=masks), params)
+    np.testing.assert_array_equal(state.masks["b"], masks["b"])
+    assert (~state.masks["a"]).sum() == 2
+
+
+def test_resrep_looks_at_any_number_of_channels_once_the_network_is_small_enough(x64):
+    """Two of `a` made it so; now the least are four of `b`, more than the limit of 2 + 1."""
+    tx = scale_by_resrep(GROUPS, ["a", "b"], COUNTS, keep=0.755, more=1)
+    params = make_params()
+    params["b"]["bn"]["compactor"] *= jnp.array([[1e-3] * 4 + [1.0] * 4])
+    masks = {"a": jnp.arange(8) < 6, "b": jnp.ones(8, bool)}
+    assert share_left(6, 8) <= 0.755 < share_left(8, 5)
+    _, state = tx.update(params, tx.init(params)._replace(masks=masks), params)
+    np.testing.assert_array_equal(state.masks["b"], [False] * 4 + [True] * 4)
 
 
 def test_resrep_resets_gradients_and_shrinks_all_columns(x64):

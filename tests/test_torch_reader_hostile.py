@@ -176,7 +176,8 @@ def test_modules_that_share_submodules_without_end_are_refused(depth, width):
 def test_dict_keys_are_short_flat_and_hashable(tmp_path, packed):
     path = tmp_path / "file.pth"
     for key in (b"]", b"}", b"]\x85", b"N\x85\x85"):
-        refuse(path, packed(b"\x80\x02}" + key + b"Ns."), "as a key")
+        for new in (b"}", b"(d"):
+            refuse(path, packed(b"\x80\x02" + new + key + b"Ns."), "as a key")
     refuse(path, packed(b"\x80\x02}" + _text("k" * 5000) + b"Ns."), "key of absurd length")
     # Keys whose hashes a file can choose: 20,000 pairs of numbers, which may all collide.
     pairs = b"".join(b"M" + struct.pack("<H", n) + b"K\1\x86N" for n in range(20_000))

@@ -45,7 +45,9 @@ def replicated_like(x: Any, kernel: Array) -> Array:
 
 
 def _put(x: Array, kernel: NamedSharding, axes: list) -> Array:
-    # An axis that is not split is written out, as jit does in its results: else it compiles twice.
+    # As jit states the sharding of its results: otherwise the second step is compiled anew.
+    while axes and axes[-1] is None and AxisType.Explicit not in kernel.mesh.axis_types:
+        axes = axes[:-1]
     sharding = NamedSharding(kernel.mesh, PartitionSpec(*axes))
     return jax.device_put(x, sharding) if is_known(x) else jax.sharding.reshard(x, sharding)
 

@@ -9,6 +9,7 @@ resume from is one number.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,10 +20,13 @@ from repopt_jax.data.augment import preset
 from repopt_jax.data.batches import EvalBatch, TrainBatch, image_shape
 from repopt_jax.data.sources import ArraySource, Dataset
 from repopt_jax.data.workers import WorkerPool, usable_cores
-from repopt_jax.extras import needs_extra
 
 if TYPE_CHECKING:
     import grain
+
+# It is imported when it is used, because it brings JAX, of no use to worker processes.
+if importlib.util.find_spec("grain") is None:
+    raise ModuleNotFoundError("No module named 'grain'", name="grain")
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -97,6 +101,8 @@ def train_batches(
     >>> batches.get_state()
     {'next_index': 1}
     """
+    import grain
+
     steps = steps_per_epoch(dataset, batch_size)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in 0..2**32-1, got {seed}")
@@ -108,7 +114,7 @@ def train_batches(
     make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, fast, skip_bad, rows)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
     call, options = _executors(make, threads, workers)
-    batches = _grain().MapDataset.range(total).seed(seed).random_map(call)
+    batches = grain.MapDataset.range(total).seed(seed).random_map(call)
     return iter(batches.to_iter_dataset(options))
 
 
@@ -155,6 +161,8 @@ def eval_batches(
     >>> [int(b["mask"].sum()) for b in eval_batches(load_dataset("digits"), batch_size=256)]
     [256, 104]
     """
+    import grain
+
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if resize is not None and (image_size is None or resize < image_size):
@@ -166,7 +174,7 @@ def eval_batches(
     image_shape(dataset, image_size)  # refuses some
     make = EvalBatch(dataset, split, batch_size, image_size, resize, skip_bad, rows)
     call, options = _executors(make, threads, workers)
-    batches = _grain().MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(call)
+    batches = grain.MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(call)
     return batches.to_iter_dataset(options)
 
 
@@ -185,17 +193,12 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _grain():
-    """The package, not imported before it is needed: with it comes JAX, of no use to workers."""
-    with needs_extra("train"):
-        import grain
-    return grain
-
-
 def _executors(
     make: TrainBatch | EvalBatch, threads: int | None, workers: int | None
 ) -> tuple[Callable, grain.ReadOptions]:
     """What makes a batch, by processes or not, and how many threads call it."""
+    import grain
+
     cores = usable_cores()
     for name, value in (("threads", threads), ("workers", workers)):
         if value is not None and value < 0:
@@ -213,4 +216,4 @@ def _executors(
         threads = workers
     threads = cores if threads is None else threads
     # Two batches per thread: enough to hide a slow batch, small enough for big images.
-    return make, _grain().ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return make, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

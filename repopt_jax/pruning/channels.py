@@ -134,14 +134,6 @@ def unsharded(x: Array) -> Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def sharded_as(x: Array, other: Array) -> Array:
-    """`x` spread over the devices of an explicit mesh as `other` is."""
-    sharding = jax.typeof(other).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return x
-    return jax.sharding.reshard(x, sharding)
-
-
 def place(model: nnx.Module, path: str, layer: Any) -> None:
     """Put a layer where another one is, in place."""
     parent, key = parent_and_key(model, path)

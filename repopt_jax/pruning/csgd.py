@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, channel_widths, sharded_as, unsharded
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, unsharded
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _centres(array: Array, label: Int[Array, " channels"], count: int) -> Array:
     sums = jax.ops.segment_sum(by_channel, label, count)
     sizes = jax.ops.segment_sum(jnp.ones(label.shape, array.dtype), label, count)
     means = sums / jnp.expand_dims(sizes, tuple(range(1, sums.ndim)))
-    return sharded_as(jnp.moveaxis(means[label], 0, -1), array)
+    return jnp.moveaxis(means[label], 0, -1)
 
 
 def cluster_filters(
@@ -172,9 +172,7 @@ def _k_means(points: np.ndarray, count: int) -> np.ndarray:
     """Clusters of the rows of `points`, none of them empty; centres start far from each other."""
     first = [int(_distances(points, points.mean(0, keepdims=True)).argmax())]
     while len(first) < count:
-        nearest = _distances(points, points[first]).min(1)
-        nearest[first] = -1.0  # where points are equal, distances do not tell them apart
-        first.append(int(nearest.argmax()))
+        first.append(int(_distances(points, points[first]).min(1).argmax()))
     centres, label = points[first], None
     for _ in range(300):
         distances = _distances(points, centres)

@@ -59,6 +59,10 @@ def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:
         blocks.setdefault(f"{block_path(match[1])}/{layer}", {})[branch] = value.astype(np.float32)
     if not blocks:
         raise TorchFileError("it has no scales (scale_conv, scale_1x1, scale_identity)")
+    for path, block in blocks.items():
+        lengths = {branch: len(vector) for branch, vector in block.items()}
+        if 0 in lengths.values() or len(set(lengths.values())) > 1:
+            raise TorchFileError(f"vectors of {path} must be of one length above 0, got {lengths}")
     vectors = {
         path: {branch: block[branch] for _, branch in SCALES.values() if branch in block}
         for path, block in blocks.items()

@@ -23,14 +23,15 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
 
     Args:
       model: a network of any kind; values are cast to its types.
-      weights: torch name -> array, in torch's layout (OIHW).
+      weights: torch name -> array of floats, in torch's layout (OIHW).
 
     Returns:
       `model`.
 
     Raises:
       ValueError: one message with every variable without a source, every source without a
-        variable and every wrong shape. `model` is unchanged then.
+        variable, every wrong shape and every tensor with numbers that no network has, or that
+        the cast would lose. `model` is unchanged then.
     """
     problems, filled, used = [], {}, set()
     state = nnx.state(model)
@@ -47,6 +48,7 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
             if value.shape != variable.shape:
                 shapes = f"{variable.shape}, got {value.shape}"
                 problems.append(f"{name} must give {path} the shape {shapes}")
+            problems += _bad_numbers(name, weights[name], variable.dtype)
     # torch keeps a count beside the running statistics of each BatchNorm.
     counts = {f"{(name or '').removesuffix('running_var')}num_batches_tracked" for name in used}
     problems += [f"surplus {name}" for name in weights.keys() - used - counts]
@@ -57,6 +59,23 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
     )
     nnx.update(model, new)
     return model
+
+
+def _bad_numbers(name: str, value: np.ndarray, dtype: np.dtype) -> list[str]:
+    """What is wrong with the numbers of a tensor that is to be cast to `dtype`."""
+    if not jax.numpy.issubdtype(value.dtype, np.floating):
+        return [f"{name} must hold floats, got {value.dtype}"]
+    if not np.isfinite(value).all():
+        return [f"{name} must be finite, got NaN or infinity"]
+    is_variance = name.endswith(".running_var")
+    if is_variance and (value < 0).any():
+        return [f"{name} must not be negative, got {value.min()}"]
+    with np.errstate(over="ignore", under="ignore"):
+        cast = value.astype(dtype)
+    # A variance of 0 divides by nearly nothing; other numbers so small make no difference.
+    if not np.isfinite(cast).all() or (is_variance and (cast == 0)[value != 0].any()):
+        return [f"{name} must fit in {dtype}, got numbers from {value.min()} to {value.max()}"]
+    return []
 
 
 def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[str, np.ndarray]:
