@@ -15,6 +15,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +79,17 @@ def convert_scales(source: epath.Path, target: epath.Path, key: str | None) -> s
     )
 
 
-def convert_weights(source: epath.Path, target: epath.Path, key: str | None) -> str:
-    """Write the weights of a torch file as ours; returns what was found and the next command."""
+def convert_weights(source: epath.Path, target: epath.Path, key: str | None, **told: Any) -> str:
+    """Write the weights of a torch file as ours; returns what was found and the next command.
+
+    Args:
+      source: the torch file.
+      target: the file to write.
+      key: where in `source` the weights are; see `find_weights`.
+      **told: arguments of `create_model` that no torch file holds, such as strides.
+    """
     weights, place, others = read_torch_weights(source, key)
-    found = recognize(weights)
+    found = recognize(weights) | told
     # The widest of the file's types holds all of its numbers exactly.
     types = {v.dtype for v in weights.values() if jnp.issubdtype(v.dtype, np.floating)}
     with jax.enable_x64(np.dtype("float64") in types):
@@ -90,6 +98,9 @@ def convert_weights(source: epath.Path, target: epath.Path, key: str | None) -> 
         save_weights(target, model, found)
         count = sum(value.size for value in jax.tree.leaves(nnx.state(model)))
     chosen = f"took {place}; --key takes {' or '.join(others)}\n" if others else ""
+    if "num_blocks" in found and "strides" not in told:
+        strides = " ".join(map(str, found.get("strides", (2, 2, 2, 2, 2))))
+        chosen += f"took strides of {strides}, which torch files do not hold: see --strides\n"
     return (
         f"{chosen}{found['name']}, kind {found['kind']}, {found['num_classes']} classes, "
         f"{count:,} numbers\nwrote {target}; next:\n"
@@ -137,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", action="store_true", help="convert weights, not scales")
     parser.add_argument("--to-torch", action="store_true", help="from ours to torch's names")
     parser.add_argument("--key", help="where in a torch file the weights are, as state_dict_ema")
+    parser.add_argument("--strides", type=int, nargs=5, help="of a RepOpt-VGG's stages 0 to 4")
+    parser.add_argument("--kind", choices=["hs", "csla"], help="of a search network")
     parser.add_argument("--force", action="store_true", help="replace an existing target")
     arguments = parser.parse_args(argv)
     source, target = arguments.source, arguments.target
@@ -149,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }[arguments.weights, arguments.to_torch]
     try:
         check_target(source, target, suffixes, force=arguments.force)
-        print(convert(source, target, arguments.key))
+        told = {k: v for k in ("strides", "kind") if (v := getattr(arguments, k)) is not None}
+        if told and convert is not convert_weights:
+            raise ValueError(f"{' and '.join(told)} must be given with --weights from torch only")
+        print(convert(source, target, arguments.key, **told))
     except (ValueError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -116,7 +116,7 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
 
     Args:
       path: a file that ``repopt-convert --weights`` or torch wrote; local or ``gs://``.
-      **options: of `create_model`, such as strides and bn_group; they are not in the file.
+      **options: of `create_model`, such as bn_group; they take the place of those in the file.
 
     Raises:
       ValueError: it is no such file, or does not fit the network that it names.
@@ -126,7 +126,7 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
         return load_torch_weights(path, **options)
     tensors, arguments = read_weights(path)
     dtype = next(iter(tensors.values())).dtype
-    model = unfilled_model(**arguments, **{"param_dtype": dtype} | options)
+    model = unfilled_model(**{"param_dtype": dtype} | arguments | options)
     state = nnx.state(model)
     wanted = {path_str(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(state)}
     found = {name: tensor.shape for name, tensor in tensors.items()}

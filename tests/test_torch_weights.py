@@ -293,3 +293,35 @@ def test_the_command_reads_what_it_has_written_for_torch(tmp_path, capsys, flags
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+EQUAL = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 4, 4, 8), "num_classes": 3}
+
+
+@pytest.mark.parametrize("kind", ["hs", "repvgg"])
+def test_strides_of_1_are_recognized_by_their_identities(kind):
+    strides = (2, 1, 1, 2, 2)
+    model = repopt_jax.create_model("RepOpt-VGG", kind, strides=strides, rngs=nnx.Rngs(0), **EQUAL)
+    found = recognize(export_weights(model))
+    assert found["strides"] == strides
+    made = repopt_jax.create_model(**found, rngs=nnx.Rngs(1))
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    import_weights(made, export_weights(model))
+    np.testing.assert_array_equal(made(images), model(images))
+
+
+def test_strides_and_kind_that_are_told_stay_in_the_file(tmp_path, capsys):
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    strides = (1, 1, 2, 2, 2)
+    model = repopt_jax.create_model("RepOpt-VGG", strides=strides, rngs=nnx.Rngs(0), **EQUAL)
+    model.eval()
+    for flags, told in (([], True), (["--strides", *map(str, strides)], False)):
+        (tmp_path / "b.safetensors").unlink(missing_ok=True)
+        loaded = load_weights(convert(tmp_path, export_weights(model), "--weights", *flags))
+        loaded.eval()
+        assert np.array_equal(loaded(images), model(images)) != told
+        assert ("took strides of 2 2 2 2 2" in capsys.readouterr().out) == told
+    (tmp_path / "b.safetensors").unlink()
+    target = convert(tmp_path, export_weights(network("csla")), "--weights", "--kind=csla")
+    params = nnx.state(load_weights(target), nnx.Param)
+    assert jax.tree.structure(params) == jax.tree.structure(nnx.state(network("csla"), nnx.Param))

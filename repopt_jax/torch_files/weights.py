@@ -130,7 +130,7 @@ def load_torch_weights(
         raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
     if kind is not None:
         arguments["kind"] = kind
-    return import_weights(unfilled_model(**arguments, **options), weights)
+    return import_weights(unfilled_model(**arguments | options), weights)
 
 
 def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost:
