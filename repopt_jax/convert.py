@@ -15,6 +15,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,13 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.files import load_scales, load_weights, save_arrays, save_weights
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.scales import save_scales
-from repopt_jax.torch_files import export_weights, official_names, read_state_dict, recognize
+from repopt_jax.torch_files import (
+    export_weights,
+    load_torch_scales,
+    official_names,
+    read_torch_weights,
+    recognize,
+)
 from repopt_jax.torch_files.weights import import_weights, unfilled_model
 
 
@@ -54,25 +61,35 @@ def check_target(
         raise ValueError(f"target must end in {' or '.join(suffixes)}, got {target}")
 
 
-def convert_scales(source: epath.Path, target: epath.Path) -> str:
+def convert_scales(source: epath.Path, target: epath.Path, key: str | None) -> str:
     """Write the scales of a torch file as ours; returns what was found and the next command."""
-    scales = load_scales(source)
+    scales = load_torch_scales(source, key)
     table = scales.describe("stage")
     save_scales(target, scales)
-    name = scales.metadata.get("model", "unknown")
+    name = scales.metadata["model"]
     configs = {"RepOpt-VGG-": "imagenet", f"{GHOST}-": "ghostnet"}
     config = next((c for family, c in configs.items() if name.startswith(family)), None)
     config = f"configs/{config}.py:{name}" if config else "CONFIG"
+    if name == "unknown":
+        name = "no network of ours: a target must have the same blocks and layers"
     return (
-        f"{name}, {len(scales)} blocks\n\n{table}\n\nwrote {target}; next:\n"
+        f"{name}, {len(scales)} blocks, {scales.metadata['source']}\n\n{table}\n\n"
+        f"wrote {target}; next:\n"
         f"python train.py --config={config} --config.scales={target} --workdir=DIR"
     )
 
 
-def convert_weights(source: epath.Path, target: epath.Path) -> str:
-    """Write the weights of a torch file as ours; returns what was found and the next command."""
-    weights = read_state_dict(source)
-    found = recognize(weights)
+def convert_weights(source: epath.Path, target: epath.Path, key: str | None, **told: Any) -> str:
+    """Write the weights of a torch file as ours; returns what was found and the next command.
+
+    Args:
+      source: the torch file.
+      target: the file to write.
+      key: where in `source` the weights are; see `find_weights`.
+      **told: arguments of `create_model` that no torch file holds, such as strides.
+    """
+    weights, place, others = read_torch_weights(source, key)
+    found = recognize(weights) | told
     # The widest of the file's types holds all of its numbers exactly.
     types = {v.dtype for v in weights.values() if jnp.issubdtype(v.dtype, np.floating)}
     with jax.enable_x64(np.dtype("float64") in types):
@@ -80,21 +97,25 @@ def convert_weights(source: epath.Path, target: epath.Path) -> str:
         model = import_weights(unfilled_model(**found, param_dtype=dtype), weights)
         save_weights(target, model, found)
         count = sum(value.size for value in jax.tree.leaves(nnx.state(model)))
+    chosen = f"took {place}; --key takes {' or '.join(others)}\n" if others else ""
+    if "num_blocks" in found and "strides" not in told:
+        strides = " ".join(map(str, found.get("strides", (2, 2, 2, 2, 2))))
+        chosen += f"took strides of {strides}, which torch files do not hold: see --strides\n"
     return (
-        f"{found['name']}, kind {found['kind']}, {found['num_classes']} classes, "
+        f"{chosen}{found['name']}, kind {found['kind']}, {found['num_classes']} classes, "
         f"{count:,} numbers\nwrote {target}; next:\n"
         f"python -c \"import repopt_jax; repopt_jax.load_weights('{target}')\""
     )
 
 
-def export_scales(source: epath.Path, target: epath.Path) -> str:
+def export_scales(source: epath.Path, target: epath.Path, key: str | None) -> str:
     """Write our scales under the names of the official code; returns what was written."""
     scales = load_scales(source)
     _write(target, official_names(scales))
     return f"wrote the scales of {len(scales)} blocks to {target}"
 
 
-def export_state_dict(source: epath.Path, target: epath.Path) -> str:
+def export_state_dict(source: epath.Path, target: epath.Path, key: str | None) -> str:
     """Write our weights as a state dict with the official names; returns what was written."""
     with jax.enable_x64(True):
         exported = export_weights(load_weights(source))
@@ -126,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", type=epath.Path, help="file to write")
     parser.add_argument("--weights", action="store_true", help="convert weights, not scales")
     parser.add_argument("--to-torch", action="store_true", help="from ours to torch's names")
+    parser.add_argument("--key", help="where in a torch file the weights are, as state_dict_ema")
+    parser.add_argument("--strides", type=int, nargs=5, help="of a RepOpt-VGG's stages 0 to 4")
+    parser.add_argument("--kind", choices=["hs", "csla"], help="of a search network")
     parser.add_argument("--force", action="store_true", help="replace an existing target")
     arguments = parser.parse_args(argv)
     source, target = arguments.source, arguments.target
@@ -138,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }[arguments.weights, arguments.to_torch]
     try:
         check_target(source, target, suffixes, force=arguments.force)
-        print(convert(source, target))
+        told = {k: v for k in ("strides", "kind") if (v := getattr(arguments, k)) is not None}
+        if told and convert is not convert_weights:
+            raise ValueError(f"{' and '.join(told)} must be given with --weights from torch only")
+        print(convert(source, target, arguments.key, **told))
     except (ValueError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -27,8 +27,11 @@ from repopt_jax.tree_paths import current_path, path_str
 FORMAT_VERSION = "1"
 
 
-def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
-    """Whether a file is torch's; otherwise it is a safetensors file.
+def has_torch_names(path: str | os.PathLike, *, what: str = "path") -> bool:
+    """Whether the arrays of a file have torch's names; else the file is one of ours.
+
+    A torch file has them, and so has a safetensors file that states no format version, as other
+    packages write it.
 
     Args:
       path: the file.
@@ -36,18 +39,19 @@ def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it has neither format.
+      ValueError: it is of neither format.
     """
     source = epath.Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{what} must be an existing file, got {os.fspath(path)}")
     with source.open("rb") as file:
         head = file.read(262)
-    # Asked first: the length of its header, in the first bytes, may look like torch's.
-    if head[8:9] == b"{":
-        return False
-    if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
-        return True
+        if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
+            return True
+        if head[8:9] == b"{":
+            file.seek(8)
+            header = file.read(min(int.from_bytes(head[:8], "little"), 100 << 20))
+            return b'"format_version"' not in header
     raise ValueError(
         f"{os.fspath(path)!r} must be a safetensors or a torch file, got one that starts with "
         f"{head[:16]!r}"
@@ -55,10 +59,10 @@ def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
 
 
 def load_scales(path: str | os.PathLike) -> Scales:
-    """Read scales from a safetensors file, or from a torch file as `load_torch_scales` does.
+    """Read scales from a file of ours, or from one of torch as `load_torch_scales` does.
 
     Args:
-      path: a file of any name, local or ``gs://``.
+      path: a safetensors or torch file of any name, local or ``gs://``.
 
     Raises:
       ValueError: the file holds no scales.
@@ -71,7 +75,7 @@ def load_scales(path: str | os.PathLike) -> Scales:
     ...     load_scales(path) == Scales({"conv": {"full": np.ones(2)}}, {"format_version": "1"})
     True
     """
-    if is_torch_file(path, what="scales"):
+    if has_torch_names(path, what="scales"):
         return load_torch_scales(path)
     return parse_scales(epath.Path(path).read_bytes(), os.fspath(path))
 
@@ -112,17 +116,17 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
 
     Args:
       path: a file that ``repopt-convert --weights`` or torch wrote; local or ``gs://``.
-      **options: of `create_model`, such as strides and bn_group; they are not in the file.
+      **options: of `create_model`, such as bn_group; they take the place of those in the file.
 
     Raises:
       ValueError: it is no such file, or does not fit the network that it names.
       FileNotFoundError: there is no such file.
     """
-    if is_torch_file(path, what="weights"):
+    if has_torch_names(path, what="weights"):
         return load_torch_weights(path, **options)
     tensors, arguments = read_weights(path)
     dtype = next(iter(tensors.values())).dtype
-    model = unfilled_model(**arguments, **{"param_dtype": dtype} | options)
+    model = unfilled_model(**{"param_dtype": dtype} | arguments | options)
     state = nnx.state(model)
     wanted = {path_str(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(state)}
     found = {name: tensor.shape for name, tensor in tensors.items()}

@@ -14,8 +14,12 @@ from flax import nnx
 
 import repopt_jax
 from repopt_jax.models import search_layers
-from repopt_jax.torch_files import export_weights, load_torch_scales, load_torch_weights
-from repopt_jax.torch_files.scales import read_state_dict
+from repopt_jax.torch_files import (
+    export_weights,
+    load_torch_scales,
+    load_torch_weights,
+    read_state_dict,
+)
 from repopt_jax.training.optimizer import clip_by_global_norm
 from repopt_jax.training.step import cross_entropy
 from repopt_jax.tree_paths import layer_at

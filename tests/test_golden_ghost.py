@@ -10,9 +10,9 @@ from flax import nnx
 from test_golden import assert_same_weights, load, relative, sgd, train
 
 import repopt_jax
-from repopt_jax.torch_files import export_weights, load_torch_scales
+from repopt_jax.torch_files import export_weights, load_torch_scales, read_state_dict
 from repopt_jax.torch_files.names import torch_block
-from repopt_jax.torch_files.scales import official_names, read_state_dict
+from repopt_jax.torch_files.scales import official_names
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_describe_tells_the_largest_multiplier_of_the_centre():
 def test_other_files_are_refused_by_name(tmp_path, content):
     path = tmp_path / "s.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"s.safetensors' must be a"):
+    with pytest.raises(ValueError, match=r"s\.safetensors"):
         load_scales(path)
 
 

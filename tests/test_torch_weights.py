@@ -23,7 +23,7 @@ from repopt_jax.torch_files import (
     import_weights,
     recognize,
 )
-from repopt_jax.torch_files.modules import find_state_dict
+from repopt_jax.torch_files.modules import find_weights
 from repopt_jax.torch_files.scales import official_names, scales_in
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
@@ -95,7 +95,7 @@ def test_scales_come_out_of_every_kind_of_checkpoint():
         {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
         {"model": None, "ema": module, "updates": 5},
     ):
-        found = scales_in(find_state_dict(content))
+        found = scales_in(find_weights(content).arrays)
         assert found.metadata["model"] == "RepOpt-VGG"
         assert found.flat().keys() == expected.keys()
         for key, vector in expected.items():
@@ -122,7 +122,7 @@ def test_half_a_network_is_refused():
 
 def test_files_without_weights_are_refused():
     with pytest.raises(TorchFileError, match="it has no weights under any of"):
-        find_state_dict({"epoch": 3})
+        find_weights({"epoch": 3})
     with pytest.raises(TorchFileError, match="it has no scales"):
         scales_in({"linear.weight": np.ones((2, 2))})
 
@@ -162,7 +162,7 @@ def test_command_converts_released_scales(official_scales, tmp_path):
     ("arguments", "message"),
     [
         (("{tmp}/nope.pth", "{tmp}/a.safetensors"), "source must be an existing file"),
-        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "must be a safetensors or a torch file"),
+        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "it is no torch file"),
         (("{tmp}/text.pth", "{tmp}/a.bin"), "target must end in .safetensors"),
         (("{tmp}/text.pth", "{tmp}/text.pth", "--force"), "target must be another file"),
         (("{tmp}/text.pth", "{tmp}/no/a.safetensors"), "target must lie in an existing folder"),
@@ -240,3 +240,88 @@ def test_vectors_of_two_lengths_are_refused_and_nothing_is_written(tmp_path, cap
         }
         assert not convert(tmp_path, names).exists()
         assert f"'conv3x3': {one}, 'conv1x1': {other}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.net.backbone."]
+)
+def test_what_wrappers_put_before_every_name_is_left_out(prefix):
+    weights = export_weights(network("hs"))
+    wrapped = find_weights({prefix + name: value for name, value in weights.items()}).arrays
+    assert wrapped.keys() == weights.keys()
+    scales = scales_in(official_names(scales_in(wrapped)))
+    assert scales.metadata["model"] == "RepOpt-VGG"
+
+
+def test_entries_that_are_no_weights_are_left_out():
+    weights = export_weights(network("target"))
+    counts = {"total_ops": np.ones(1), "stage0.conv.total_params": np.ones(1)}
+    assert find_weights(weights | counts | {"epoch": 3, "args": None}).arrays == weights
+    sparse = Standin("torch._utils._rebuild_sparse_tensor", ())
+    with pytest.raises(TorchFileError, match=r"'linear\.weight' .*'sparse_tensor'"):
+        find_weights(weights | {"linear.weight": sparse})
+
+
+def test_one_of_several_state_dicts_is_chosen_and_told(tmp_path, capsys):
+    """Weights come before their averages, unless --key says otherwise."""
+    raw, average = (export_weights(network("target", seed=seed)) for seed in (0, 1))
+    source = tmp_path / "a.pth"
+    tensors = [{k: build.tensor(v) for k, v in weights.items()} for weights in (average, raw)]
+    source.write_bytes(build.archive_of({"state_dict_ema": tensors[0], "state_dict": tensors[1]}))
+    for flags, weights in (([], raw), (["--key", "state_dict_ema"], average)):
+        target = tmp_path / f"{len(flags)}.safetensors"
+        assert main(["--weights", *flags, str(source), str(target)]) == 0
+        found = export_weights(load_weights(target))["linear.weight"]
+        np.testing.assert_array_equal(found, weights["linear.weight"])
+        told = capsys.readouterr().out
+        assert bool(flags) or ("took state_dict;" in told and "state_dict_ema" in told)
+    assert main(["--weights", "--key=nope", str(source), str(tmp_path / "c.safetensors")]) == 1
+    assert "got 'nope'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--weights"]])
+def test_the_command_reads_what_it_has_written_for_torch(tmp_path, capsys, flags):
+    weights = export_weights(network("hs"))
+    ours = convert(tmp_path, weights, *flags)
+    theirs, again = tmp_path / "c.safetensors", tmp_path / "d.safetensors"
+    assert main([*flags, "--to-torch", str(ours), str(theirs)]) == 0
+    assert main([*flags, str(theirs), str(again)]) == 0
+    if flags:
+        found, wanted = (variables(load_weights(path)) for path in (theirs, ours))
+    else:
+        found, wanted = (repopt_jax.load_scales(path).flat() for path in (theirs, ours))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+EQUAL = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 4, 4, 8), "num_classes": 3}
+
+
+@pytest.mark.parametrize("kind", ["hs", "repvgg"])
+def test_strides_of_1_are_recognized_by_their_identities(kind):
+    strides = (2, 1, 1, 2, 2)
+    model = repopt_jax.create_model("RepOpt-VGG", kind, strides=strides, rngs=nnx.Rngs(0), **EQUAL)
+    found = recognize(export_weights(model))
+    assert found["strides"] == strides
+    made = repopt_jax.create_model(**found, rngs=nnx.Rngs(1))
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    import_weights(made, export_weights(model))
+    np.testing.assert_array_equal(made(images), model(images))
+
+
+def test_strides_and_kind_that_are_told_stay_in_the_file(tmp_path, capsys):
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    strides = (1, 1, 2, 2, 2)
+    model = repopt_jax.create_model("RepOpt-VGG", strides=strides, rngs=nnx.Rngs(0), **EQUAL)
+    model.eval()
+    for flags, told in (([], True), (["--strides", *map(str, strides)], False)):
+        (tmp_path / "b.safetensors").unlink(missing_ok=True)
+        loaded = load_weights(convert(tmp_path, export_weights(model), "--weights", *flags))
+        loaded.eval()
+        assert np.array_equal(loaded(images), model(images)) != told
+        assert ("took strides of 2 2 2 2 2" in capsys.readouterr().out) == told
+    (tmp_path / "b.safetensors").unlink()
+    target = convert(tmp_path, export_weights(network("csla")), "--weights", "--kind=csla")
+    params = nnx.state(load_weights(target), nnx.Param)
+    assert jax.tree.structure(params) == jax.tree.structure(nnx.state(network("csla"), nnx.Param))

@@ -178,15 +178,15 @@ def load_weights_file(
     Raises:
       ValueError: the file is no such file, or holds another model or kind.
     """
-    from repopt_jax.files import is_torch_file, load_weights, read_weights
+    from repopt_jax.files import has_torch_names, load_weights, read_weights
     from repopt_jax.torch_files import read_state_dict, recognize
 
     preprocessing = Preprocessing(
         image_size, image_size, tuple(mean), tuple(std), inside=preprocess
     )
     options: dict[str, Any] = {} if strides is None else {"strides": tuple(strides)}
-    is_torch = is_torch_file(path, what="weights")
-    facts = recognize(read_state_dict(path)) if is_torch else read_weights(path)[1]
+    from_torch = has_torch_names(path, what="weights")
+    facts = recognize(read_state_dict(path)) if from_torch else read_weights(path)[1]
     model = load_weights(path, **options)
     if name not in (None, facts["name"]):
         raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")

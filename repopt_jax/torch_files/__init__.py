@@ -7,6 +7,7 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
     from repopt_jax.torch_files.modules import read_state_dict as read_state_dict
+    from repopt_jax.torch_files.modules import read_torch_weights as read_torch_weights
     from repopt_jax.torch_files.modules import state_dict as state_dict
     from repopt_jax.torch_files.pickles import Standin as Standin
     from repopt_jax.torch_files.pickles import TorchFileError as TorchFileError

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from repopt_jax.scales import parse_safetensors
 from repopt_jax.torch_files.pickles import Standin, TorchFileError, quote
 from repopt_jax.torch_files.reader import read_torch_file
 
-# Keys under which checkpoints keep their weights, the likeliest first.
-WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "ema", "model_ema")
+# Keys under which checkpoints keep their weights, the likeliest first, averages last.
+WEIGHT_KEYS = (
+    *("model", "state_dict", "model_state_dict", "net", "network", "module", "weights", "params"),
+    *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "student", "teacher"),
+)
+# What stands before the first layer of a network of ours in the names of its tensors.
+_OUTERMOST = re.compile(r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1)\.")
 # About the bytes of all names, one for each entry of a module, those that are None included.
 # A module held under n names counts n times: so it does in torch.
 MAX_SIZE = 1 << 26
@@ -86,45 +94,110 @@ def _tables(prefix: str, module: Any) -> tuple[dict, dict, dict, set]:
     return *tables, {name for name in hidden if isinstance(name, str)}
 
 
-def find_state_dict(content: Any) -> dict[str, np.ndarray]:
+class Weights(NamedTuple):
+    """What `find_weights` found.
+
+    Attributes:
+      arrays: name -> array.
+      key: where they were, such as ``state_dict``; "" for the outermost dict.
+      others: further places with weights that could have been meant.
+    """
+
+    arrays: dict[str, np.ndarray]
+    key: str
+    others: list[str]
+
+
+def find_weights(content: Any, key: str | None = None) -> Weights:
     """The weights inside what `read_torch_file` returned.
 
-    Checkpoints that keep them under ``model``, ``state_dict`` or ``ema`` are unwrapped, pickled
-    modules turned into their state dict, and a prefix ``module.`` of all names is removed.
+    Checkpoints keep them under a name such as ``model``, ``state_dict`` or ``ema``, which may be
+    nested: the first of `WEIGHT_KEYS` is taken. Pickled modules are turned into their state dict.
+    A prefix of all names that training wrappers put there (``module.``, ``_orig_mod.``) is
+    removed, and entries that are no weights, such as an epoch, are left out.
+
+    Args:
+      content: the object that the file holds.
+      key: where the weights are, such as ``state_dict_ema`` or ``model/ema``. None: see above.
 
     Raises:
-      TorchFileError: there are none.
+      TorchFileError: there are none, or they hold a tensor that is sparse or quantized.
 
-    >>> list(find_state_dict({"model": {"module.a": np.ones(1)}, "epoch": 3}))
-    ['a']
+    >>> find_weights({"model": {"module.stage0.a": np.ones(1)}, "ema": {"a": np.ones(1)}})
+    Weights(arrays={'stage0.a': array([1.])}, key='model', others=['ema'])
     """
-    for _ in range(4):
+    wanted = key.split("/") if key else []
+    path: list[str] = []
+    others: list[str] = []
+    while True:
         if isinstance(content, Standin):
             content = state_dict(content)
         if not isinstance(content, dict):
             raise TorchFileError(f"it holds a {type(content).__name__} and no weights")
-        arrays = {k: v for k, v in content.items() if isinstance(v, np.ndarray)}
-        if arrays and len(arrays) == len(content) and all(isinstance(k, str) for k in arrays):
-            while all(name.startswith("module.") for name in arrays):
-                arrays = {name.removeprefix("module."): v for name, v in arrays.items()}
-            return arrays
-        inner = [k for k in WEIGHT_KEYS if isinstance(content.get(k), (dict, Standin))]
-        if not inner:
+        holders = {k for k, v in content.items() if isinstance(v, dict | Standin) and v}
+        inner = [k for k in WEIGHT_KEYS if k in holders]
+        if wanted:
+            inner = [k for k in content if k == wanted[0]]
+            if not inner:
+                found = [quote(k) for k in content][:8]
+                raise TorchFileError(f"key must be among {', '.join(found)}, got {wanted[0]!r}")
+            del wanted[0]
+        elif key or not inner or len(path) == 4:
             break
+        others += ["/".join((*path, k)) for k in inner[1:]]
+        path.append(inner[0])
         content = content[inner[0]]
-    raise TorchFileError(
-        f"it has no weights under any of {', '.join(WEIGHT_KEYS)}, but {[*map(str, content)][:8]}"
-    )
+    arrays = _arrays(content)
+    if not arrays:
+        found = ", ".join([quote(k) for k in content][:8])
+        keys = ", ".join(WEIGHT_KEYS)
+        raise TorchFileError(f"it has no weights under any of {keys}, but {found}")
+    return Weights(arrays, "/".join(path), others)
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights of a torch file by name; see `find_state_dict`.
+def _arrays(content: dict) -> dict[str, np.ndarray]:
+    """The weights among a dict's entries, under their names in the network itself."""
+    arrays = {}
+    for name, value in content.items():
+        if isinstance(value, Standin) and value.name.startswith("torch._utils._rebuild"):
+            kind = value.name.rpartition("_rebuild_")[2]
+            raise TorchFileError(f"{quote(name)} is a tensor of the kind {quote(kind)}")
+        # thop, a package that counts operations, leaves its counts among the weights.
+        counts = str(name).rpartition(".")[2] in ("total_ops", "total_params")
+        if isinstance(name, str) and isinstance(value, np.ndarray) and not counts:
+            arrays[name] = value
+    matches = (_OUTERMOST.match(name) for name in arrays)
+    prefix = next((match[1] for match in matches if match), None) or "module."
+    while arrays and all(name.startswith(prefix) for name in arrays):
+        arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}
+    return arrays
+
+
+def read_state_dict(path: str | os.PathLike, key: str | None = None) -> dict[str, np.ndarray]:
+    """The weights of a torch file, or of a safetensors file with torch's names.
+
+    Args:
+      path: the file, local or ``gs://``.
+      key: where in the file the weights are; see `find_weights`.
 
     Raises:
       TorchFileError: with the file's name and what is wrong with it.
     """
-    content = read_torch_file(path)
+    return read_torch_weights(path, key).arrays
+
+
+def read_torch_weights(path: str | os.PathLike, key: str | None = None) -> Weights:
+    """`read_state_dict`, with the place in the file where the weights were."""
+    source = epath.Path(path)
+    head = b""
+    if source.is_file():
+        with source.open("rb") as file:
+            head = file.read(9)
+    if head[8:] == b"{":  # after its length, the header of a safetensors file is JSON
+        content = parse_safetensors(source.read_bytes(), os.fspath(path))[0]
+    else:
+        content = read_torch_file(path)
     try:
-        return find_state_dict(content)
+        return find_weights(content, key)
     except TorchFileError as error:
         raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None

@@ -60,7 +60,9 @@ def recognize_size(weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Arguments of `create_model` for the network whose state dict this is.
 
-    Search checkpoints are taken for kind "hs"; "csla" has the same names.
+    Search checkpoints are taken for kind "hs"; "csla" has the same names. No file holds strides:
+    a stage of which the first block has an identity has a stride of 1, all others are taken for 2,
+    as published.
 
     Raises:
       TorchFileError: it is no network of ours.
@@ -77,4 +79,9 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
             else f"it is no {VGG}: stages 0 to 4 and linear are not all there"
         )
     found = {**size, "kind": kinds[0], "num_classes": classes[0]}
+    identities = ("scale_identity.weight", "bn_identity.weight")
+    firsts = ("stage0", *(f"stage{i}.0" for i in range(1, 5)))
+    strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in firsts)
+    if 1 in strides:
+        found["strides"] = strides
     return found if is_ghost else {**found, "se": any(".post_se." in name for name in weights)}

@@ -12,27 +12,33 @@ from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_modules
 from repopt_jax.models.repopt_vgg import scale_widths
 from repopt_jax.scales import Scales
-from repopt_jax.torch_files.modules import read_state_dict
+from repopt_jax.torch_files.modules import read_torch_weights
 from repopt_jax.torch_files.names import SCALES, block_path, torch_block
 from repopt_jax.torch_files.pickles import TorchFileError
 from repopt_jax.torch_files.recognition import recognize_size
 
 
-def load_torch_scales(path: str | os.PathLike) -> Scales:
+def load_torch_scales(path: str | os.PathLike, key: str | None = None) -> Scales:
     """Scales from a torch file: released scales, search checkpoints, YOLOv6 modules.
 
     Every vector named as the official code names scales is taken; all other weights are left
     out. Where the blocks are those of a RepOpt-VGG or a RepOpt-GhostNet, its size is recognized
     and all vectors are checked against it.
 
+    Args:
+      path: a file written by torch, or a safetensors file with torch's names.
+      key: where in the file the weights are, such as ``state_dict_ema``. None: the likeliest.
+
     Raises:
       TorchFileError: the file cannot be read, holds no scales, or not those of one network.
     """
-    weights = read_state_dict(path)
+    weights = read_torch_weights(path, key)
     try:
-        return scales_in(weights)
+        scales = scales_in(weights.arrays)
     except ValueError as error:
         raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
+    place = f", under {weights.key}" if weights.key else ""
+    return Scales(scales.vectors, {**scales.metadata, "source": f"converted from torch{place}"})
 
 
 def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:

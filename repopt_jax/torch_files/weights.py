@@ -103,13 +103,19 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
 
 
 def load_torch_weights(
-    path: str | os.PathLike, *, kind: Literal["hs", "csla"] | None = None, **options: Any
+    path: str | os.PathLike,
+    *,
+    kind: Literal["hs", "csla"] | None = None,
+    key: str | None = None,
+    **options: Any,
 ) -> RepOptVGG | RepOptGhost:
     """The network of a torch file, with its weights and BatchNorm statistics.
 
     Args:
-      path: a file written by torch, of any kind of RepOpt-VGG or RepOpt-GhostNet.
+      path: a file written by torch, of any kind of RepOpt-VGG or RepOpt-GhostNet; or a
+        safetensors file with torch's names.
       kind: "csla" to hold the scales of a search checkpoint constant. None: as recognized.
+      key: where in the file the weights are, such as ``state_dict_ema``. None: the likeliest.
       **options: of `create_model`, such as strides, bn_group and param_dtype; they are not in the
         file.
 
@@ -117,14 +123,14 @@ def load_torch_weights(
       TorchFileError: the file cannot be read, or holds neither network.
       ValueError: the weights do not fit the recognized network.
     """
-    weights = read_state_dict(path)
+    weights = read_state_dict(path, key)
     try:
         arguments = recognize(weights)
     except TorchFileError as error:
         raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
     if kind is not None:
         arguments["kind"] = kind
-    return import_weights(unfilled_model(**arguments, **options), weights)
+    return import_weights(unfilled_model(**arguments | options), weights)
 
 
 def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost:
