@@ -75,7 +75,8 @@ def kill_until_done(
             kill = {"status": status}
         else:
             victim = rng.randrange(2)
-            moment["lines"] = max(lines, 1)  # joined: before that, jax waits for a late one 300 s
+            # A new step shows that they have joined; until then jax waits 300 s for a late one.
+            moment["lines"] = max(lines, lines_written(workdir) + 1)
             both = start_joined(workdir, **options)
             status, other, said, seconds = kill_one(both, victim, workdir, **moment)
             sentence = said.splitlines()[-1] if said else ""
