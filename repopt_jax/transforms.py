@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import serialization
 
 from repopt_jax.branches import RULES, BranchMult, is_known, placed_like, replicated_like, wide_type
 from repopt_jax.tree_paths import by_path, errors_at, path_str
@@ -100,6 +101,15 @@ class ScaleByGradMultState(NamedTuple):
     """State of `scale_by_grad_mult`: the constants, by path of their parameter."""
 
     grad_mults: dict[str, Array | BranchMult]
+
+
+serialization.register_serialization_state(
+    BranchMult,
+    lambda mult: dict(mult.scales),
+    lambda mult, state: dataclasses.replace(
+        mult, scales=serialization.from_state_dict(mult.scales, state)
+    ),
+)
 
 
 def scale_by_grad_mult(
