@@ -24,7 +24,6 @@ from variants import (
     add_arguments,
     changed,
     cifar_config,
-    initial_scales,
     measure,
     over_seeds,
     search,
@@ -33,8 +32,10 @@ from variants import (
 )
 
 from repopt_jax.scales import Scales
+from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
 from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.loop import scales_by_epoch
+from repopt_jax.training.parts import initial_scales
 from repopt_jax.training.report import format_table, write_json
 
 PLAIN = Variant("plain SGD", part="plain", rate="plain SGD")
@@ -105,39 +106,29 @@ def against_depth(arguments, config, rates, workdir) -> list[dict]:
 
 def draw(results: dict, path: pathlib.Path) -> None:
     """Draw accuracy by variant and against depth, with standard deviations."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
-    points, lines = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    figure, (points, lines) = styled_figure(11, 4, columns=2, width_ratios=(1.4, 1))
+    plain, ours = COLOURS[:2]
     rows = results["variants"][::-1]
     for place, r in enumerate(rows):
-        colour = "#D55E00" if r["variant"].startswith("RepOpt") else "#0072B2"
+        colour = ours if r["variant"].startswith("RepOpt") else plain
         style = {"color": colour, "marker": "o", "capsize": 3}
         points.errorbar(r["top1"], place, xerr=r["top1_deviation"], **style)
     points.set_yticks(range(len(rows)), [r["variant"] for r in rows])
     points.set_xlabel("Top-1 accuracy on the test images of 5 classes (%)")
-    for title, colour in ((PLAIN.title, "#0072B2"), (FULL.title, "#D55E00")):
-        found = [r for r in results["depth"] if r["variant"] == title]
-        lines.errorbar(
-            [r["layers"] for r in found],
-            [r["top1"] for r in found],
-            [r["top1_deviation"] for r in found],
-            label=title,
-            color=colour,
-            marker="o",
-            capsize=3,
+    for variant, colour in ((PLAIN, plain), (FULL, ours)):
+        found = [r for r in results["depth"] if r["variant"] == variant.title]
+        x, y, bars = zip(
+            *((r["layers"], r["top1"], r["top1_deviation"]) for r in found), strict=True
         )
+        style = {"color": colour, "marker": "o", "capsize": 3, "label": variant.title}
+        lines.errorbar(x, y, bars, **style)
     lines.set_xlabel("3x3 layers")
     lines.set_xticks(sorted({r["layers"] for r in results["depth"]}))
     lines.set_ylabel("Top-1 accuracy (%)")
     lines.legend(frameon=False)
-    for ax in (points, lines):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
     count = len(results["arguments"]["seeds"])
     figure.suptitle(f"Mean and standard deviation over {count} seeds", fontsize="medium")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     python benchmarks/input_pipeline.py                       # the images beside this checkout
     python benchmarks/input_pipeline.py --folder=DIR          # DIR/train/<class>/*.JPEG
     python benchmarks/input_pipeline.py --data_dir=DIR        # TFDS's imagenet2012 in DIR
+    python benchmarks/input_pipeline.py --scaling --rounds 3 --output=scaling.json
 
 Compares, per core and on the same encoded images in memory:
 
@@ -37,6 +38,7 @@ from environment import environment
 from repopt_jax.data import Dataset, load_dataset, train_batches
 from repopt_jax.data.augment import preset
 from repopt_jax.data.sources import read_items
+from repopt_jax.data.workers import usable_cores
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 HERE = pathlib.Path(__file__).parent
@@ -130,7 +132,7 @@ def bare(images, augment, fast):
     return run
 
 
-def ours(images, augment, fast, threads, epochs=1):
+def ours(images, augment, fast, threads, epochs=1, workers=0):
     """Our batches: a fixed number, so that no thread works ahead into the next measurement."""
     source = [{"image": data, "label": 0} for data in images]
     dataset = Dataset("memory", 1, source, source)
@@ -145,6 +147,7 @@ def ours(images, augment, fast, threads, epochs=1):
             image_size=SIZE,
             fast=fast,
             threads=threads,
+            workers=workers,
         ):
             pass
 
@@ -217,6 +220,43 @@ def scaling(images, augment, rounds, epochs=4):
     return rows
 
 
+def scale_out(images, augment, rounds, epochs):
+    """Rates of threads and of processes, from one up to a core each, in turn in every round.
+
+    In wall time, of so many epochs that the start of the processes counts little.
+    """
+    cores = usable_cores()
+    counts = sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores})
+    variants = {}
+    for count in counts:
+        kinds = {"threads": {"threads": count}, "workers": {"threads": None, "workers": count}}
+        for kind, options in kinds.items():
+            variants[kind, count] = ours(images, augment, True, epochs=epochs, **options)
+    rates = measure(variants, rounds, epochs * len(images))
+    one = max(rates["threads", 1]["wall"])
+    rows = []
+    for (kind, count), found in rates.items():
+        rate = max(found["wall"])  # the round with least of other work on the machine
+        row = {"augment": augment, "kind": kind, "count": count}
+        rows.append(row | {"images_per_second": round(rate, 1), "speed_up": round(rate / one, 3)})
+    return rows
+
+
+def measure_scaling(images, flags):
+    """Prints the table of `scale_out`, writes the JSON."""
+    rows = []
+    print(f"{'augment':8}{'kind':10}{'count':>6}{'per s':>8}{'x one thread':>14}")
+    for augment in ("weak", "raug15"):
+        rows += scale_out(images, augment, flags.rounds, flags.epochs)
+    for row in rows:
+        rate, times = row["images_per_second"], row["speed_up"]
+        print(f"{row['augment']:8}{row['kind']:10}{row['count']:6}{rate:8.0f}{times:14.2f}")
+    result = {"what": scale_out.__doc__.splitlines()[0], "images": len(images), "rows": rows}
+    result |= {"epochs": flags.epochs, "rounds": flags.rounds}
+    result["environment"] = environment(*PACKAGES)
+    pathlib.Path(flags.output).write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main():
     """Measures, prints the table, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -228,6 +268,10 @@ def main():
     parser.add_argument(
         "--two_threads", action="store_true", help="measure this too; needs two idle cores"
     )
+    parser.add_argument(
+        "--scaling", action="store_true", help="measure threads and processes up to all cores only"
+    )
+    parser.add_argument("--epochs", type=int, default=8, help="of a measurement with --scaling")
     parser.add_argument("--output", default=str(HERE / "results" / "input_pipeline.json"))
     flags = parser.parse_args()
     if flags.folder:
@@ -243,6 +287,9 @@ def main():
     indices = np.random.default_rng(0).permutation(len(dataset.train))[:count].tolist()
     images = [item["image"] for item in read_items(dataset.train, indices)]
 
+    if flags.scaling:
+        measure_scaling(images, flags)
+        return
     rows = [row for augment in ("weak", "raug15") for row in compare(images, augment, flags.rounds)]
     print(f"{'augment':8}{'variant':42}{'per CPU s':>10}{'per s':>8}{'x official':>12}  note")
     for row in rows:

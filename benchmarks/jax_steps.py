@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 import repopt_jax
+from repopt_jax.training.devices import forward_flops, peak_memory
 from repopt_jax.training.step import StepOptions, init_state, train_step
-from repopt_jax.training.usage import forward_flops, peak_memory
 
 # Kind of network, and whether its optimizer multiplies gradients.
 VARIANTS = {

@@ -5,7 +5,8 @@
 Trains a search and a target on digits once undisturbed, and once with SIGKILL at random moments
 and the same command again after each. Compares every array of the final states (parameters,
 BatchNorm, optimizer, averages), the scales file, and all metrics but times. Exits with
-status 1 at a difference.
+status 1 at a difference. With `--processes 2` two processes train together, and one of them, drawn
+by chance, is killed; the other has to end by itself with a sentence.
 """
 
 import argparse
@@ -21,16 +22,37 @@ import tempfile
 import jax
 import numpy as np
 from environment import environment
-from small_run import SETTINGS, command, interrupt, lines_written, small_config
+from small_run import (
+    SETTINGS,
+    command,
+    interrupt,
+    kill_one,
+    lines_written,
+    small_config,
+    start_joined,
+)
 
-from repopt_jax.scales import load_scales
+from repopt_jax.files import load_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import format_table, read_metrics, write_json
 
 
-def kill_until_done(workdir, kills: int, total: int, rng: random.Random, **options) -> list[dict]:
+def run_to_end(workdir, processes: int, **options) -> None:
+    """Run in one process or two; `options` are of `subprocess.Popen`."""
+    if processes == 1:
+        subprocess.run(command(workdir), check=True, capture_output=True, **options)
+        return
+    both = start_joined(workdir, **options)
+    outputs = [process.communicate()[1] for process in both]
+    if any(process.returncode for process in both):
+        raise RuntimeError("\n".join(outputs))
+
+
+def kill_until_done(
+    workdir, kills: int, total: int, rng: random.Random, processes: int = 1, **options
+) -> list[dict]:
     """Run with `kills` kills in ascending moments of the `total` steps, then to its end.
 
     Args:
@@ -38,6 +60,7 @@ def kill_until_done(workdir, kills: int, total: int, rng: random.Random, **optio
       kills: how many.
       total: steps of both parts.
       rng: draws the moments.
+      processes: 1 or 2 that train together; of 2, `rng` draws the one that is killed.
       **options: of `subprocess.Popen`.
 
     Returns:
@@ -45,16 +68,22 @@ def kill_until_done(workdir, kills: int, total: int, rng: random.Random, **optio
     """
     found = []
     for number, lines in enumerate(sorted(rng.choices(range(total), k=kills)), 1):
-        delay = rng.uniform(0, 0.1)  # somewhere in a step, an evaluation or a checkpoint's writing
-        arguments = command(workdir)
-        status, _ = interrupt(
-            arguments, workdir, signal.SIGKILL, lines=lines, delay=delay, **options
-        )
-        found.append({"kill": number, "lines": lines_written(workdir), "status": status})
-        print(
-            f"kill {number} of {kills}: after {lines_written(workdir)} of {total} lines of metrics"
-        )
-    subprocess.run(command(workdir), check=True, capture_output=True, **options)
+        moment = {"lines": lines, "delay": rng.uniform(0, 0.1)}  # in a step, an evaluation, a save
+        if processes == 1:
+            arguments = command(workdir)
+            status, _ = interrupt(arguments, workdir, signal.SIGKILL, **moment, **options)
+            kill = {"status": status}
+        else:
+            victim = rng.randrange(2)
+            moment["lines"] = max(lines, 1)  # joined: before that, jax waits for a late one 300 s
+            both = start_joined(workdir, **options)
+            status, other, said, seconds = kill_one(both, victim, workdir, **moment)
+            sentence = said.splitlines()[-1] if said else ""
+            kill = {"status": status, "victim": victim, "other": other, "seconds": seconds}
+            kill |= {"said": sentence, "traceback": "Traceback" in said}
+        found.append({"kill": number, "lines": lines_written(workdir)} | kill)
+        print(f"kill {number} of {kills}: {lines_written(workdir)} of {total} steps done, {kill}")
+    run_to_end(workdir, processes, **options)
     return found
 
 
@@ -113,6 +142,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--json", help="also write the result to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -122,12 +152,18 @@ def main():
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        subprocess.run(command(undisturbed), check=True, capture_output=True, env=variables)
+        processes = arguments.processes
+        run_to_end(undisturbed, processes, env=variables)
         total, rng = lines_written(undisturbed), random.Random(arguments.seed)
-        kills = kill_until_done(killed, arguments.kills, total, rng, env=variables)
+        kills = kill_until_done(killed, arguments.kills, total, rng, processes, env=variables)
         different = differences(undisturbed, killed)
-    rows = [[kill["kill"], kill["lines"], kill["status"]] for kill in kills]
-    print(format_table(rows, ["kill", "lines of metrics", "exit status"]))
+    header = [
+        "kill",
+        "lines",
+        "status",
+        *("victim", "other", "seconds", "said")[: 4 * processes - 4],
+    ]
+    print(format_table([[kill[name] for name in header] for kill in kills], header))
     verdict = f"different: {', '.join(different)}" if different else "identical to the last bit"
     hits = sum(kill["status"] == -signal.SIGKILL for kill in kills)  # others came after the end
     print(f"\n{hits} kills, {total} lines of metrics: the two runs are {verdict}.")

@@ -22,15 +22,20 @@ from variants import (
     add_arguments,
     changed,
     cifar_config,
-    initial_scales,
     over_seeds,
     search,
     use_compilation_cache,
 )
 
-from repopt_jax.training.figures import plot_scales_by_epoch
+from repopt_jax.training.figures import (
+    COLOURS,
+    plot_scales_by_epoch,
+    save_figure,
+    styled_figure,
+)
 from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.loop import scales_by_epoch
+from repopt_jax.training.parts import initial_scales
 from repopt_jax.training.report import format_table, write_json
 
 FULL = Variant("search in full")
@@ -47,33 +52,23 @@ WIDTHS = (12, 12, 24, 48, 160)
 
 def draw(results: dict, path: pathlib.Path) -> None:
     """Draw accuracy against search length, beside RepVGG's and plain SGD's."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4), layout="constrained", dpi=150)
-    ax = figure.subplots()
+    figure, (ax,) = styled_figure(6.5, 4)
     points = [r for r in results["variants"] if "search_epochs" in r]
-    ax.errorbar(
-        [r["search_epochs"] for r in points],
-        [r["top1"] for r in points],
-        [r["top1_deviation"] for r in points],
-        color="#D55E00",
-        marker="o",
-        capsize=3,
-        label="RepOptimizer",
+    x, y, bars = zip(
+        *((r["search_epochs"], r["top1"], r["top1_deviation"]) for r in points), strict=True
     )
-    for title, colour in ((OTHERS[-2].title, "#009E73"), (OTHERS[-1].title, "#0072B2")):
+    ax.errorbar(x, y, bars, color=COLOURS[1], marker="o", capsize=3, label="RepOptimizer")
+    for title, colour in ((OTHERS[-2].title, COLOURS[2]), (OTHERS[-1].title, COLOURS[0])):
         found = next(r for r in results["variants"] if r["variant"] == title)
         low, high = (found["top1"] + sign * found["top1_deviation"] for sign in (-1, 1))
         ax.axhline(found["top1"], color=colour, linestyle="--", label=title)
         ax.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
     ax.set_xlabel("Epochs of the search whose scales are used")
     ax.set_ylabel("Top-1 accuracy on the test images of 5 classes (%)")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="0.9", linewidth=0.8)
     ax.legend(frameon=False)
     count = len(results["arguments"]["seeds"])
     ax.set_title(f"Mean and standard deviation over {count} seeds", fontsize="medium")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Two parts on scikit-learn's digits: a search and the target that is trained with
 
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -75,3 +76,51 @@ def interrupt(arguments: list[str], workdir, signal, *, lines: int, delay: float
         process.send_signal(signal)
         _, said = process.communicate(timeout=300)
     return process.returncode, said
+
+
+def start_joined(workdir, *flags: str, **options) -> list[subprocess.Popen]:
+    """Start two processes of this machine that train together; what they write is piped.
+
+    Args:
+      workdir: their directory.
+      *flags: of the run.
+      **options: of `subprocess.Popen`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    joined = [*command(workdir, *flags), f"--coordinator_address={address}", "--num_processes=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*joined, f"--process_id={index}"], **pipes, **options)
+        for index in range(2)
+    ]
+
+
+def kill_one(both: list[subprocess.Popen], victim: int, workdir, *, lines: int, delay: float):
+    """Kill one of two joined processes.
+
+    Args:
+      both: from `start_joined`.
+      victim: which of them.
+      workdir: their directory.
+      lines: kill once that many steps are in the metrics.
+      delay: seconds to wait after that.
+
+    Returns:
+      The victim's exit status; the other's, what that one wrote to standard error, and after how
+      many seconds it ended.
+    """
+    try:
+        while all(process.poll() is None for process in both) and lines_written(workdir) < lines:
+            time.sleep(0.002)
+        time.sleep(delay)
+        both[victim].kill()
+        begun = time.monotonic()
+        _, said = both[1 - victim].communicate(timeout=300)
+        seconds = time.monotonic() - begun
+        both[victim].communicate()
+        return both[victim].returncode, both[1 - victim].returncode, said, seconds
+    finally:
+        for process in both:
+            process.kill()

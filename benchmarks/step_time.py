@@ -40,7 +40,7 @@ from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_add
 from op_shares import op_shares
 
 from repopt_jax.models.repopt_vgg import SIZES, stage_widths
-from repopt_jax.training.usage import peak_flops
+from repopt_jax.training.devices import peak_flops
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin")
 ON_CPU = jax.default_backend() == "cpu"

@@ -12,10 +12,8 @@ import statistics
 
 import jax
 from environment import REPOSITORY
-from flax import nnx
 from ml_collections import ConfigDict
 
-from repopt_jax.models import create_model
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import train
@@ -89,14 +87,6 @@ def search(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
         _, summary = train(prepare(config, "search", make_mesh()), workdir)
         write_json(done, summary)
     return workdir
-
-
-def initial_scales(config: ConfigDict) -> Scales:
-    """The scales that a search with the network of `config` starts from."""
-    size = {key: config.model[key] for key in ("num_blocks", "widths", "strides")}
-    return Scales.initial(
-        nnx.eval_shape(lambda: create_model("RepOpt-VGG", rngs=nnx.Rngs(0), **size))
-    )
 
 
 def changed(scales: Scales, how: str, initial: Scales) -> Scales:

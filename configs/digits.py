@@ -1,4 +1,4 @@
-"""The whole method on scikit-learn's digits: what runs where no configuration is given.
+"""The default configuration: the whole method on scikit-learn's digits.
 
 Command: python train.py --config=configs/digits.py --workdir=runs/digits
 """

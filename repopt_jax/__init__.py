@@ -30,6 +30,8 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.branches import initial_scales as initial_scales
     from repopt_jax.branches import merge as merge
     from repopt_jax.branches import pull_back as pull_back
+    from repopt_jax.files import load_scales as load_scales
+    from repopt_jax.files import load_weights as load_weights
     from repopt_jax.models import RepOptGhost as RepOptGhost
     from repopt_jax.models import RepOptVGG as RepOptVGG
     from repopt_jax.models import Target as Target
@@ -43,10 +45,8 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.reparameterization import ReparameterizeState as ReparameterizeState
     from repopt_jax.reparameterization import reparameterize as reparameterize
     from repopt_jax.scales import Scales as Scales
-    from repopt_jax.scales import load_scales as load_scales
     from repopt_jax.scales import save_scales as save_scales
     from repopt_jax.torch_files.weights import load_torch_weights as load_torch_weights
-    from repopt_jax.torch_files.weights import load_weights as load_weights
     from repopt_jax.transforms import ScaleByGradMultState as ScaleByGradMultState
     from repopt_jax.transforms import repopt_adamw as repopt_adamw
     from repopt_jax.transforms import repopt_sgd as repopt_sgd

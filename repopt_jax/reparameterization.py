@@ -192,7 +192,7 @@ def reparameterize(
         ]
         if missing:
             raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
-    # NumPy arrays: they occupy no device memory, and a donated state does not take them along.
+    # NumPy arrays: they take no device memory, and donating the state does not delete them.
     starts = {
         path: {n: w if not is_known(w) else np.asarray(w) for n, w in weights[path].items()}
         for path in blocks

@@ -1,4 +1,4 @@
-"""Scales: what a search yields and a RepOptimizer is built from.
+"""Scales: the result of a search, from which a RepOptimizer is built.
 
 One float32 vector per branch of every block, shape ``(out,)``. For scaled branches it is the
 constant ``s_b``; for ``identity`` it is the value at which the search left the trainable vector,
@@ -35,6 +35,8 @@ class Scales(Mapping):
       metadata: facts about their origin, strings only.
 
     >>> scales = Scales({"conv": {"conv3x3": np.array([1.0, -2.0]), "identity": np.ones(2)}})
+    >>> scales
+    <Scales of 1 blocks>
     >>> scales["conv"]["conv3x3"].tolist()
     [1.0, -2.0]
     >>> print(scales.describe())
@@ -54,6 +56,10 @@ class Scales(Mapping):
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def __repr__(self) -> str:
+        facts = "".join(f", {key} {value!r}" for key, value in self.metadata.items())
+        return f"<Scales of {len(self)} blocks{facts}>"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Scales):
@@ -230,10 +236,10 @@ def frozen_seeds(blocks: Mapping[str, Block]) -> dict[str, str]:
 def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     """Write `scales` as a safetensors file, replacing `path` only once it is complete.
 
-    >>> import tempfile
+    >>> import repopt_jax, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_scales(f"{folder}/s.safetensors", Scales({"conv": {"full": np.ones(2)}}))
-    ...     load_scales(f"{folder}/s.safetensors")["conv"]["full"].tolist()
+    ...     repopt_jax.load_scales(f"{folder}/s.safetensors")["conv"]["full"].tolist()
     [1.0, 1.0]
     """
     import json
@@ -245,7 +251,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     tensors = {key: np.array(v, np.float32) for key, v in scales.flat().items()}
     metadata = {"format_version": FORMAT_VERSION, **scales.metadata}
     data = save(tensors, metadata)
-    # safetensors writes metadata in any order; equal scales shall be equal files.
+    # safetensors writes metadata in any order; equal scales must give equal files.
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -253,49 +259,48 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
         unfinished.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
-def load_scales(path: str | os.PathLike) -> Scales:
-    """Read scales from a safetensors file, or from a torch file ending in .pth, .pt or .bin.
-
-    Args:
-      path: local or ``gs://``.
+def parse_safetensors(data: bytes, name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the metadata of a safetensors file.
 
     Raises:
-      ValueError: if the file is not a scales file.
-      FileNotFoundError: if there is none.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_scales(f"{folder}/s.safetensors", Scales({"conv": {"full": np.ones(2)}}))
-    ...     load_scales(f"{folder}/s.safetensors") == Scales(
-    ...         {"conv": {"full": np.ones(2)}}, {"format_version": "1"}
-    ...     )
-    True
+      ValueError: `data` is no such file.
     """
-    from etils import epath
-
-    source = epath.Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"scales must be an existing file, got {os.fspath(path)!r}")
-    if source.suffix in (".pth", ".pt", ".bin"):
-        from repopt_jax.torch_files import load_torch_scales
-
-        return load_torch_scales(source)
-    return _parse(source.read_bytes(), os.fspath(path))
-
-
-def _parse(data: bytes, name: str) -> Scales:
-    """Scales from the bytes of a safetensors file; its header is JSON after an 8-byte length."""
     import json
 
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    import ml_dtypes
+    from safetensors import SafetensorError, deserialize
 
+    types = {
+        **{"BOOL": "?", "U8": "u1", "U16": "u2", "U32": "u4", "U64": "u8"},
+        **{"I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "C64": "c8"},
+        **{"F16": "f2", "F32": "f4", "F64": "f8", "BF16": ml_dtypes.bfloat16},
+        **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2},
+    }
     try:
-        flat = load(data)
+        arrays = {
+            key: np.frombuffer(part["data"], types[part["dtype"]]).reshape(part["shape"])
+            for key, part in deserialize(data)
+        }
+        # The header is JSON after its length in 8 bytes.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{name!r} must be a safetensors file of scales: {error}") from None
-    metadata = header.get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{name!r} must be a safetensors file: {error}") from None
+    return arrays, header.get("__metadata__", {})
+
+
+def parse_scales(data: bytes, name: str) -> Scales:
+    """The scales of a safetensors file, of this version or an earlier one.
+
+    Args:
+      data: the bytes of the file.
+      name: of the file, for messages.
+
+    Raises:
+      ValueError: `data` is no such file.
+    """
+    from repopt_jax.tree_paths import current_path
+
+    flat, metadata = parse_safetensors(data, name)
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{name!r} must be a scales file of format_version {FORMAT_VERSION}, "
@@ -303,13 +308,13 @@ def _parse(data: bytes, name: str) -> Scales:
         )
     vectors: dict[str, dict[str, np.ndarray]] = {}
     for key in sorted(flat, key=_in_network_order):
-        path, _, branch = key.rpartition("/")
+        path, _, branch = current_path(key).rpartition("/")
         if not path or flat[key].ndim != 1:
             raise ValueError(
                 f"{name!r} must hold vectors named <layer path>/<branch>, got {key!r} of shape "
                 f"{flat[key].shape}"
             )
-        vectors.setdefault(path, {})[branch] = flat[key]
+        vectors.setdefault(path, {})[branch] = flat[key].astype(np.float32)
     return Scales(vectors, metadata)
 
 

@@ -12,7 +12,7 @@ multiplication belongs depends on the update rule:
 Clipping the gradient of the merged kernel, or norms over it (LARS, LAMB), break the equivalence.
 
 Deviation from the authors' code, which multiplies Adam's gradient and update by the signed sum of
-scales: kernels with scales of mixed sign drift from the truth there, and do not here.
+scales: there, kernels whose scales have mixed signs drift from the branches; here they do not.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def scale_by_grad_mult(
 
     Args:
       grad_mults: a tree with the parameters' paths. Each leaf is an array that broadcasts against
-        its parameter, a `BranchMult`, or None to leave the parameter's update alone. Paths are
-        what counts: a nested dict fits an `nnx.State` with the same names, and multipliers of
+        its parameter, a `BranchMult`, or None to leave the parameter's update alone. Only paths
+        count: a nested dict fits an `nnx.State` with the same names, and multipliers of
         parameters that `optax.masked` or `optax.partition` hides are not used.
       rule: which rule the `BranchMult` leaves must follow: "linear" as the first of a chain
         (SGD), "direction" after a preconditioner (Adam), "mean" before one that adds an epsilon.
@@ -160,7 +160,7 @@ def scale_by_grad_mult(
             _check_values(mult, rule)
 
     def init_fn(params):
-        # None stands for no parameter: a bias that a layer of Equinox goes without.
+        # None stands for an absent parameter, such as the bias of an Equinox layer without one.
         shown = by_path(params, is_leaf=_is_absent)
         missing = sorted(n for n in shown.keys() - given.keys() if not _is_absent(shown[n]))
         surplus = sorted(given.keys() - shown.keys())
@@ -175,7 +175,7 @@ def scale_by_grad_mult(
             if path in shown and not _is_absent(shown[path]):
                 with errors_at(f"grad_mults[{path!r}]"):
                     _check_shape(mult, jnp.shape(shown[path]))
-        # Copies: a step that is given the state to reuse its memory deletes what is in it.
+        # Copies, because a step that donates the state deletes its arrays.
         return ScaleByGradMultState(
             {path: _placed(m, shown.get(path)) for path, m in mults.items()}
         )

@@ -31,8 +31,8 @@ def path_str(path: tuple) -> str:
 def current_path(path: str) -> str:
     """The path of today for one from a file, which an earlier version may have written.
 
-    The stages of RepOpt-GhostNet were once called ``blocks``. All other paths stay,
-    those of networks with ``blocks`` of their own included.
+    The stages of RepOpt-GhostNet were once called ``blocks``. All other paths stay, also in
+    networks with ``blocks`` of their own.
 
     >>> current_path("blocks/0/0/ghost1/cheap_conv/conv")
     'stages/0/0/ghost1/cheap_conv/conv'

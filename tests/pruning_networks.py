@@ -10,7 +10,7 @@ from flax import nnx
 
 from repopt_jax.models.layers import BatchNorm, conv, linear
 from repopt_jax.pruning import ChannelGroup
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import by_path, path_str
 
 FAMILY = pathlib.Path(__file__).parents[2] / "shared" / "golden_family"
 LEAVES = {
@@ -66,8 +66,7 @@ def load(model, arrays):
 
 def assert_network(model, arrays, rtol):
     """Every parameter and statistic is that of torch's `arrays`, and there are no others."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
-    found = {torch_name(path_str(path)): leaf for path, leaf in leaves}
+    found = {torch_name(path): leaf for path, leaf in by_path(nnx.state(model)).items()}
     assert found.keys() == {name for name in arrays if name != "deps"}
     for name, leaf in found.items():
         np.testing.assert_allclose(leaf, from_torch(arrays[name]), rtol=rtol, atol=1e-12)

@@ -1,18 +1,12 @@
 """A run remembers the BatchNorm group that it began with, whatever devices it goes on with."""
 
-import pathlib
-import sys
-
 import jax
 import pytest
+from small_run import small_config
 
 from repopt_jax.training import run
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.interruption import RunStopped
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 @pytest.fixture

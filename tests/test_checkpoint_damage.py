@@ -107,7 +107,7 @@ def test_flipped_bit_among_the_numbers_is_noticed(tmp_path):
     content[len(content) // 2] ^= 1
     largest.write_bytes(bytes(content))
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(OSError, match=r"first failed with .*numbers of w are not those"):
+    with pytest.raises(OSError, match="numbers of w "):
         checkpoints.restore(numbers(0), step=2)
     assert checkpoints.restore(numbers(0))[0] == 1
     checkpoints.close()
@@ -118,7 +118,7 @@ def test_damaged_checkpoint_is_replaced_when_the_run_comes_by_again(tmp_path):
     (tmp_path / "checkpoints" / "2" / "manifest" / "metadata").write_text("{")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(numbers(0))[0] == 1
-    assert checkpoints.save(2, numbers(22))
+    checkpoints.save(2, numbers(22))
     step, restored = checkpoints.restore(numbers(0))
     checkpoints.close()
     assert (step, bits(restored)) == (2, bits(numbers(22)))
@@ -139,7 +139,7 @@ def test_it_is_an_error_rather_than_a_fresh_start_when_every_checkpoint_is_damag
     for path in files(tmp_path):
         path.write_bytes(b"?")
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(OSError, match=r"no checkpoint in .* can be read \(tried \[2, 1\]\)"):
+    with pytest.raises(OSError, match=rf"{tmp_path}/checkpoints .*\[2, 1\]"):
         checkpoints.restore(numbers(0))
     checkpoints.close()
 
@@ -171,20 +171,20 @@ def test_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_failed_write_is_told_deletes_nothing_and_does_not_end_saving(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_latest=1, keep_best=False)
+    checkpoints = Checkpoints(tmp_path, keep_latest=1)
     checkpoints.save(1, numbers(1))
     checkpoints.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match=f"step 2 could not be written to {tmp_path}"):
+        with pytest.raises(OSError, match=f"step 2 .*{tmp_path}"):
             checkpoints.save(2, numbers(2, size=1 << 20))
             checkpoints.restore(numbers(0))  # as save and close do, waits for the one before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     step, restored = checkpoints.restore(numbers(0))
     assert (step, bits(restored)) == (1, bits(numbers(1)))
-    assert checkpoints.save(2, numbers(2))
+    checkpoints.save(2, numbers(2))
     assert checkpoints.restore(numbers(0))[0] == 2
     checkpoints.close()
     assert checkpoints.steps() == [2]
@@ -194,7 +194,7 @@ def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="has 0 MB left on its disk and a checkpoint takes 4 MB"):
+    with pytest.raises(OSError, match=f"{tmp_path}.* 0 MB .* 4 MB"):
         checkpoints.save(1, numbers(1, size=1 << 20))
     checkpoints.close()
     assert files(tmp_path) == []
@@ -202,7 +202,7 @@ def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_directory_that_cannot_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=f"workdir must be writable, {tmp_path}/file/run/checkpoints"):
+    with pytest.raises(OSError, match=f"workdir .*{tmp_path}/file/run"):
         Checkpoints(tmp_path / "file" / "run")
 
 

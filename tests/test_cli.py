@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from small_run import command
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -25,28 +26,23 @@ def train_py(*flags, folder, devices=1):
 
 
 WRONG_FLAGS = [
-    (["--config.nope=1"], "the configuration has no field --config.nope"),
+    (["--config.nope=1"], "the configuration has no field nope"),
     (
         ["--config.seed=1", "--config.search.epoch=3"],
-        "the configuration has no field --config.search.epoch; "
-        "did you mean 'epochs' instead of 'epoch'?",
+        "no field search.epoch; did you mean --config.search.epochs",
     ),
     (
         ["--config.data.data_dir=/data"],
-        "the configuration has no field --config.data.data_dir; "
-        "did you mean --config.search.data.data_dir or --config.target.data.data_dir?",
+        "did you mean --config.target.data.data_dir or --config.search.data.data_dir?",
     ),
-    (["--config.serch.epochs=3"], "did you mean 'search' instead of 'serch'?"),
+    (["--config.serch.epochs=3"], "did you mean --config.search.epochs"),
     (["--config.seed=first"], "flag --config.seed=first: invalid literal for int()"),
     (["--config.search.epochs=many"], "flag --config.search.epochs=many: could not convert"),
     (["--config=nowhere.py"], "config must be a file that can be read, got this: [Errno 2]"),
     (["--config=nowhere.py", "--config.search.epochs=3"], "config must be a file that can be read"),
     ([f"--config={REPOSITORY}/configs/digits.py:x"], "get_config() takes 0 positional arguments"),
     (["--config=a.py", "--config=b.py"], "config must be given once, got --config=a.py --config=b"),
-    (
-        ["--config.target.data.name.x=1"],
-        "the configuration has no field --config.target.data.name.x",
-    ),
+    (["--config.target.data.name.x=1"], "the configuration has no field target.data.name.x"),
     (["--mode=sleep"], "flag --mode=sleep: value should be one of <run|eval|throughput>"),
     (["--colour=red"], "Unknown command line flag 'colour'"),
     (["configs/digits.py"], "unknown arguments ['configs/digits.py']"),
@@ -115,3 +111,40 @@ def test_an_unforeseen_error_shows_its_traceback_and_does_not_wait_for_other_pro
     assert done.stdout == "left with status 1\n"
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert done.stderr.count("RuntimeError: unforeseen") == 1
+
+
+def test_a_console_that_nobody_reads_is_outlived():
+    """As after `train.py 2>&1 | head -3`, and with a terminal that was closed."""
+    code = """
+import os, sys
+from repopt_jax.training.command_line import _Console
+read, write = os.pipe()
+os.close(read)
+console = _Console(open(write, "w"))
+for _ in range(3):
+    print("a line", file=console, flush=True)
+assert not console.isatty()
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
+    arguments = command(tmp_path / "run", "--config.parts=('plain',)")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert "plain step 33" in (tmp_path / "run" / "plain" / "train.log").read_text()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path):
+    """No shell expands one after an equals sign."""
+    environment = os.environ | {"HOME": str(tmp_path)}
+    arguments = [sys.executable, str(REPOSITORY / "train.py"), "--mode=eval", "--workdir=~/x"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.endswith(f"got {tmp_path}/x\n")

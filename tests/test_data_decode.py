@@ -5,6 +5,7 @@ import io
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from repopt_jax.data.decode import decode, decoded_size
@@ -122,3 +123,32 @@ def test_deeper_values_are_scaled_to_eight_bits(kind):
 def test_values_of_unknown_range_are_refused(dtype):
     with pytest.raises(ValueError, match=f"TIFF .* mode '{'I' if dtype == np.int32 else 'F'}'"):
         decode(grey(np.array([[0.25, 1.0]]).astype(dtype), "TIFF"))
+
+
+def claiming(height, width):
+    """A JPEG of some hundred bytes whose header says another size."""
+    data = bytearray(encoded())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("read", [decode, decoded_size])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(read, monkeypatch):
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)  # would be a TypeError
+    with pytest.raises(ValueError, match=r"cannot be decoded: .* limit of 178956970 pixels"):
+        read(claiming(65500, 65500))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    with pytest.raises(ValueError, match=r"cannot be decoded: .* limit of 3000 pixels"):
+        read(KINDS["png"])
+
+
+def test_an_image_for_which_memory_does_not_suffice_cannot_be_decoded(monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("cannot allocate 4 GiB")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    np.testing.assert_array_equal(decode(KINDS["jpeg"]), decode(KINDS["jpeg"]))  # by Pillow
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ValueError, match="cannot be decoded: cannot allocate 4 GiB"):
+        decode(KINDS["jpeg"])

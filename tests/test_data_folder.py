@@ -1,6 +1,7 @@
 """Claims about image files: folders, broken files, batches from encoded images."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -65,6 +66,60 @@ def test_stray_folders_do_not_shift_labels(folder):
     assert load(folder).num_classes == 2 and load(folder).train[0]["label"] == 0
     (folder / "train" / "aardvark").mkdir()
     with pytest.raises(ValueError, match=r"images of every class, got none in .*aardvark'$"):
+        load(folder)
+
+
+def test_images_at_any_depth_belong_to_their_class_and_dot_files_to_none(folder):
+    """Files of a folder come before those of its sub-folders: flat sets keep their order."""
+    ant = folder / "train" / "ant"
+    (ant / "1deep" / "er").mkdir(parents=True)
+    (ant / "1deep" / "er" / "x.JPEG").write_bytes((ant / "0.JPEG").read_bytes())
+    (ant / "folder.jpg").mkdir()
+    for hidden in (ant / "._1.JPEG", ant / ".trash" / "2.JPEG"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_bytes(b"no image")
+    train = load(folder).train
+    assert train.labels.tolist() == [0] * 7 + [1] * 6
+    names = [train[i]["name"].removeprefix(f"{ant}/") for i in range(7)]
+    assert names == [*(f"{i}.JPEG" for i in range(6)), "1deep/er/x.JPEG"]
+
+
+@pytest.fixture
+def tiny_imagenet(folder):
+    """The same images as Tiny-ImageNet lays them out, the evaluation images mixed."""
+    lines = []
+    for name in ("ant", "bee"):
+        (folder / "train" / name).rename(folder / "images")
+        (folder / "train" / name).mkdir()
+        (folder / "images").rename(folder / "train" / name / "images")
+        (folder / "train" / name / f"{name}_boxes.txt").write_text("0.JPEG\t0\t0\t62\t62\n")
+        for path in sorted((folder / "val" / name).iterdir()):
+            (folder / "val" / "images").mkdir(exist_ok=True)
+            path.rename(folder / "val" / "images" / f"val_{len(lines)}.JPEG")
+            lines.append(f"val_{len(lines)}.JPEG\t{name}\t0\t0\t62\t62")
+        (folder / "val" / name).rmdir()
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines[::-1]) + "\n")
+    return folder
+
+
+def test_tiny_imagenets_layout_gives_the_same_images_and_labels(tiny_imagenet):
+    dataset = load(tiny_imagenet)
+    assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert dataset.eval.labels.tolist() == [0] * 3 + [1] * 3
+    means = [decode(dataset.eval[i]["image"]).mean() for i in range(6)]
+    assert max(means[:3]) < 110 < min(means[3:])
+    assert dataset.eval[4]["name"] == str(tiny_imagenet / "val" / "images" / "val_4.JPEG")
+
+
+def test_annotations_that_do_not_fit_the_images_are_refused(tiny_imagenet):
+    (tiny_imagenet / "val" / "images" / "val_9.JPEG").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"eval_split .*val_annotations.txt.* got 'images/val_9"):
+        load(tiny_imagenet)
+
+
+def test_a_link_to_nothing_is_refused_before_the_first_batch(folder):
+    (folder / "train" / "bee" / "9.JPEG").symlink_to(folder / "gone")
+    with pytest.raises(ValueError, match=r"train_split must .* got '.*/train/bee/9\.JPEG'"):
         load(folder)
 
 
@@ -150,12 +205,53 @@ def test_skipped_files_are_replaced_and_counted(folder, caplog):
         ]
 
 
+def test_a_name_that_is_no_text_is_told_escaped(folder, caplog):
+    path = os.fsencode(folder / "train" / "ant") + b"/caf\xe9.jpg"
+    with open(path, "wb") as file:
+        file.write(b"no image")
+    dataset = load(folder)
+    arguments = {"batch_size": 13, "seed": 0, "image_size": 32, "threads": 0}
+    next(train_batches(dataset, skip_bad=True, **arguments))
+    (name,) = dataset.bad_images
+    assert name.endswith("caf\\xe9.jpg)") and name.encode()
+    with pytest.raises(ValueError, match=r"caf\\xe9\.jpg"):
+        next(train_batches(dataset, **arguments))
+
+
 def test_skipped_files_are_masked_in_evaluation(folder):
     (folder / "val" / "bee" / "1.JPEG").write_bytes(b"")
     dataset = load(folder)
     (batch,) = eval_batches(dataset, batch_size=6, image_size=32, skip_bad=True)
     assert batch["mask"].tolist() == [True, True, True, True, False, True]
     assert len(dataset.bad_images) == 1
+
+
+def test_an_image_for_which_memory_does_not_suffice_is_bad(folder, monkeypatch):
+    def fail(image, *_):
+        if image.shape[0] == 40:
+            raise MemoryError("cannot allocate 4 GiB")
+        return image[:8, :8]
+
+    monkeypatch.setattr("repopt_jax.data.batches.resize_and_crop", fail)
+    dataset = load(folder)
+    (batch,) = eval_batches(dataset, batch_size=6, image_size=8, skip_bad=True)
+    assert batch["mask"].tolist() == [False, True, True] * 2
+    with pytest.raises(ValueError, match=r"evaluation image 0 \(.*ant/0.JPEG\): cannot allocate"):
+        list(eval_batches(dataset, batch_size=6, image_size=8))
+
+
+def test_an_image_of_a_subset_is_told_by_its_index_in_the_whole(folder):
+    (folder / "val" / "bee" / "1.JPEG").write_bytes(b"")
+    dataset = load(folder, classes=[1])
+    with pytest.raises(ValueError, match=r"evaluation image 4 \("):
+        list(eval_batches(dataset, batch_size=3, image_size=32))
+
+
+def test_training_images_can_be_seen_as_for_evaluation(folder):
+    (batch,) = eval_batches(load(folder), batch_size=12, split="train", image_size=24, resize=28)
+    assert batch["mask"].all() and batch["label"].tolist() == [0] * 6 + [1] * 6
+    whole = decode(load(folder).train[8]["image"])
+    np.testing.assert_array_equal(batch["image"][8], resize_and_crop(whole, 24, 28))
 
 
 def test_a_set_of_broken_files_only_is_an_error(folder):

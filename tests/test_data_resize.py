@@ -79,6 +79,40 @@ def test_fast_antialiasing_is_close_to_pillows(shape):
     assert mean_difference(antialiased(image, 112), np.asarray(pillow)) < 0.7
 
 
+def test_huge_images_are_averaged_before_they_are_smoothed(monkeypatch):
+    """The smoothing pass sees at most 8 times the result's side; the result is still Pillow's."""
+    sizes = []
+    smooth = cv2.sepFilter2D
+    monkeypatch.setattr(
+        cv2,
+        "sepFilter2D",
+        lambda image, *a, **k: sizes.append(image.shape) or smooth(image, *a, **k),
+    )
+    image = photo(1500, 900)
+    ours = antialiased(image, 32)
+    assert sizes == [(256, 256, 3)]
+    pillow = Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)
+    assert mean_difference(ours, np.asarray(pillow)) < 0.7
+
+
+@pytest.mark.parametrize("shape", [(3, 60), (500, 7), (40, 900)])
+def test_of_a_strip_only_the_crop_is_resized(shape, monkeypatch):
+    """A strip of 2 x 20,000 would become 256 x 2,560,000; the pixels are the same within 1."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    monkeypatch.setattr("repopt_jax.data.resize._LONGEST", 10**9)
+    whole = resize_and_crop(image, 48, 64)
+    monkeypatch.undo()
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, size, *a, **k: made.append(size) or resize(self, size, *a, **k),
+    )
+    np.testing.assert_allclose(resize_and_crop(image, 48, 64), whole.astype(int), atol=1)
+    assert made == [(48, 48)]
+
+
 def test_only_antialiasing_removes_what_is_too_fine():
     noise = np.random.default_rng(0).integers(0, 256, (448, 448, 3)).astype(np.uint8)
     pillow = np.asarray(Image.fromarray(noise).resize((112, 112), Image.Resampling.BILINEAR))

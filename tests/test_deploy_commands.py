@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
+from small_run import small_config
+from torch_file_builder import archive_of, tensor
 
 import repopt_jax
 from repopt_jax.data import load_dataset
@@ -25,9 +28,6 @@ from repopt_jax.training import run
 from repopt_jax.training.report import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from small_run import small_config  # noqa: E402
-from torch_file_builder import archive_of, tensor  # noqa: E402
 
 DOCUMENT = (REPOSITORY / "docs" / "deploy.md").read_text()
 VGG = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
@@ -174,6 +174,41 @@ def test_the_module_runs_as_a_program(documented, folder):
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("medians of 1 rounds, batch 1, ")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The first of 10 images to train and the third of 10 to evaluate cannot be decoded."""
+    for split, bad in (("train", 0), ("val", 2)):
+        for label in range(10):
+            path = tmp_path / split / str(label) / "a.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((8, 8), 20 * label, np.uint8)).save(path)
+            if label == bad:
+                path.write_bytes(b"no image")
+    return tmp_path
+
+
+def test_undecodable_images_are_left_out_as_in_the_run_or_by_a_flag(documented, files, command):
+    """Else they are named with their split, before anything is written."""
+    chosen = f"--workdir=runs/digits {SECTION}.name=folder {SECTION}.data_dir={files}"
+    chosen += f" {SECTION}.image_size=8"
+    named = f"--data=folder --data-dir={files}"
+    quantize = "quantize digits.onnx bad.onnx --images=10 --force"
+    for good in (
+        f"{chosen} {SECTION}.skip_bad=True",
+        f"{chosen} --skip-bad",
+        f"{named} --skip-bad",
+    ):
+        status, out, _ = command(f"eval digits.onnx --batch-size=1 {good}")
+        assert status == 0 and table(out)["digits.onnx"][4] == "9"
+        status, out, _ = command(f"{quantize} {good}")
+        assert status == 0 and "9 images" in out
+    for bad in (chosen, named):
+        status, _, told = command(f"eval digits.onnx {bad}")
+        assert status == 2 and f"evaluation image 2 ({files}/val/2/a.png)" in told
+        status, _, told = command(f"{quantize} {bad}")
+        assert status == 2 and f"training image 0 ({files}/train/0/a.png)" in told
 
 
 SECTION = "--config.target.data"

@@ -75,6 +75,14 @@ def test_links_lead_somewhere():
             assert (document.parent / target).exists(), (document.name, target)
 
 
+def test_files_that_documents_name_are_there():
+    """A path, or a script of benchmarks/ by its name alone."""
+    for document in (*DOCUMENTS, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md"):
+        for name in re.findall(r"`(?:python )?([\w/]+\.py)\b", document.read_text()):
+            places = (REPOSITORY, REPOSITORY / "benchmarks", REPOSITORY / "repopt_jax")
+            assert any((place / name).exists() for place in places), (document.name, name)
+
+
 def test_every_document_is_linked_from_the_readme():
     readme, *others = DOCUMENTS
     text = readme.read_text()

@@ -57,3 +57,12 @@ def test_importing_onnx_export_without_onnx_names_the_command():
     done = without("onnx", "import repopt_jax.deploy.onnx_export")
     last = done.stderr.splitlines()[-1]
     assert last == "ModuleNotFoundError: onnx is missing: pip install 'repopt_jax[deploy]'"
+
+
+@pytest.mark.parametrize("package", ["absl", "ml_collections", "clu", "grain"])
+def test_the_command_train_names_its_extra(package):
+    code = "import sys\nsys.argv = ['repopt-train', '--mode=eval', '--workdir=nowhere']\n"
+    code += "from repopt_jax.training.command_line import main\nmain()"
+    done = without(package, code)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"repopt-train: {package} is missing: pip install 'repopt_jax[train]'\n"

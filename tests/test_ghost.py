@@ -12,12 +12,11 @@ import repopt_jax
 from repopt_jax import create_model
 from repopt_jax.branches import Identity
 from repopt_jax.deploy import fold
+from repopt_jax.files import load_weights, save_weights, variables
 from repopt_jax.models.layers import BatchNorm
 from repopt_jax.models.repopt_ghost import GHOST_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
-from repopt_jax.torch_files.conversion import _write
 from repopt_jax.torch_files.scales import official_names, scales_in
-from repopt_jax.torch_files.weights import load_weights, variables
 from repopt_jax.training.step import StepOptions, loss_function
 from repopt_jax.tree_paths import layer_at
 
@@ -214,8 +213,8 @@ def test_round_trip_is_bit_exact(kind):
 
 def test_weights_file_round_trip(tmp_path):
     model = small("rep")
-    facts = {"name": NAME, "kind": "rep", "width": "0.1", "num_classes": "3"}
-    _write(tmp_path / "w.safetensors", variables(model), facts)
+    facts = {"name": NAME, "kind": "rep", "width": 0.1, "num_classes": 3}
+    save_weights(tmp_path / "w.safetensors", model, facts)
     loaded = load_weights(tmp_path / "w.safetensors")
     assert_same(variables(loaded), variables(model))
 

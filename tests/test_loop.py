@@ -3,25 +3,20 @@
 import json
 import math
 import os
-import pathlib
 import signal
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import small_config
 
 from repopt_jax.training import evaluation, loop, run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
-from repopt_jax.training.interruption import RunStopped
+from repopt_jax.training.interruption import RunStopped, StopSignal
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 @pytest.fixture
@@ -221,6 +216,36 @@ def test_a_signal_at_the_last_step_keeps_the_next_part_from_starting(
     fake_step += [math.nan] * 9  # so that a step of the search would show
     with pytest.raises(RunStopped, match="the target begins"):
         run.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_closed_terminal_or_a_warning_of_a_scheduler_saves_first(
+    tmp_path, monkeypatch, fake_step, name
+):
+    class Interrupted(loop.Progress):
+        def step(self, step):
+            super().step(step)
+            if step == 2:
+                os.kill(os.getpid(), signal.Signals[name])
+
+    monkeypatch.setattr(loop, "Progress", Interrupted)
+    config = small_config(parts=("plain",), checkpoint__every=9.0)
+    before = signal.signal(signal.Signals[name], lambda *_: None)  # else it would end the tests
+    with pytest.raises(RunStopped, match=f"^{name} received: plain is saved at step 2 of 33"):
+        run.run(config, tmp_path)
+    signal.signal(signal.Signals[name], before)
+    assert (tmp_path / "plain" / "checkpoints" / "2").is_dir()
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):

@@ -1,22 +1,16 @@
 """A part is what its configuration says."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import small_config
 
 from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.parts import initial_scales, prepare
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 def part_of(name, scales=None, **changes):

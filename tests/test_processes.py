@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -12,14 +11,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from kill_and_resume import final_states
+from small_run import command, kill_one, lines_written, small_config, start_joined
 
 from repopt_jax.training import processes
 from repopt_jax.training.processes import join_processes
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from kill_and_resume import final_states  # noqa: E402
-from small_run import command, lines_written, small_config  # noqa: E402
 
 FLAGS = (
     "--config.dtype=float64",
@@ -42,15 +38,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
-
-
-def start_two(workdir, env, *flags):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    joined = (f"--coordinator_address=localhost:{free_port()}", "--num_processes=2")
-    return [
-        subprocess.Popen([*command(workdir, *flags, *joined), f"--process_id={i}"], **pipes)
-        for i in range(2)
-    ]
 
 
 def outcomes(both):
@@ -76,16 +63,17 @@ def story(tmp_path_factory):
     )
     assert finished.returncode == 0, finished.stderr
     env = environment(folder, 1)
-    both = start_two(together, env, *FLAGS)
+    both = start_joined(together, *FLAGS, env=env)
     begun = time.monotonic()
     while lines_written(together) < 4 and both[0].poll() is None and time.monotonic() < begun + 200:
         time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)
     stopped = outcomes(both)
-    ended = outcomes(start_two(together, env, *FLAGS))
+    ended = outcomes(start_joined(together, *FLAGS, env=env))
     return {"alone": alone, "together": together, "stopped": stopped, "ended": ended}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
     sentences = [err.splitlines()[-1] for _, err, _ in story["stopped"]]
     assert [code for *_, code in story["stopped"]] == [143, 143], story["stopped"]
@@ -93,6 +81,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
     assert sentences[0] == sentences[1]
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_parameters_of_one(story):
     """In float64 to 1e-12, through search, scales, target, mixing and a stop in between."""
     assert [code for *_, code in story["ended"]] == [0, 0], story["ended"]
@@ -107,6 +96,7 @@ def test_two_processes_end_with_the_parameters_of_one(story):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes_and_prints(story):
     (out, _, _), (other, err, _) = story["ended"]
     assert "RepOptimizer" in out
@@ -114,6 +104,18 @@ def test_only_the_first_process_writes_and_prints(story):
     assert "search" not in err
     summary = json.loads((story["together"] / "summary.json").read_text())
     assert summary["machine"]["devices"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_sentence(story, tmp_path, victim):
+    env = environment(story["together"].parent, 1)
+    both = start_joined(tmp_path, *FLAGS, env=env)
+    status, other, said, seconds = kill_one(both, victim, tmp_path, lines=3, delay=0.0)
+    assert (status, other) == (-signal.SIGKILL, 1)
+    assert seconds < 120
+    assert "another process of this run has ended" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 GATHER = """
@@ -124,6 +126,7 @@ print(gathered(["one", "another process"][int(sys.argv[2])]))
 """
 
 
+@pytest.mark.slow
 def test_texts_of_both_processes_are_gathered_in_both(tmp_path):
     address = f"localhost:{free_port()}"
     both = [
@@ -144,9 +147,9 @@ def test_texts_of_both_processes_are_gathered_in_both(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("localhost:1", None, 0), "must be given together, missing: count$"),
-        ((None, 2, None), "must be given together, missing: coordinator, index$"),
-        (("localhost:1", 2, 2), r"index must be in 0..count-1 = 1, got 2$"),
+        (("localhost:1", None, 0), "missing: count$"),
+        ((None, 2, None), "missing: coordinator, index$"),
+        (("localhost:1", 2, 2), "index .* 1, got 2$"),
     ],
 )
 def test_incomplete_arguments_are_refused(given, message):

@@ -38,7 +38,7 @@ from repopt_jax.pruning import (
     scale_by_gsm,
     scale_by_resrep,
 )
-from repopt_jax.tree_paths import layer_at, path_str
+from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 
 def kernels(params):
@@ -111,9 +111,9 @@ def test_csgd(x64):
         params = optax.apply_updates(params, doubled_biases(updates))
         expected = section(golden, f"step{i}/param/")
         assert len(expected) == (len(jax.tree.leaves(params)) if i in (0, 4) else 0)
-        for path, param in jax.tree_util.tree_leaves_with_path(params) if expected else ():
-            array = from_torch(expected[torch_name(path_str(path))])
-            np.testing.assert_allclose(param, array, rtol=1e-9, err_msg=path_str(path))
+        for path, param in by_path(params).items() if expected else ():
+            array = from_torch(expected[torch_name(path)])
+            np.testing.assert_allclose(param, array, rtol=1e-9, err_msg=path)
 
 
 def test_csgd_surgery(x64):
@@ -132,11 +132,9 @@ def resrep_params(golden, prefix):
     """What the file has of a section, by path; the gradients are there for a part only."""
     _, params, _ = nnx.split(compacted_resnet(), nnx.Param, ...)
     arrays = section(golden, prefix)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = {path_str(path): leaf.shape for path, leaf in leaves}
     return {
-        path: jnp.asarray(from_torch(arrays[torch_name(path)]).reshape(shape))
-        for path, shape in paths.items()
+        path: jnp.asarray(from_torch(arrays[torch_name(path)]).reshape(param.shape))
+        for path, param in by_path(params).items()
         if torch_name(path) in arrays
     }
 

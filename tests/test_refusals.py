@@ -1,23 +1,22 @@
 """What cannot be run is refused in one sentence, before any work and before anything is written."""
 
+import dataclasses
 import json
 import math
 import os
-import pathlib
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from etils import epath
+from small_run import small_config
 
+from repopt_jax import data
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training import run
 from repopt_jax.training.interruption import RunStopped
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 def refused(config, workdir, action=run.run):
@@ -37,7 +36,7 @@ def _nothing_is_trained(monkeypatch):
 
 CONFIGS = [
     ({"parts": ()}, "parts must name at least one part, got none"),
-    ({"parts": ("search", "nope")}, "parts must be among .* got 'nope'"),
+    ({"parts": ("search", "nope")}, "parts must be among .* got .*'nope'"),
     ({"parts": ("target",)}, "the part 'target' needs scales: .* got parts .'target',."),
     ({"parts": ("plain", "csla")}, "the part 'csla' needs scales"),
     ({"seed": -1}, "seed must be .* got -1"),
@@ -72,6 +71,7 @@ SECTIONS = [
     ({"data.image_size": 0}, "image_size must be .* got 0"),
     ({"data.augment": "heavy"}, "augment must be one of .* got 'heavy'"),
     ({"data.threads": -1}, "threads must be .* got -1"),
+    ({"data.workers": -1}, "workers must be .* got -1"),
     ({"data.mean": (0.5,)}, r"data.mean must be 3 numbers, one per channel, got \(0.5,\)"),
     ({"data.std": (0.5, 0.5, 0.0)}, "data.std must be 3 numbers above 0"),
     ({"data.std": ("a", "b", "c")}, "data.std must be 3 numbers above 0"),
@@ -193,6 +193,90 @@ def test_a_workdir_that_the_system_refuses_to_make_is_told(tmp_path, monkeypatch
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", refuse)
     assert "Permission denied" in refused(small_config(), tmp_path / "new")
+
+
+class Started(Exception):
+    """Raised instead of training."""
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """The working directory of a run that stopped where its training would begin."""
+
+    def start(*_):
+        raise Started
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", start)
+        with pytest.raises(Started):
+            run.run(small_config(), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("training_images", 1429, "training_images (1429 there, 1437 here)"),
+        ("evaluation_images", 352, "evaluation_images (352 there, 360 here)"),
+        ("num_classes", 11, "num_classes (11 there, 10 here)"),
+    ],
+)
+def test_a_run_whose_images_changed_is_refused(begun, key, value, told):
+    """Its steps and rates would be others; the directory stays as it is."""
+    path = begun / "data.json"
+    images = json.loads(path.read_text())
+    assert images["search"] == images["target"]
+    path.write_text(json.dumps(images | {"target": images["target"] | {key: value}}))
+    before = snapshot(begun)
+    assert refused(small_config(), begun).startswith("target.data must be the images")
+    assert refused(small_config(), begun).endswith(told)
+    assert snapshot(begun) == before
+
+
+def test_a_run_without_fields_that_came_later_goes_on_with_their_defaults(begun):
+    """With another value it would be another run."""
+    path = begun / "config.json"
+    present = json.loads(path.read_text())
+    del present["target"]["label_smoothing"]
+    path.write_text(json.dumps(present))
+    other = small_config(target__label_smoothing=0.3)
+    assert "target.label_smoothing (0.1 there, 0.3 here)" in refused(other, begun)
+    with pytest.raises(pytest.fail.Exception, match="a part was trained"):
+        run.run(small_config(), begun)
+
+
+def test_a_run_whose_classes_have_other_names_is_refused(begun, monkeypatch):
+    def renamed(*names):
+        load = data.load_dataset
+        return lambda **arguments: dataclasses.replace(load(**arguments), class_names=names)
+
+    (begun / "data.json").unlink()  # as in a run of an earlier version, which is gone on with
+    for last in ("cat", "cow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "load_dataset", renamed(*"abcdefghi", last))
+            if last == "cat":
+                with pytest.raises(pytest.fail.Exception):
+                    run.run(small_config(), begun)
+            else:
+                sentence = refused(small_config(), begun)
+    assert sentence.endswith("class_names (['cat', 'cow'] differ)")
+
+
+def test_a_workdir_in_which_another_process_trains_is_refused_until_that_is_killed(begun):
+    """Evaluation beside the training goes on."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(); input()"
+    arguments = [sys.executable, "-c", code, str(begun / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(arguments, **pipes) as other:
+        other.stdout.readline()
+        before = snapshot(begun)
+        sentence = refused(small_config(), begun)
+        assert re.search(f"workdir must not be in use, got {begun}", sentence)
+        assert snapshot(begun) == before
+        assert "with checkpoints" in refused(small_config(), begun, run.evaluate)
+        other.kill()
+    with pytest.raises(pytest.fail.Exception, match="a part was trained"):
+        run.run(small_config(), begun)
 
 
 def test_what_a_kill_left_of_a_configuration_does_not_bar_the_run(tmp_path, monkeypatch):

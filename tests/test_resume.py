@@ -6,18 +6,15 @@ damaged, and then comes to its end.
 """
 
 import os
-import pathlib
 import random
 import signal
 import subprocess
-import sys
 
+import kill_and_resume
 import pytest
+from small_run import command, interrupt, lines_written
 
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import kill_and_resume  # noqa: E402
-from small_run import command, interrupt, lines_written  # noqa: E402
+pytestmark = pytest.mark.slow
 
 
 def environment(folder):

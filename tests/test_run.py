@@ -3,26 +3,21 @@
 import contextlib
 import json
 import logging
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_run import small_config
 
-from repopt_jax.scales import load_scales
+from repopt_jax.files import load_scales
 from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.loop import scales_by_epoch
 from repopt_jax.training.parts import prepare
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 NAMES = ("search", "target")
 
@@ -176,6 +171,23 @@ def test_the_scales_file_holds_what_the_search_ended_with(finished):
     assert scales.metadata["dataset"] == "digits"
 
 
+def test_the_target_multiplies_with_the_scales_that_the_search_wrote(finished):
+    """Read back from the optimizer's state in the target's checkpoint."""
+    _, workdir, _, _ = finished
+    checkpoints = Checkpoints(workdir / "target", read_only=True)
+    _, arrays = checkpoints.restore()
+    checkpoints.close()
+    found = {path: x for path, x in arrays.items() if "grad_mults" in path}
+    for path, block in load_scales(workdir / "scales.safetensors").vectors.items():
+        scaled = {name: vector for name, vector in block.items() if name != "identity"}
+        kept = {p.split("/")[-1]: found.pop(p) for p in list(found) if f"{path}/kernel/" in p}
+        assert kept.keys() == scaled.keys()
+        for name, vector in scaled.items():
+            np.testing.assert_array_equal(kept[name], vector)
+            assert (vector != vector[0]).any()  # else those that the search began with
+    assert not found
+
+
 def test_the_scales_of_every_evaluation_of_the_search_are_kept(finished):
     """By epoch; the last ones are those of the run, the others are others."""
     _, workdir, _, _ = finished
@@ -192,7 +204,7 @@ def test_the_workdir_holds_what_the_design_says(finished):
     _, workdir, _, _ = finished
     names = {path.name for path in workdir.iterdir()}
     figures = {"scales.png", "scales_by_epoch.png", "curves.png"}
-    files = {"config.json", "classes.json", "scales.safetensors", "summary.json"}
+    files = {"config.json", ".lock", "data.json", "scales.safetensors", "summary.json"}
     assert names == {*NAMES, *figures, *files}
     for name in NAMES:
         kept = {path.name for path in (workdir / name).iterdir()}

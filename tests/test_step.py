@@ -201,7 +201,7 @@ def test_evaluation_sums_are_masked_and_merge_to_the_whole(classes):
     loss = -log_softmax(logits)[np.arange(4), labels].mean()
     found = {name: float(value) for name, value in total.compute().items()}
     expected = {"loss": loss, "top1": 100 * (ranks < 1).mean(), "top5": 100 * (ranks < 5).mean()}
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected | {"not_finite": 0}, rel=1e-5)
 
 
 def test_mixed_images_share_the_loss_between_both_labels():
@@ -266,3 +266,37 @@ def test_rematerialization_keeps_the_results_of_products_only():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     assert len(kept) >= 3
     assert kept_by_remat == [(8, 5, 5, 6)]
+
+
+def test_logits_that_are_not_finite_are_no_hits_and_are_counted():
+    """NaN of every logit would else be a hit of the class that comes first."""
+    graphdef, params, stats = nnx.split(Small(group=1), nnx.Param, ...)
+    params["linear"]["bias"][...] = params["linear"]["bias"][...].at[3].set(jnp.nan)
+    batch = batch_of(6) | {"label": np.zeros(6, np.int32), "mask": np.arange(6) < 5}
+    found = eval_step(graphdef, StepOptions(MEAN, STD), params, stats, batch)
+    assert float(found.compute()["top1"]) == float(found.compute()["top5"]) == 0
+    assert float(found.not_finite.total) == 5
+
+
+def test_a_network_with_dropout_has_moving_averages():
+    """Its random keys are no numbers to average."""
+
+    class Dropping(Small):
+        def __init__(self):
+            super().__init__(group=1)
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+        def __call__(self, images):
+            return super().__call__(self.drop(images))
+
+    options = StepOptions(MEAN, STD, ema_decay=DECAY)
+    state, step = training(Dropping(), optax.sgd(0.1), options, ema=True)
+    before = state.params
+    state, _ = step(state, batch_of(4))
+    averages = jax.tree.leaves(state.ema[0])
+    for old, new, average in zip(
+        *map(jax.tree.leaves, (before, state.params)), averages, strict=True
+    ):
+        np.testing.assert_allclose(average, DECAY * old + (1 - DECAY) * new, rtol=1e-5, atol=1e-7)
+    counts = [s["drop"]["rngs"]["count"][...] for s in (state.stats, state.ema[1])]
+    assert counts == [1, 1]

@@ -66,6 +66,7 @@ def tiny(monkeypatch, tfds_dir):
 CIFAR = ("--images=600", "--epochs=1", "--seeds", "0")
 
 
+@pytest.mark.slow
 def test_the_ablation_takes_the_best_rate_of_its_sweep(command, tiny, monkeypatch):
     tiny(ablation)
     monkeypatch.setattr(ablation, "MOST_HELD_OUT", 256)
@@ -87,6 +88,7 @@ def test_the_ablation_takes_the_best_rate_of_its_sweep(command, tiny, monkeypatc
     assert [r["top1"] for r in found["depth"]] == [r["top1"] for r in found["variants"]]
 
 
+@pytest.mark.slow
 def test_the_study_of_small_networks_has_every_length_of_the_search(command, tiny, monkeypatch):
     tiny(small_models)
     for name, value in {"NUM_BLOCKS": TINY["num_blocks"], "WIDTHS": TINY["widths"]}.items():
@@ -128,6 +130,7 @@ def check_int8(found):
             np.testing.assert_allclose(numbers["drop"], run["float"]["top1"] - numbers["top1"])
 
 
+@pytest.mark.slow
 def test_the_study_of_widths_measures_every_network_and_setting(command, two_networks):
     two_networks(quantization_width)
     flags = ("--widths", "1", "--seeds", "0", "--epochs=1", "--images=32", "--rounds=1")
@@ -136,6 +139,7 @@ def test_the_study_of_widths_measures_every_network_and_setting(command, two_net
     check_int8(found)
 
 
+@pytest.mark.slow
 def test_the_study_of_int8_goes_on_where_it_stopped(command, two_networks, monkeypatch, tfds_dir):
     two_networks(quantization)
     flags = ("--train-split=train[:256]", "--eval-split=test[:64]", "--images=32", "--rounds=1")
@@ -158,6 +162,7 @@ def measured(monkeypatch, tmp_path, benchmark, *flags):
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_path):
     flags = ("--models", "RepOpt-VGG-A0", "--sizes", "32", "--batches", "2", "--rounds", "1")
     found = measured(monkeypatch, tmp_path, step_time, *flags, "--variants", "target", "--no_torch")

@@ -1,13 +1,8 @@
 """`throughput` times the step of every part, and leaves no file."""
 
-import pathlib
-import sys
+from small_run import small_config
 
 from repopt_jax.training import run
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from small_run import small_config  # noqa: E402
 
 
 def test_throughput_prints_a_table_of_the_parts(monkeypatch, capsys, tmp_path):

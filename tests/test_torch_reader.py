@@ -1,19 +1,14 @@
 """What sound torch files hold, `read_torch_file` and `state_dict` return."""
 
 import collections
-import pathlib
 import pickle
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_file_builder as build
 
 from repopt_jax.torch_files import Standin, TorchFileError, read_torch_file, state_dict
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import torch_file_builder as build  # noqa: E402
 
 FORMATS = {"archive": build.archive_of, "legacy": build.legacy_of}
 DTYPES = [*build.STORAGE_KINDS]
@@ -174,6 +169,18 @@ def test_dicts_of_the_standard_library_become_dicts(tmp_path):
     assert result == {"ordered": {"b": 1, "a": 2}, "default": {"x": [1]}}
     assert all(type(part) is dict for part in result.values())
     assert list(result["ordered"]) == ["b", "a"]
+
+
+def test_sets_and_calls_of_newer_protocols_are_recorded(tmp_path):
+    """Instructions that Python writes rarely, among them those of its first protocol."""
+    path = tmp_path / "file.pth"
+    call = b"cmy\nNet\nK\1\x85}X\1\0\0\0nK\2s\x92"
+    pickled = b"\x80\x04](" + b"(K\1\x91(K\2lq\0(dq\1X\1\0\0\0kNs" + call + b"h\1e."
+    path.write_bytes(build.write_archive(pickled, {}))
+    frozen, numbers, items, net, same = read_torch_file(path)
+    assert (frozen.name, frozen.sequence, numbers) == ("builtins.frozenset", [1], [2])
+    assert items == {"k": None} and same is items
+    assert (net.name, net.args, net.kwargs) == ("my.Net", (1,), {"n": 2})
 
 
 def test_strings_of_python_2_become_text_where_they_are_utf8(tmp_path):

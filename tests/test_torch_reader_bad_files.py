@@ -10,13 +10,9 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch_file_builder as build
 
 from repopt_jax.torch_files import TorchFileError, read_torch_file
-
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import torch_file_builder as build  # noqa: E402
-import torch_reader_robustness as robustness  # noqa: E402
 
 
 def refuse(path: pathlib.Path, data: bytes, match: str) -> None:
@@ -81,7 +77,7 @@ def test_tensors_must_lie_in_their_storage(tmp_path, write):
     refuse(path, forged((2**40,), (0,)), "repeats its storage without end")
     refuse(path, forged(numel=2**61), "does not fit in the file")
     refuse(path, forged(numel=-1), "has -1 elements")
-    refuse(path, forged(numel=5), "where its tensors say|past the 5")
+    refuse(path, forged(numel=5), "where its tensors say|the length that its tensors")
     refuse(path, forged(kind="Odd"), "unknown type 'torch.OddStorage'")
 
 
@@ -129,28 +125,26 @@ def test_zip_archives_must_be_what_torch_writes(tmp_path):
     data0 = names.index("archive/data/0")
     entry = b"PK\1\2"
     packed = build.archive_of(obj, compression=zipfile.ZIP_DEFLATED)
-    refuse(path, packed, "compressed, which torch never does")
-    refuse(path, _patch(sound, entry, 8, b"\1", data0), "encrypted")
-    refuse(path, _patch(sound, entry, 16, b"\1\2\3\4", data0), "checksum of its record 'data/0'")
-    refuse(path, _patch(sound, entry, 16, b"\1\2\3\4"), "checksum of its record 'data.pkl'")
+    refuse(path, packed, "'byteorder' is compressed")
+    refuse(path, _patch(sound, entry, 8, b"\1", data0), "'data/0' is compressed or encrypted")
+    refuse(path, _patch(sound, entry, 16, b"\1\2\3\4", data0), "CRC-32 for file 'archive/data/0'")
+    refuse(path, _patch(sound, entry, 16, b"\1\2\3\4"), "CRC-32 for file 'archive/data.pkl'")
     for huge in (b"\xff\xff\xff\x7f", b"\0\0\0\0"):
-        refuse(path, _patch(sound, entry, 24, huge, data0), "claims to hold")
+        refuse(path, _patch(sound, entry, 24, huge, data0), "'data/0' claims")
     both = _patch(sound, entry, 20, b"\xff\xff\xff\x7f" * 2, data0)
-    refuse(path, both, "where its tensors say")
-    refuse(path, _patch(sound, entry, 42, b"\7\0\0\0", data0), "not where the directory says")
-    longer = {"a": build.tensor(0.0, (), (), 0, build.Storage(np.zeros(5000, "f4"), numel=5100))}
-    reaching = _patch(build.archive_of(longer), entry, 16, bytes(4), data0)
-    reaching = _patch(reaching, entry, 20, struct.pack("<2I", 20400, 20400), data0)
-    refuse(path, reaching, "not where the directory says")
-    refuse(path, _patch(sound, b"PK\5\6", 10, b"\xff\xff"), "ends before its last record")
-    refuse(path, _patch(sound, b"PK\5\6", 16, b"\xff\xff\xff\x7f"), "cannot be right")
+    refuse(path, both, "'data/0' claims 2147483647 bytes")
+    smaller = _patch(sound, entry, 20, struct.pack("<2I", 19996, 19996), data0)
+    refuse(path, smaller, "'data/0' has 19996 bytes where its tensors say 20000")
+    refuse(path, _patch(sound, entry, 42, b"\7\0\0\0", data0), "its zip archive is damaged")
+    refuse(path, _patch(sound, b"PK\5\6", 12, b"\xff\xff\xff\x7f"), "damaged")
+    refuse(path, _patch(sound, b"PK\5\6", 16, b"\xff\xff\xff\x7f"), "cannot be read")
     flipped = bytearray(sound)
     flipped[sound.index(bytes(5000))] ^= 1
-    refuse(path, bytes(flipped), "checksum of its record 'data/0'")
+    refuse(path, bytes(flipped), "CRC-32 for file 'archive/data/0'")
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "w") as archive:
         for _ in range(2):
             archive.writestr("archive/data.pkl", b"N.")
-    refuse(path, path.read_bytes(), "'archive/data.pkl' twice")
+    refuse(path, path.read_bytes(), "holds a record twice")
     refuse(path, sound.replace(b"archive/data/0", b"archive/data/9"), "lacks the record 'data/0'")
 
 
@@ -184,13 +178,6 @@ def test_overlapping_records_cannot_multiply_the_file(tmp_path):
     refuse(path, sound[:end] + extra + tail, "does not fit in the file")
 
 
-def test_mutated_files_end_in_a_result_or_an_error(tmp_path):
-    """A short run of benchmarks/torch_reader_robustness.py, with another seed."""
-    figures = robustness.run(1500, seed=1, folder=tmp_path)
-    assert figures["other"] == 0
-    assert figures["results"] > 100 and figures["TorchFileError"] > 500
-
-
 PEAK = """
 import pathlib, sys
 from repopt_jax.torch_files import TorchFileError, read_torch_file
@@ -218,7 +205,7 @@ def peak_mib(*paths: pathlib.Path) -> tuple[int, int]:
         pytest.skip("peak memory is read from /proc, which this system lacks")
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, paths)],
-        cwd=BENCHMARKS.parent,
+        cwd=pathlib.Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )
@@ -227,6 +214,7 @@ def peak_mib(*paths: pathlib.Path) -> tuple[int, int]:
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [build.archive_of, build.legacy_of])
 def test_a_file_of_300_mb_is_read_within_700_mb(tmp_path, write):
     path = tmp_path / "large.pth"

@@ -1,20 +1,30 @@
 """Scales and weights between torch files and ours, and the command that converts them."""
 
+import itertools
 import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import torch_file_builder as build
 from flax import nnx
 
 import repopt_jax
-from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
-from repopt_jax.torch_files.conversion import _write
-from repopt_jax.torch_files.scales import find_state_dict, official_names, scales_in
-from repopt_jax.torch_files.standin import Standin
-from repopt_jax.torch_files.weights import load_weights, variables
+from repopt_jax.convert import main
+from repopt_jax.files import load_weights, save_weights, variables
+from repopt_jax.torch_files import (
+    Standin,
+    TorchFileError,
+    export_weights,
+    import_weights,
+    recognize,
+)
+from repopt_jax.torch_files.modules import find_state_dict
+from repopt_jax.torch_files.scales import official_names, scales_in
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 SCRIPT = pathlib.Path(__file__).parents[1] / "convert_torch_scales.py"
@@ -119,10 +129,8 @@ def test_files_without_weights_are_refused():
 
 def test_weights_file_round_trip(tmp_path):
     model = network("csla")
-    metadata = {"name": "RepOpt-VGG", "kind": "csla", "num_blocks": "[1, 2, 1, 1]",
-                "widths": "[4, 4, 6, 8, 8]", "num_classes": "3", "se": "false"}  # fmt: skip
-    _write(tmp_path / "w.safetensors", variables(model), metadata)
-    loaded = load_weights(tmp_path / "w.safetensors")
+    save_weights(tmp_path / "w", model, {"name": "RepOpt-VGG", "kind": "csla", "se": False, **SIZE})
+    loaded = load_weights(tmp_path / "w")
     for name, value in variables(model).items():
         np.testing.assert_array_equal(variables(loaded)[name], value)
     assert loaded(jnp.ones((2, 32, 32, 3))).shape == (2, 3)
@@ -154,7 +162,7 @@ def test_command_converts_released_scales(official_scales, tmp_path):
     ("arguments", "message"),
     [
         (("{tmp}/nope.pth", "{tmp}/a.safetensors"), "source must be an existing file"),
-        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "it is no torch file"),
+        (("{tmp}/text.pth", "{tmp}/a.safetensors"), "must be a safetensors or a torch file"),
         (("{tmp}/text.pth", "{tmp}/a.bin"), "target must end in .safetensors"),
         (("{tmp}/text.pth", "{tmp}/text.pth", "--force"), "target must be another file"),
         (("{tmp}/text.pth", "{tmp}/no/a.safetensors"), "target must lie in an existing folder"),
@@ -167,3 +175,68 @@ def test_command_refuses_in_one_sentence(arguments, message, tmp_path):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.pth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("linear.bias", np.array([1, 2, 3]), "linear.bias must hold floats, got int64"),
+        ("linear.bias", np.array([True] * 3), "linear.bias must hold floats, got bool"),
+        ("linear.bias", np.ones(3, np.complex64), "linear.bias must hold floats, got complex64"),
+        ("linear.bias", np.array([1, np.nan, 3]), "linear.bias must be finite"),
+        ("stage0.bn.running_var", np.array([1.0, 1, -1, 1]), "running_var must not be negative"),
+        ("stage0.bn.running_var", np.array([1.0, 1e-60, 1, 1]), "running_var must fit in float32"),
+        ("linear.bias", np.array([1.0, 1e60, 1]), "linear.bias must fit in float32"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused_by_name(tmp_path, name, value, message):
+    weights = export_weights(network("target")) | {name: value}
+    with pytest.raises(ValueError, match=message):
+        import_weights(network("target"), weights)
+
+
+def convert(tmp_path, weights, *flags):
+    """The file that the command makes of a torch file with these tensors, or its message."""
+    source, target = tmp_path / "a.pth", tmp_path / "b.safetensors"
+    source.write_bytes(build.archive_of({k: build.tensor(v) for k, v in weights.items()}))
+    status = main([*flags, str(source), str(target)])
+    assert (status == 0) == target.exists()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        (["float16"], "float16"),
+        (["bfloat16"], "bfloat16"),
+        (["float16", "float32"], "float32"),
+        (["bfloat16", "float16"], "float32"),
+        (["float32", "float64"], "float64"),
+    ],
+)
+def test_weights_of_mixed_types_lose_no_number(tmp_path, capsys, kinds, wanted):
+    """Half convolutions and a variance of 1e5 in float32 are common in checkpoints."""
+    weights = export_weights(network("target"))
+    rng = np.random.default_rng(0)
+    types = itertools.cycle(np.dtype(getattr(ml_dtypes, kind, kind)) for kind in kinds)
+    for name, value in weights.items():
+        if value.dtype.kind == "f":
+            weights[name] = rng.uniform(0.1, 1, value.shape).astype(next(types))
+    if wanted == "float32":
+        weights["stage0.bn.running_var"] = np.array([1e5, 1e-8, 1, 1], np.float32)
+    target = convert(tmp_path, weights, "--weights")
+    with jax.enable_x64(True):
+        found = export_weights(load_weights(target))
+    for name, value in weights.items():
+        assert name.endswith("tracked") or found[name].dtype.name == wanted
+        np.testing.assert_array_equal(found[name].astype(np.float64), value.astype(np.float64))
+
+
+def test_vectors_of_two_lengths_are_refused_and_nothing_is_written(tmp_path, capsys):
+    for one, other in ((4, 5), (0, 0)):
+        names = {
+            "a.scale_conv.weight": np.ones(one, "f4"),
+            "a.scale_1x1.weight": np.ones(other, "f4"),
+        }
+        assert not convert(tmp_path, names).exists()
+        assert f"'conv3x3': {one}, 'conv1x1': {other}" in capsys.readouterr().err

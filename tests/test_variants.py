@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import variants
 from small_run import small_config
-from variants import Variant, changed, initial_scales, measure, part_of, row
+from variants import Variant, changed, measure, part_of, row
 
 from repopt_jax.scales import Scales
+from repopt_jax.training.parts import initial_scales
 
 VARIANTS = {variant.title: variant for variant in ablation.VARIANTS}
 

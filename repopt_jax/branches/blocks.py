@@ -32,7 +32,7 @@ _UNTRUE = {
 
 
 def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
-    """What is wrong with the numbers that `embed` returns, or with what the class says of itself.
+    """Why `embed` returns wrong numbers or a claim of the class is untrue; None if all is right.
 
     It costs a compilation. The types of this package are tested, and not asked.
     """
@@ -66,7 +66,7 @@ def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a branch's `embed`; None if it is a linear map onto `kernel_shape`.
+    """Why a branch's `embed` is no linear map onto `kernel_shape`; None if it is one.
 
     Kept for every statement of a branch and every shape, since either may make the difference.
     """
@@ -86,7 +86,7 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
 
 
 def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:
-    """Refuse what no equivalence exists for: branches that do not fit or are not linear.
+    """Refuse branches that do not fit the kernel or are not linear.
 
     Args:
       block: branch name -> branch.
@@ -196,7 +196,7 @@ def merge(
     terms = []
     for name, branch in block.items():
         weight, scale = weights[name], scales.get(name)
-        if branch.by_channel:  # a small kernel is multiplied, not the large one that it lies in
+        if branch.by_channel:  # multiply the small kernel, not the large one around it
             terms.append(branch.embed(_scaled(branch, scale, weight), kernel_shape))
         else:
             terms.append(_scaled(branch, scale, branch.embed(weight, kernel_shape)))

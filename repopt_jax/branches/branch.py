@@ -1,4 +1,4 @@
-"""What a branch is, and how it starts."""
+"""The base class of branches, and how their weights start."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def centre_mask(kernel_shape: tuple[int, ...], sizes: tuple[int, ...]) -> Array:
         margin = (kernel_shape[axis] - size) // 2
         if margin:
             index = jax.lax.broadcasted_iota(jnp.int32, kernel_shape, axis)
-            # One comparison where one will do: every kernel's update has these.
+            # One comparison where one is enough: these run in every kernel's update.
             inside &= index == margin if size == 1 else (index >= margin) & (index < margin + size)
     return inside
 
@@ -110,8 +110,8 @@ class Branch(abc.ABC):
         """``E_b(1)``: 1 where a placement reaches the kernel, 0 elsewhere.
 
         XLA's CPU backend stores what `embed` pads, as an array of the kernel's size that every
-        update reads. Types that are used much therefore compare indices instead, which it fuses;
-        who overrides `embed` in a subclass of theirs overrides this too.
+        update reads. The common types compare indices instead, which it fuses. A subclass of
+        theirs that overrides `embed` must override this too.
         """
         return self.embed(jnp.ones(self.weight_shape(kernel_shape), dtype), kernel_shape)
 
@@ -131,7 +131,7 @@ class Branch(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Full(Branch):
-    """The kernel itself; several of them with names of their own are MobileOne's branches.
+    """A branch of the kernel's own shape; several of them, each with a name, are MobileOne's.
 
     >>> Full().weight_shape((3, 3, 8, 16))
     (3, 3, 8, 16)

@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike
 
 
-def _mixed(x: Array) -> Array:
-    """A bijection of 32-bit integers that flips every output bit with probability near 1/2."""
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
+def mixed_bits(
+    x: Array, shift: int = 15, factors: tuple[int, int] = (0x7FEB352D, 0x846CA68B)
+) -> Array:
+    """A bijection of 32-bit integers that flips every output bit with probability near 1/2.
+
+    Args:
+      x: uint32.
+      shift: of the second of three rounds.
+      factors: odd numbers of 32 bits.
+    """
+    for by, factor in zip((16, shift), factors, strict=True):
+        x = (x ^ (x >> jnp.uint32(by))) * jnp.uint32(factor)
     return x ^ (x >> jnp.uint32(16))
 
 
@@ -33,7 +41,7 @@ def frozen_uniform(seed: int, shape: tuple[int, ...], fan_in: int, dtype: DTypeL
     Args:
       seed: from 0 to 2^32 - 1.
       shape: of the factor, at most 2^32 entries.
-      fan_in: how many products an output of the factor sums.
+      fan_in: number of products that one output of the factor sums.
       dtype: of the factor; 24 random bits, so that float32 and float64 agree up to rounding.
 
     >>> [round(float(x), 4) for x in frozen_uniform(0, (3,), 4, jnp.float32)]
@@ -41,7 +49,7 @@ def frozen_uniform(seed: int, shape: tuple[int, ...], fan_in: int, dtype: DTypeL
     """
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     # Mixing twice: neighbouring seeds must not share shifted sequences.
-    bits = _mixed(_mixed(index) ^ _mixed(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9)))
+    bits = mixed_bits(mixed_bits(index) ^ mixed_bits(jnp.uint32(seed) ^ jnp.uint32(0x9E3779B9)))
     wide = wide_type(dtype)
     unit = (bits >> jnp.uint32(8)).astype(wide) / jnp.asarray(2**23, wide) - jnp.asarray(1, wide)
     return (unit / jnp.asarray(math.sqrt(fan_in), wide)).astype(dtype)

@@ -40,7 +40,7 @@ class Diagonal(Branch):
 class BlockDiagonal(Branch):
     """A grouped layer inside an ordinary one: a block of the matrix for each group.
 
-    Works at every tap of a convolution kernel too.
+    It works at every tap of a convolution kernel too.
 
     Attributes:
       groups: number of blocks; divides inputs and outputs.
@@ -76,7 +76,7 @@ class FoldedConv(Branch):
     """A convolution folded into the matrix of a dense layer on flattened images (RepMLP).
 
     The layer maps ``(*image, in)`` to ``(*image, out)``, both flattened in this order; the
-    convolution has stride 1 and pads with zeros ("SAME"). Every weight stands at many places.
+    convolution has stride 1 and pads with zeros ("SAME"). Every weight has many places.
 
     Attributes:
       image: size of the image, such as ``(7, 7)``.

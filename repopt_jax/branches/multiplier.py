@@ -86,7 +86,7 @@ class BranchMult:
                 raise ValueError(f"the scale of {name!r} must be finite, got {scale}")
 
     def check_fits(self, kernel_shape: tuple[int, ...]) -> None:
-        """Refuse a kernel for which this is no multiplier."""
+        """Refuse a kernel that this multiplier does not fit."""
         check_block(dict(self.block), kernel_shape)
         wrong = {n: s.shape for n, s in self.scales.items() if s.shape != kernel_shape[-1:]}
         if wrong:

@@ -1,4 +1,4 @@
-"""What all checks share: training for some steps, and comparing the kernels."""
+"""Shared by all checks: training for some steps, and comparing the kernels."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class TrainBatch:
       augment: the augmentation.
       rows: this process's part of the global batch.
 
-    The others are arguments of `train_batches`.
+    The other attributes are arguments of `train_batches`.
     """
 
     dataset: Dataset
@@ -34,6 +35,7 @@ class TrainBatch:
     fast: bool
     skip_bad: bool
     rows: slice
+    split: ClassVar[str] = "train"
 
     def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns `{"image", "label"}`; `rng` must be in the same state for the same step."""
@@ -56,7 +58,7 @@ class TrainBatch:
 
     def _read(self, indices: np.ndarray, make: Callable) -> dict[str, np.ndarray]:
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
-        reader = ImageReader(self.dataset, "training", self.skip_bad)
+        reader = ImageReader(self.dataset, self.split, self.skip_bad)
         for row, (image, label) in enumerate(reader.read_all(indices.tolist(), make)):
             batch["image"][row], batch["label"][row] = image, label
         return batch
@@ -67,6 +69,7 @@ class EvalBatch:
     """Makes an evaluation batch from its number; the attributes are as in `TrainBatch`."""
 
     dataset: Dataset
+    split: str
     batch_size: int
     image_size: int | None
     resize: int | None
@@ -75,7 +78,7 @@ class EvalBatch:
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """Returns `{"image", "label", "mask"}`."""
-        source = self.dataset.eval
+        source = getattr(self.dataset, self.split)
         indices = (number * self.batch_size + np.arange(self.batch_size))[self.rows]
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
         batch["mask"] = np.zeros(len(indices), bool)
@@ -85,7 +88,7 @@ class EvalBatch:
             batch["label"][: len(indices)] = source.labels[indices]
             batch["mask"][: len(indices)] = True
             return batch
-        reader = ImageReader(self.dataset, "evaluation", self.skip_bad)
+        reader = ImageReader(self.dataset, self.split, self.skip_bad)
         pairs = reader.read(
             indices.tolist(), lambda data, row: _whole(data, self.image_size, self.resize)
         )
@@ -100,13 +103,13 @@ class ImageReader:
 
     Args:
       dataset: whose images, and where the names of bad ones are collected.
-      split: `training` or `evaluation`.
+      split: `train` or `eval`.
       skip_bad: pass over images that cannot be decoded. False stops at the first.
     """
 
     def __init__(self, dataset: Dataset, split: str, skip_bad: bool):
-        self._source = dataset.train if split == "training" else dataset.eval
-        self._split = split
+        self._source = getattr(dataset, split)
+        self._split = {"train": "training", "eval": "evaluation"}[split]
         self._bad_images = dataset.bad_images if skip_bad else None
 
     def read(
@@ -116,8 +119,8 @@ class ImageReader:
 
         Args:
           indices: into the source.
-          make: `make(image, row)` gives the finished array of the array or encoded bytes that stand
-            at `indices[row]`, and raises ValueError if it cannot.
+          make: `make(image, row)` returns the finished array for the array or encoded bytes at
+            `indices[row]`. It raises ValueError or MemoryError if it cannot.
 
         Yields:
           The array, None for a bad image, and the label. One at a time, so that arrays can be
@@ -130,7 +133,7 @@ class ImageReader:
         for row, (index, item) in enumerate(zip(indices, items, strict=True)):
             try:
                 image = make(item["image"], row)
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 self._note(index, item, error)
                 image = None
             yield image, item["label"]
@@ -147,15 +150,20 @@ class ImageReader:
                 ((image, label),) = self.read([other], lambda data, _, row=row: make(data, row))
             yield image, label
 
-    def _note(self, index: int, item: dict, error: ValueError) -> None:
-        name = f"{self._split} image {index}"
+    def _note(self, index: int, item: dict, error: Exception) -> None:
+        name = f"{self._split} image {item.get('index', index)}"
         if item.get("name"):
             name += f" ({item['name']})"
         if self._bad_images is None:
             raise ValueError(f"{name}: {error} (skip_bad=True goes on without it)") from error
-        if name not in self._bad_images:
-            self._bad_images.add(name)
-            _log.warning("skipping %s, bad image number %d", name, len(self._bad_images))
+        note_bad_image(self._bad_images, name)
+
+
+def note_bad_image(bad_images: set[str], name: str) -> None:
+    """Add an image to those that were passed over, with a warning the first time."""
+    if name not in bad_images:
+        bad_images.add(name)
+        _log.warning("skipping %s, bad image number %d", name, len(bad_images))
 
 
 def image_shape(dataset: Dataset, image_size: int | None) -> tuple[int, int, int]:

@@ -35,8 +35,8 @@ def load_dataset(
         ones), `folder` (files such as `train/cat/1.jpg`), or the name of a TFDS image
         classification set prepared as ArrayRecord, e.g. `cifar100` or `imagenet2012`.
       data_dir: for TFDS the folder that holds its sets, None is `$TFDS_DATA_DIR`, else
-        `~/tensorflow_datasets`; for `folder` the one that holds the splits. Not used by
-        `digits`.
+        `~/tensorflow_datasets`; for `folder` the one that holds the splits, see
+        `repopt_jax.data.folder.load_folder` for the layouts. Not used by `digits`.
       train_split: a TFDS split with slicing, e.g. `train[:20000]`, or a folder's name; None is
         `train`.
       eval_split: the same for evaluation. For TFDS, None is `test` or, without a labelled test
@@ -123,8 +123,14 @@ def _keep_classes(dataset: Dataset, classes: np.ndarray) -> Dataset:
         indices = np.flatnonzero(labels >= 0)
         return SubsetSource(source, indices, labels[indices])
 
-    train, evaluation = subset(dataset.train), subset(dataset.eval)
-    return dataclasses.replace(dataset, num_classes=len(classes), train=train, eval=evaluation)
+    names = dataset.class_names
+    return dataclasses.replace(
+        dataset,
+        num_classes=len(classes),
+        train=subset(dataset.train),
+        eval=subset(dataset.eval),
+        class_names=names and tuple(names[label] for label in classes),
+    )
 
 
 def _is_small(dataset: Dataset) -> bool:

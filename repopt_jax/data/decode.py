@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
+# A file of 700 bytes can claim 4 billion pixels. Pillow refuses more than this by itself.
+MAX_PIXELS = 178_956_970
 # Second bytes of JPEG markers.
 _BASELINE_FRAMES = (0xC0, 0xC1)
 _SCAN = 0xDA
@@ -28,8 +30,8 @@ def decode(
       data: the file's bytes, in any format that Pillow reads.
       rows: None, or how many rows are wanted, from the top; the result may have more. A crop
         ends at 85 % of the height on average, and the rest of most JPEGs can be left alone.
-      reduction: 2, 4 or 8 have a JPEG decoded at that fraction of its size, which skips most of
-        the work; other formats ignore it.
+      reduction: 2, 4 or 8 decode a JPEG at a half, a quarter or an eighth of its size, which skips
+        most of the work; other formats ignore it.
       fast: use libjpeg's faster, less exact arithmetic; values are off by 1 or 2.
 
     Returns:
@@ -37,8 +39,8 @@ def decode(
       divided by 257.
 
     Raises:
-      ValueError: the bytes are no image, break off early, or have values of unknown range (32 bits
-        or floating point).
+      ValueError: the bytes are no image or break off early; the image has more than `MAX_PIXELS`
+        or values of unknown range (32 bits or floating point); or memory does not suffice.
 
     >>> grey = np.full((80, 60, 1), 200, np.uint8)
     >>> data = simplejpeg.encode_jpeg(grey, colorspace="GRAY")
@@ -49,7 +51,7 @@ def decode(
         try:
             top = None if rows is None else _top_of_jpeg(data, rows)
             jpeg = top or data
-            height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
+            height, width = _jpeg_size(jpeg)
             return simplejpeg.decode_jpeg(
                 jpeg,
                 "RGB",
@@ -59,7 +61,7 @@ def decode(
                 min_width=-(-width // reduction),
                 strict=top is None,  # the rows that are left over count as an error
             )
-        except ValueError:
+        except (ValueError, MemoryError):
             pass  # Pillow decides whether the file is unusual or broken.
     with _opened(data) as image:
         return np.asarray(_eight_bits(image).convert("RGB"))
@@ -72,20 +74,27 @@ def decoded_size(data: bytes) -> tuple[int, int]:
       ValueError: the bytes do not begin like those of an image.
     """
     if data[:3] == _JPEG_MAGIC:
-        try:
-            return simplejpeg.decode_jpeg_header(data)[:2]
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            return _jpeg_size(data)
     with _opened(data) as image:
         return image.height, image.width
 
 
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise ValueError  # Pillow, asked next, will refuse it with a sentence.
+    return height, width
+
+
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A Pillow image; all that goes wrong with it is a ValueError."""
+    """A Pillow image; every failure becomes a ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError as error:
+        raise ValueError("the image cannot be decoded: its format is unknown") from error
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, struct.error and more for broken files.
         raise ValueError(f"the image cannot be decoded: {error}") from error

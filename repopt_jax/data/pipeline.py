@@ -6,14 +6,27 @@ call per image would cost more than the work inside it. The batch of a step is a
 resume from is one number.
 """
 
-import os
-import sys
+from __future__ import annotations
 
-import grain
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from repopt_jax.data.augment import preset
 from repopt_jax.data.batches import EvalBatch, TrainBatch, image_shape
-from repopt_jax.data.sources import Dataset
+from repopt_jax.data.sources import ArraySource, Dataset
+from repopt_jax.data.workers import WorkerPool, usable_cores
+
+if TYPE_CHECKING:
+    import grain
+
+# It is imported when it is used, because it brings JAX, of no use to worker processes.
+if importlib.util.find_spec("grain") is None:
+    raise ModuleNotFoundError("No module named 'grain'", name="grain")
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -45,6 +58,7 @@ def train_batches(
     fast: bool = False,
     skip_bad: bool = False,
     threads: int | None = None,
+    workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -57,7 +71,7 @@ def train_batches(
       dataset: from `load_dataset`.
       batch_size: images per step over all processes.
       seed: 0..2**32-1, decides order and augmentation.
-      num_epochs: None goes on for ever.
+      num_epochs: passes over the set. None: without end.
       augment: name of a preset, see `repopt_jax.data.augment.preset`.
       image_size: side of the images; None keeps the size that they have, if they share one.
       fast: decode with less exact arithmetic and crop without antialiasing. Not used by `none`,
@@ -65,7 +79,9 @@ def train_batches(
       skip_bad: take the next image for one that cannot be decoded, whose name is added to
         `dataset.bad_images`; False stops the run.
       threads: threads that make batches, at most two batches each ahead; None is one per core,
-        0 makes them in the caller's.
+        0 makes them in the caller's. Not used with workers.
+      workers: processes that make batches, likewise; None is one per core for images that have to
+        be decoded, if there are at least 4 cores, else 0: threads make them.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
 
@@ -85,6 +101,8 @@ def train_batches(
     >>> batches.get_state()
     {'next_index': 1}
     """
+    import grain
+
     steps = steps_per_epoch(dataset, batch_size)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in 0..2**32-1, got {seed}")
@@ -95,18 +113,21 @@ def train_batches(
     augmentation = preset(augment)
     make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, fast, skip_bad, rows)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
-    batches = grain.MapDataset.range(total).seed(seed).random_map(make)
-    return iter(batches.to_iter_dataset(_read_options(threads)))
+    call, options = _executors(make, threads, workers)
+    batches = grain.MapDataset.range(total).seed(seed).random_map(call)
+    return iter(batches.to_iter_dataset(options))
 
 
 def eval_batches(
     dataset: Dataset,
     *,
     batch_size: int,
+    split: str = "eval",
     image_size: int | None = None,
     resize: int | None = None,
     skip_bad: bool = False,
     threads: int | None = None,
+    workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
@@ -118,12 +139,14 @@ def eval_batches(
     Args:
       dataset: from `load_dataset`.
       batch_size: images per batch over all processes; may exceed the size of the set.
+      split: `eval`, or `train` for the training images as evaluation sees them.
       image_size: side of the images; None keeps the size that they have, if they share one.
       resize: length that the shorter side is brought to before the centre crop of
         `image_size`; None is `image_size` itself.
       skip_bad: leave out images that cannot be decoded and add their names to
         `dataset.bad_images`; False stops the run.
       threads: as for `train_batches`.
+      workers: likewise.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
 
@@ -138,6 +161,8 @@ def eval_batches(
     >>> [int(b["mask"].sum()) for b in eval_batches(load_dataset("digits"), batch_size=256)]
     [256, 104]
     """
+    import grain
+
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if resize is not None and (image_size is None or resize < image_size):
@@ -147,9 +172,10 @@ def eval_batches(
         )
     rows = _rows(batch_size, process_index, process_count)
     image_shape(dataset, image_size)  # refuses some
-    make = EvalBatch(dataset, batch_size, image_size, resize, skip_bad, rows)
-    batches = grain.MapDataset.range(-(-len(dataset.eval) // batch_size)).map(make)
-    return batches.to_iter_dataset(_read_options(threads))
+    make = EvalBatch(dataset, split, batch_size, image_size, resize, skip_bad, rows)
+    call, options = _executors(make, threads, workers)
+    batches = grain.MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(call)
+    return batches.to_iter_dataset(options)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -167,12 +193,27 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * local, (process_index + 1) * local)
 
 
-def _read_options(threads: int | None) -> grain.ReadOptions:
-    if threads is None:
-        # Of the cores that this process may use, which Slurm and containers limit.
-        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        threads = own or os.cpu_count() or 1
-    if threads < 0:
-        raise ValueError(f"threads must be None or at least 0, got {threads}")
+def _executors(
+    make: TrainBatch | EvalBatch, threads: int | None, workers: int | None
+) -> tuple[Callable, grain.ReadOptions]:
+    """What makes a batch, by processes or not, and how many threads call it."""
+    import grain
+
+    cores = usable_cores()
+    for name, value in (("threads", threads), ("workers", workers)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be None or at least 0, got {value}")
+    if workers is None:
+        decoded = isinstance(getattr(make.dataset, make.split), ArraySource)
+        workers = cores if cores >= 4 and not decoded and sys.platform != "win32" else 0
+    if workers:
+        count = len(range(make.batch_size)[make.rows])
+        shape = image_shape(make.dataset, make.image_size)
+        # A process needs no copy of the other split.
+        unused = {"eval" if make.split == "train" else "train": None}
+        make = dataclasses.replace(make, dataset=dataclasses.replace(make.dataset, **unused))
+        make = WorkerPool(make, workers, count * int(np.prod(shape)))
+        threads = workers
+    threads = cores if threads is None else threads
     # Two batches per thread: enough to hide a slow batch, small enough for big images.
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return make, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

@@ -22,10 +22,10 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What is random in one operation.
+    """The random values of one operation.
 
     Attributes:
-      magnitude: 0..14; 10 is what the levels of the operations refer to.
+      magnitude: 0..14; the operations' levels are stated for 10.
       negative: turn, shear or translate the other way.
       bicubic: move pixels with bicubic instead of bilinear interpolation.
       centre: (vertical, horizontal) place of a cut-out, as fractions of the sides.
@@ -163,7 +163,7 @@ def cutout(image: np.ndarray, side: float, centre: tuple[float, float]) -> np.nd
     return out
 
 
-# Which argument a magnitude means to an operation. Magnitudes beyond 10 are meant to be.
+# The argument that a magnitude becomes. Magnitudes beyond 10 are intended.
 OPERATIONS = {
     "AutoContrast": lambda image, draw: auto_contrast(image),
     "Equalize": lambda image, draw: equalize(image),
@@ -233,7 +233,7 @@ def _luma(image: np.ndarray) -> np.ndarray:
 
 
 def _blend(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
-    """start + factor * (end - start), cut off at 0 and 255 and to whole numbers as in Pillow."""
+    """start + factor * (end - start), clipped to 0..255 and truncated, as in Pillow."""
     start = start.astype(np.float32)
     # In place: fresh memory for every step would take most of the time.
     mixed = end.astype(np.float32)

@@ -1,12 +1,14 @@
 """A data set, and random access to its labelled images, decoded or encoded.
 
 A source is anything with `len(source)` and `source[i] -> {"image", "label"}`. The `image` is a
-uint8 (height, width, 3) array or the bytes of an image file. Items may have a `name` for messages.
+uint8 (height, width, 3) array or the bytes of an image file. For messages, items may have a `name`
+and, where it is not `i`, their `index` in the data set.
 `source.__getitems__(list)` is used where it exists: TFDS reads many records at once in 25 us each,
 and one alone in 160. A source of which some classes are kept needs `labels`.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ class Dataset:
       eval: source of the evaluation images.
       image_shape: (height, width, 3) if all images are known to share it, else None.
       bad_images: names of the undecodable images met so far, if they are skipped.
+      class_names: of the labels, in their order. None: not known.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Dataset:
     eval: Any
     image_shape: tuple[int, int, int] | None = None
     bad_images: set[str] = dataclasses.field(default_factory=set)
+    class_names: tuple[str, ...] | None = None
 
 
 class ArraySource:
@@ -73,8 +77,11 @@ class SubsetSource:
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         items = read_items(self._source, self._indices[indices].tolist())
-        labels = self.labels[indices].tolist()
-        return [item | {"label": label} for item, label in zip(items, labels, strict=True)]
+        places = zip(self._indices[indices].tolist(), self.labels[indices].tolist(), strict=True)
+        return [
+            {"index": index} | item | {"label": label}
+            for item, (index, label) in zip(items, places, strict=True)
+        ]
 
 
 def read_items(source, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -87,3 +94,18 @@ def read_items(source, indices: Sequence[int]) -> list[dict[str, Any]]:
 def chunks(source) -> list[list[int]]:
     """All indices of a source in lists of at most 1000."""
     return [list(range(i, min(i + 1000, len(source)))) for i in range(0, len(source), 1000)]
+
+
+def read_labels(source) -> np.ndarray:
+    """The label of every image of a source, int32 (n,), by reading all of it."""
+    items = (item for chunk in chunks(source) for item in read_items(source, chunk))
+    return np.fromiter((item["label"] for item in items), np.int32, len(source))
+
+
+def printable(name: str | bytes) -> str:
+    r"""The name of a file as text; bytes that are no UTF-8 are escaped.
+
+    >>> print(printable(b"caf\xe9.jpg"))
+    caf\xe9.jpg
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")

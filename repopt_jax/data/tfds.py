@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.data.sources import Dataset, chunks
+from repopt_jax.data.sources import Dataset, printable, read_labels
 
 # TFDS 4.9 declares none of the three, and its command cannot do without them.
 _COMMAND = "the command needs `pip install tensorflow apache-beam mlcroissant`"
@@ -38,13 +38,13 @@ class TfdsSource:
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             records = self._reader.__getitems__(indices)
-        except RuntimeError as error:  # ArrayRecord's for all that goes wrong
+        except RuntimeError as error:  # ArrayRecord raises it for every failure
             raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
         return [
             {
                 "image": record[self._image_key],
                 "label": int(record[self._label_key]),
-                "name": _text(record.get("file_name", "")),
+                "name": printable(record.get("file_name", "")),
             }
             for record in records
         ]
@@ -52,8 +52,7 @@ class TfdsSource:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """The label of every image, int32 (n,), for which all records are read."""
-        items = (item for chunk in chunks(self) for item in self.__getitems__(chunk))
-        return np.fromiter((item["label"] for item in items), np.int32, len(self))
+        return read_labels(self)
 
 
 def load_tfds(
@@ -80,6 +79,7 @@ def load_tfds(
         _open_split(builder, "train_split", train_split or "train"),
         _open_split(builder, "eval_split", eval_split),
         None if None in (height, width) else (height, width, 3),
+        class_names=tuple(features[label_key].names),
     )
 
 
@@ -108,7 +108,7 @@ def _prepared(name: str, data_dir: str | None):
             f"--data_dir={root} --file_format=array_record{manual}` once ({_COMMAND})"
         )
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        # Knows of formats that were added later, which a set's own class does not.
+        # It knows formats that were added later; a set's own class does not.
         builder = tfds.builder_from_directory(folder)
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise ValueError(
@@ -155,7 +155,3 @@ def _keys(builder) -> tuple[str, str]:
     """Names of the image and of the label in the set's records."""
     keys = builder.info.supervised_keys
     return keys if keys and len(keys) == 2 else ("image", "label")
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name

@@ -1,3 +1,3 @@
-"""From trained networks to what is deployed."""
+"""Deployment: folding, ONNX and StableHLO files, INT8, and reports by layer."""
 
 from repopt_jax.deploy.folding import fold as fold

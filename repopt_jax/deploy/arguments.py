@@ -1,8 +1,9 @@
-"""The flags of the command line, and what they name: networks, images, configurations."""
+"""The flags of the command line, and the networks, images and configurations that they name."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -30,7 +31,7 @@ PROGRAM = "repopt-deploy"
 
 
 class Parser(argparse.ArgumentParser):
-    """One sentence instead of the usage for what is wrong."""
+    """Answers wrong flags with one sentence instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
@@ -118,6 +119,9 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
+    parser.add_argument(
+        "--skip-bad", action="store_true", default=None, help="leave out undecodable images"
+    )
     group = parser.add_argument_group("images", "in place of a run's")
     group.add_argument("--data", metavar="NAME", help="digits, folder, or a TFDS set")
     for flag in ("--data-dir", "--train-split", "--eval-split"):
@@ -130,7 +134,7 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(path: str | os.PathLike, *, force: bool) -> None:
-    """Refuse, before any work, a file that could not be written or is there already.
+    """Refuse, before any work, a path that cannot be written or is taken.
 
     Raises:
       ValueError: `path` exists and `force` is not set, is a folder, or its folder is not there or
@@ -156,7 +160,7 @@ def check_output(path: str | os.PathLike, *, force: bool) -> None:
 
 
 def configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> ConfigDict:
-    """What --config, --workdir and --config.FIELD=VALUE say.
+    """The configuration that --config, --workdir and --config.FIELD=VALUE name.
 
     Raises:
       ValueError: there is no configuration, or an override does not fit.
@@ -237,6 +241,8 @@ def images(
         dataset = load_dataset(arguments.data, **{key: getattr(arguments, key) for key in keys})
         square = size[0] if dataset.image_shape is None or dataset.image_shape[:2] != size else None
         found = ImageSet(dataset, square, arguments.resize)
+    if arguments.skip_bad:
+        found = dataclasses.replace(found, skip_bad=True)
     if found.size != size:
         raise ValueError(f"images must have the graph's size {size}, got {found.size}")
     return found
@@ -248,7 +254,7 @@ def _refuse_overrides(overrides: Sequence[str]) -> None:
 
 
 def refuse(arguments: argparse.Namespace, needed: str, *names: str) -> None:
-    """Raise ValueError for flags that would not be looked at without another one."""
+    """Raise ValueError for flags that mean nothing without another one."""
     given = [f"--{n.replace('_', '-')}" for n in names if getattr(arguments, n) is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} must be given with {needed} only")

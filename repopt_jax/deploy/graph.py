@@ -1,8 +1,8 @@
-"""A small writer of ONNX graphs: one method per layer type that the networks have.
+"""A small writer of ONNX graphs: one method per type of layer.
 
 Activations are NCHW, ONNX's own layout. Every method takes the name of the tensor that it reads
-and the path of the layer, under which its node, its output and its weights go, and returns the
-name of its output.
+and the path of the layer, which names its node, its output and its weights. It returns the name of
+its output.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class ImageSet:
       dataset: from `load_dataset`.
       image_size: side of the images. None: as they are, if they share one size.
       resize: length of the shorter side before the centre crop. None: `image_size`.
+      skip_bad: leave out images that cannot be decoded. False: the first is an error.
 
     >>> from repopt_jax.data import load_dataset
     >>> images = ImageSet(load_dataset("digits"))
@@ -37,6 +38,7 @@ class ImageSet:
     dataset: Dataset
     image_size: int | None = None
     resize: int | None = None
+    skip_bad: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,9 +51,7 @@ class ImageSet:
 
     def evaluation(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All evaluation images, uint8 NHWC, and their labels, in batches of at most that size."""
-        sizes = {"image_size": self.image_size, "resize": self.resize}
-        for batch in eval_batches(self.dataset, batch_size=batch_size, **sizes):
-            yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+        yield from self._batches(self.dataset, "eval", batch_size)
 
     def calibration(self, count: int, seed: int = 0) -> list[np.ndarray]:
         """Training images drawn by `seed`, prepared as for evaluation, in batches of uint8.
@@ -64,10 +64,25 @@ class ImageSet:
             raise ValueError(f"number of calibration images must be in 1..{available}, got {count}")
         drawn = np.sort(np.random.default_rng(seed).permutation(available)[:count])
         chosen = SubsetSource(self.dataset.train, drawn, np.zeros(count, np.int32))
-        images = dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, eval=chosen))
-        return [batch for batch, _ in images.evaluation(CALIBRATION_BATCH)]
+        dataset = dataclasses.replace(self.dataset, train=chosen)
+        return [images for images, _ in self._batches(dataset, "train", CALIBRATION_BATCH)]
+
+    def _batches(
+        self, dataset: Dataset, split: str, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in eval_batches(
+            dataset,
+            batch_size=batch_size,
+            split=split,
+            image_size=self.image_size,
+            resize=self.resize,
+            skip_bad=self.skip_bad,
+        ):
+            if batch["mask"].any():
+                yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
 
 
 def configured_images(data: ConfigDict) -> ImageSet:
     """The images that the section `data` of a configuration names."""
-    return ImageSet(load_dataset(**dataset_arguments(data)), data.image_size, data.eval_resize)
+    dataset = load_dataset(**dataset_arguments(data))
+    return ImageSet(dataset, data.image_size, data.eval_resize, data.skip_bad)

@@ -1,4 +1,4 @@
-"""What quantization meets in every layer: the spread of its weights, and what 8 bits make of them.
+"""Quantization layer by layer: the spread of the weights, and the noise that 8 bits add.
 
 One scale has to serve all weights that share it, so a few large ones (at the centre of a kernel
 that was merged from branches with BatchNorm, say) leave few of the 255 steps to the others.
@@ -49,8 +49,8 @@ class LayerReport:
       surround_std: of the other weights. None: likewise.
       low: smallest weight.
       high: largest weight.
-      error: root mean square of what one int8 scale for the layer changes the weights by.
-      snr: mean square of the weights over that of their error, in decibel.
+      error: root mean square of the change of the weights under one int8 scale for the layer.
+      snr: mean square of the weights divided by that of their error, in decibels.
       channel_snr: the same with a scale per output channel.
       output_snr: the same of the layer's output in an INT8 graph, after ReLU. None: not measured.
     """
@@ -77,7 +77,7 @@ def layer_reports(
 
     Args:
       graph: the float graph.
-      int8: what `quantize` made of it. None: no output is compared.
+      int8: the graph that `quantize` made of it. None: no output is compared.
       images: uint8 NHWC images to compare outputs on; used with `int8` only.
 
     Raises:
@@ -134,7 +134,7 @@ def _report(name: str, kernel: np.ndarray, output_snr: float | None) -> LayerRep
 
 
 def int8_error(kernel: np.ndarray, *, per_channel: bool) -> np.ndarray:
-    """What symmetric int8 rounding with scale ``max|w| / 127`` adds to the weights.
+    """The error that symmetric int8 rounding with scale ``max|w| / 127`` adds to the weights.
 
     Args:
       kernel: outputs first.
@@ -165,7 +165,7 @@ def decibel(signal: np.ndarray, error: np.ndarray) -> float:
 def _output_snrs(
     graph: onnx.ModelProto, int8: onnx.ModelProto, images: np.ndarray
 ) -> dict[str, float]:
-    """Of every layer whose output, after ReLU if it has one, both graphs have under one name."""
+    """Signal to noise of the layers' outputs, after ReLU, that both graphs have by one name."""
     there = {name for node in int8.graph.node for name in node.output}
     after = {node.input[0]: node.output[0] for node in graph.graph.node if node.op_type == "Relu"}
     tensors = {}

@@ -42,7 +42,7 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
 
     Args:
       model: a network of a type in `WRITERS`, of any kind; branches and BatchNorm are folded.
-      preprocessing: what the network expects of its images.
+      preprocessing: of the network's images.
       name: of the model, for the metadata.
 
     Raises:

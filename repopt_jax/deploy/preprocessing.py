@@ -1,4 +1,4 @@
-"""What a network expects of its images; it travels with every exported file."""
+"""The preprocessing of a network's images, which every exported file carries."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Preprocessing:
 
     @property
     def shift(self) -> np.ndarray:
-        """What is subtracted from a pixel of range 0 to 255, float32 ``(3,)``."""
+        """Subtracted from a pixel of range 0 to 255, float32 ``(3,)``."""
         return (255 * np.asarray(self.mean)).astype(np.float32)
 
     @property
     def factor(self) -> np.ndarray:
-        """What the difference is multiplied by, float32 ``(3,)``."""
+        """Multiplies the difference, float32 ``(3,)``."""
         return (1 / (255 * np.asarray(self.std))).astype(np.float32)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -58,15 +58,15 @@ class Preprocessing:
         return (images.astype(np.float32) - self.shift) * self.factor
 
     def metadata(self) -> dict[str, str]:
-        """As text by name, for the metadata of a file."""
+        """The values as text by name, for the metadata of a file."""
         return {k: json.dumps(v) for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Preprocessing:
-        """What `metadata` was made of.
+        """The preprocessing that `metadata` states.
 
         Raises:
-          ValueError: an entry is missing or is none.
+          ValueError: an entry is missing or has no such value.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         try:

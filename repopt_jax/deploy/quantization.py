@@ -71,7 +71,7 @@ def quantize(
 
     Args:
       graph: a float graph of this project, the file or the model.
-      batches: calibration images, uint8 NHWC, such as `ImageSet.calibration` gives.
+      batches: calibration images, uint8 NHWC, such as those of `ImageSet.calibration`.
       per_channel: one weight scale per output channel. False: one per layer.
       calibration: how the ranges of activations are found.
       percentile: share of the values in percent that is kept; used by "percentile" only.
@@ -79,7 +79,7 @@ def quantize(
       float_layers: names of Conv and Gemm nodes to leave as they are, such as "stage0/conv".
 
     Raises:
-      ValueError: the graph is none of this project's or already quantized, there are no images,
+      ValueError: the graph is not this project's or already quantized, there are no images,
         or another argument is out of its range.
 
     >>> import repopt_jax
@@ -154,7 +154,7 @@ def _check_graph(graph: onnx.ModelProto, float_layers: Sequence[str]) -> None:
 
 
 class _Reader:
-    """What onnxruntime asks for calibration data, batch by batch."""
+    """Hands calibration data to onnxruntime, batch by batch."""
 
     def __init__(self, network: OnnxNetwork, batches: Collection[np.ndarray]):
         self._prepare = network.prepare

@@ -23,7 +23,7 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
     """An ONNX model that this project exported, and its metadata.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is no such file.
       FileNotFoundError: there is no such file.
     """
     try:
@@ -51,11 +51,11 @@ class OnnxNetwork:
 
     Attributes:
       metadata: text by name.
-      preprocessing: what the graph expects.
+      preprocessing: of the graph's images.
 
     Args:
       graph: the file, or the model in memory.
-      threads: that one call may use. None: onnxruntime's choice, one per core.
+      threads: how many one call may use. None: onnxruntime's choice, one per core.
       outputs: tensors to return. None: the logits alone.
       saturating: leave onnxruntime its default kernels for INT8 graphs, for measuring speed. On x86
         without VNNI their sums of two products saturate at 16 bits, which can cost ten points of
@@ -63,7 +63,7 @@ class OnnxNetwork:
         about half the speed; on other processors nothing changes.
 
     Raises:
-      ValueError: the graph is none of this project's, or onnxruntime cannot run it.
+      ValueError: the graph is not this project's, or onnxruntime cannot run it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class OnnxNetwork:
         self._outputs = list(outputs) if outputs is not None else ["logits"]
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """What the graph's input is for uint8 NHWC images."""
+        """The graph's input for uint8 NHWC images."""
         expected = (self.preprocessing.height, self.preprocessing.width, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"images must have the shape {expected} each, got {images.shape[1:]}")
@@ -107,7 +107,7 @@ class OnnxNetwork:
         return np.ascontiguousarray(self.preprocessing(images).transpose(0, 3, 1, 2))
 
     def run(self, prepared: np.ndarray) -> list[np.ndarray]:
-        """The outputs for what `prepare` returned."""
+        """The outputs for an input of `prepare`."""
         return self._session.run(self._outputs, {INPUT: prepared})
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -120,12 +120,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and the number of images.
 
-    Of equal logits the first counts as larger, as `jax.lax.top_k` has it: the logits of an INT8
-    graph may be equal, and a tie must not count as a hit.
+    Of equal logits the first counts as the larger, as in `jax.lax.top_k`. The logits of an INT8
+    graph are often equal, and a tie must not count as a hit.
 
     Args:
       network: from uint8 images to logits.
-      batches: uint8 NHWC images and their labels, such as `ImageSet.evaluation` gives.
+      batches: uint8 NHWC images and their labels, such as those of `ImageSet.evaluation`.
 
     Raises:
       ValueError: there are no images.
@@ -148,10 +148,10 @@ def evaluate(
 def images_per_second(
     networks: Mapping[str, OnnxNetwork], images: np.ndarray, *, rounds: int = 20
 ) -> dict[str, list[float]]:
-    """Images a second of several graphs, in turns on the same cores.
+    """Images per second of several graphs, in turns on the same cores.
 
-    In turns, so that whatever else the machine does meets all of them; the order changes with
-    every round. Compare the medians, or the ratios within a round.
+    They take turns so that other work on the machine disturbs all of them alike, and the order
+    changes with every round. Compare the medians, or the ratios within a round.
 
     Args:
       networks: graph by label.
@@ -159,7 +159,7 @@ def images_per_second(
       rounds: measurements of each, after two runs that do not count.
 
     Returns:
-      Label -> images a second, one value per round.
+      Label -> images per second, one value per round.
 
     Raises:
       ValueError: `rounds` is below 1.

@@ -36,7 +36,7 @@ class StableHLO:
     Attributes:
       call: from a batch of images, uint8 or normalized as `preprocessing` says, NHWC, to logits.
       preprocessing: what it expects of its images.
-      metadata: all that the file tells, text by name.
+      metadata: text by name.
     """
 
     call: Callable[[Array], Array]
@@ -60,7 +60,7 @@ def export_stablehlo(
         `fold` it first where that makes it faster.
       preprocessing: what it expects of its images.
       name: of the model, for the metadata.
-      platforms: that the file is to run on.
+      platforms: the platforms that the file is to run on.
 
     >>> import tempfile
     >>> model = nnx.Sequential(lambda x: x.mean((1, 2)), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
@@ -105,8 +105,8 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
     """Read what `export_stablehlo` wrote.
 
     Raises:
-      ValueError: it is no such file, is damaged, or of another version of the format.
-      FileNotFoundError: there is none.
+      ValueError: it is no such file, is damaged, or has another version of the format.
+      FileNotFoundError: there is no file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -123,6 +123,6 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
         )
     try:
         exported = jax.export.deserialize(bytearray(network))
-    except Exception as error:  # of many classes, such as struct.error
+    except Exception as error:  # JAX raises errors of many classes, such as struct.error
         raise ValueError(f"path must be an undamaged file, {os.fspath(path)!r} is not") from error
     return StableHLO(jax.jit(exported.call), Preprocessing.from_metadata(metadata), metadata)

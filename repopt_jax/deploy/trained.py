@@ -1,11 +1,11 @@
-"""A trained network with what its deployment must know: from a run, or from a weights file."""
+"""A trained network and its preprocessing, from a run or from a weights file."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,15 +16,17 @@ from flax import nnx
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.config import PARTS, check_config, default_config
+from repopt_jax.training.parts import draw_network
+from repopt_jax.training.workdir import CONFIG, stored_classes
 from repopt_jax.tree_paths import by_path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from repopt_jax.scales import Scales
-
-# Of the networks, by their paths in a checkpoint.
-LAST_BIASES = ("params/linear/bias/value", "params/classifier/bias/value")
+# Paths in a checkpoint, for runs of versions that did not store their number of classes.
+LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,9 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
     """The configuration that a run has left in its working directory.
 
     Raises:
-      ValueError: there is none, or it is none of this version's.
+      ValueError: there is none, or this version cannot read it.
     """
-    from repopt_jax.training.config import default_config
-
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise ValueError(f"workdir must hold a run with its config.json, got {workdir}")
     config = default_config()
@@ -64,7 +64,7 @@ def run_config(workdir: epath.PathLike) -> ConfigDict:
 
 def data_section(config: ConfigDict, part: str) -> ConfigDict:
     """The section of `config` that says which images a part was trained on."""
-    return config["search" if part == "search" else "target"].data
+    return config[PARTS[part].section].data
 
 
 def load_run(
@@ -84,7 +84,7 @@ def load_run(
     Args:
       config: the run's configuration.
       workdir: the run's directory, local or ``gs://``.
-      part: whose network.
+      part: the part whose network is wanted.
       checkpoint: "latest", or "best" by top-1 accuracy.
       averaged: take the moving averages of the weights.
       preprocess: whether an exported file is to normalize uint8 images itself.
@@ -93,14 +93,10 @@ def load_run(
       ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
       OSError: the checkpoints are damaged.
     """
-    from repopt_jax.training.checkpoints import Checkpoints
-    from repopt_jax.training.run import check, for_evaluation
-
     folder = epath.Path(workdir) / part
-    if not (folder / "checkpoints").is_dir():
+    if part not in PARTS or not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
-    config = for_evaluation(config, workdir)
-    _, scales, _ = check(config, epath.Path(workdir))
+    check_config(config)
     checkpoints = Checkpoints(folder, read_only=True)
     try:
         restored = checkpoints.restore(step=checkpoint)
@@ -111,7 +107,11 @@ def load_run(
     _, arrays = restored
     if averaged and not any(path.startswith("ema/") for path in arrays):
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    model = _filled(config, part, scales, arrays, averaged)
+    # Known without the data, which need not be there.
+    classes = stored_classes(workdir, part)
+    if classes is None:
+        classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
+    model = _filled(config, part, classes, arrays, averaged)
     data = data_section(config, part)
     height, width = _image_size(data)
     preprocessing = Preprocessing(
@@ -121,18 +121,11 @@ def load_run(
 
 
 def _filled(
-    config: ConfigDict,
-    part: str,
-    scales: Scales | None,
-    arrays: dict[str, jax.Array],
-    averaged: bool,
+    config: ConfigDict, part: str, classes: int, arrays: dict[str, jax.Array], averaged: bool
 ) -> nnx.Module:
     """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    from repopt_jax.training.parts import builder
-
-    # The checkpoint knows the number of classes, so that the data need not be there.
-    (classes,) = (arrays[path].size for path in LAST_BIASES if path in arrays)
-    model = nnx.eval_shape(builder(config, part, scales, num_classes=classes, bn_group=1))
+    draw = functools.partial(draw_network, config, PARTS[part], None)
+    model = nnx.eval_shape(functools.partial(draw, num_classes=classes, bn_group=1))
     model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     places = ("ema/0", "ema/1") if averaged else ("params", "stats")
@@ -153,7 +146,7 @@ def _filled(
 
 
 def _image_size(data: ConfigDict) -> tuple[int, int]:
-    """Height and width; only images that keep their own size need be looked at."""
+    """Height and width; only where images keep their own size is the data set opened."""
     if data.image_size is not None:
         return data.image_size, data.image_size
     return configured_images(data).size
@@ -174,36 +167,27 @@ def load_weights_file(
 
     Args:
       path: the file.
-      name: of the model that it must hold. None: whichever.
-      kind: of the network that it must hold. None: whichever.
-      strides: of the stages, which are in no file. None: the published ones, 2 each.
+      name: of the model that it must hold. None: any.
+      kind: of the network that it must hold. None: any.
+      strides: of the stages, which files do not state. None: the published ones, 2 each.
       image_size: height and width of the images.
       mean: per channel, in units of a pixel of range 0 to 1.
       std: likewise.
       preprocess: whether an exported file is to normalize uint8 images itself.
 
     Raises:
-      ValueError: the file is no such one, or holds another model or kind.
+      ValueError: the file is no such file, or holds another model or kind.
     """
-    from repopt_jax.torch_files.scales import read_state_dict
-    from repopt_jax.torch_files.weights import load_torch_weights, load_weights, recognize
+    from repopt_jax.files import is_torch_file, load_weights, read_weights
+    from repopt_jax.torch_files import read_state_dict, recognize
 
     preprocessing = Preprocessing(
         image_size, image_size, tuple(mean), tuple(std), inside=preprocess
     )
     options: dict[str, Any] = {} if strides is None else {"strides": tuple(strides)}
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights must be an existing file, got {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        model = load_weights(path, **options)
-        with safe_open(path, "numpy") as file:
-            facts = file.metadata()
-    else:
-        facts = recognize(read_state_dict(path))
-        model = load_torch_weights(path, **options)
+    is_torch = is_torch_file(path, what="weights")
+    facts = recognize(read_state_dict(path)) if is_torch else read_weights(path)[1]
+    model = load_weights(path, **options)
     if name not in (None, facts["name"]):
         raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")
     # A search's network and one with constant scales have the same weights.

@@ -63,7 +63,7 @@ def check_layer(layer: Any, block: Block) -> None:
 
 
 def check_layers(model: nnx.Module, blocks: Mapping[str, Block]) -> None:
-    """`check_layer` and `check_block` for every layer that `blocks` names, told with its path."""
+    """`check_layer` and `check_block` for every layer in `blocks`; errors name its path."""
     for path, block in blocks.items():
         layer = layer_at(model, path)
         with errors_at(f"block {path!r}"):
@@ -107,7 +107,7 @@ def find_blocks(
       rule: a function of a layer's path and the layer that returns its branches or None, such as
         `repvgg_branches`; or branches by pattern, such as ``{"stages/*/conv": block}`` (``*``
         stands for any text; the first pattern that matches counts). It is asked about every
-        layer that has a `kernel`; a layer that is used at several places has one path.
+        layer that has a `kernel`; a layer used in several places has one path.
 
     Raises:
       ValueError: if no layer gets branches, a pattern matches none, or a layer is refused by

@@ -38,8 +38,9 @@ def create_model(
     """Create a network.
 
     Args:
-      name: a published size, such as ``RepOpt-VGG-B1`` or ``RepOpt-GhostNet-0.5x``; or an own
-        size, ``RepOpt-VGG`` with `num_blocks` and `widths` or ``RepOpt-GhostNet`` with `width`.
+      name: a published size, such as ``RepOpt-VGG-B1`` or ``RepOpt-GhostNet-0.5x``; or a size
+        of your own: ``RepOpt-VGG`` with `num_blocks` and `widths`, or ``RepOpt-GhostNet`` with
+        `width`.
       kind: "target", the plain network; "hs", its search network with trainable scales; "csla",
         the same with constant scales; "repvgg" (VGG) or "rep" (GhostNet), the baseline with a BN
         in every branch.

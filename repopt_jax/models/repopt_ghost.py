@@ -66,7 +66,7 @@ GHOST_SIZES = {f"{FAMILY}-{width}x": width for width in GHOST_WIDTHS}
 
 
 def ghost_channels(channels: float) -> int:
-    """A number of channels as a network has it: a multiple of 4, at most a tenth too low.
+    """Round a number of channels to a multiple of 4, and down by a tenth at most.
 
     >>> [ghost_channels(c) for c in (1.6, 18, 5, 50)]
     [4, 20, 8, 52]
@@ -90,10 +90,10 @@ def ghost_modules(width: float) -> dict[str, int]:
 
 
 def ghost_width(found: Mapping[str, int], last: int | None = None) -> float | None:
-    """The width of a network from the channels of its modules; None if it is none.
+    """The width of a network from the channels of its modules; None if no width has them.
 
-    Neighbouring widths have the same channels: a published one is taken first, then the one with
-    the fewest decimals, up to three.
+    Neighbouring widths share their channels. A published width is preferred, then the one with the
+    fewest decimals, up to three.
 
     Args:
       found: path -> channels, as of `ghost_modules`.
@@ -138,7 +138,7 @@ class _Makers:
 
 
 class PlainGhost(nnx.Module):
-    """Pointwise convolution, BatchNorm, depthwise convolution, BatchNorm; ReLU after either."""
+    """Pointwise convolution, BatchNorm, depthwise convolution, BatchNorm; ReLU after each."""
 
     def __init__(self, in_features: int, out_features: int, *, relu: bool, make: _Makers):
         self.primary_conv = make.pointwise(in_features, out_features)
@@ -154,7 +154,7 @@ class PlainGhost(nnx.Module):
 
 
 class RepGhost(nnx.Module):
-    """RepGhost's training module, the structural baseline: both branches have a BN each."""
+    """RepGhost's training module, the structural baseline: each branch has its own BN."""
 
     def __init__(self, in_features: int, out_features: int, *, relu: bool, make: _Makers):
         self.primary_conv = make.pointwise(in_features, out_features)
@@ -175,7 +175,7 @@ def _relu_if(relu: bool, x: Array) -> Array:
 
 
 class Shortcut(nnx.Module):
-    """What stands for the identity where a bottleneck changes the shape."""
+    """The shortcut of a bottleneck that changes the shape."""
 
     def __init__(self, in_features: int, out_features: int, spec: Bottleneck, *, make: _Makers):
         self.conv_dw = make.depthwise(in_features, spec.kernel, spec.stride)
@@ -191,7 +191,7 @@ class Shortcut(nnx.Module):
 class GhostBottleneck(nnx.Module):
     """Ghost module, strided depthwise convolution, squeeze-excite, ghost module; plus the input.
 
-    The two in the middle are there only where the table of sizes wants them.
+    The table of sizes says whether a bottleneck has the two in the middle.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class RepOptGhost(nnx.Module):
         found, out, n = {}, None, 0
         for s, stage in enumerate(STAGES):
             for b, spec in enumerate(stage):
-                # A run is the bottlenecks of one number of channels, stages notwithstanding.
+                # A run is all bottlenecks in a row with the same channels, across stages.
                 n = n if spec.out == out else 0
                 out = spec.out
                 for name in ("ghost1", "ghost2"):

@@ -2,9 +2,9 @@
 
 XLA swaps images and kernel wherever the window has more pixels than the map. The CPU backend has
 no fast code for what results: with 3x3 kernels on maps of 2x2 a convolution and its gradients
-take 50 to 200 times as long as they should. That is the last stages of a network on small
-images: of B1's step at 64 px the input gradient of its last convolution alone was half.
-Here such a convolution is one matrix product on the CPU, and itself on other platforms.
+take 50 to 200 times as long as they should. That hits the last stages of a network
+on small images: the input gradient of B1's last convolution took half of a step at 64 px. Here
+such a convolution is one matrix product on the CPU, and stays a convolution elsewhere.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def conv_general_dilated(
 ) -> Array:
     """`jax.lax.conv_general_dilated` for `flax.nnx.Conv`, fast for small maps on CPU too.
 
-    The same numbers up to rounding, whatever the transformation (forward and reverse mode, of any
-    order, `vmap`, `jax.linear_transpose`). Kernels with groups or dilation are left to JAX.
+    The result is the same up to rounding, under every transformation (forward and reverse mode of
+    any order, `vmap`, `jax.linear_transpose`). Kernels with groups or dilation are left to JAX.
 
     Args:
       x: images in JAX's layout NHWC.
@@ -69,13 +69,13 @@ def conv_general_dilated(
     product = functools.partial(
         _matrix_product, taps=taps, strides=window_strides, padding=padding, sizes=out.shape[1:3]
     )
-    # Without the checkpoint other platforms too would keep the product's operands, as zeros.
+    # Without the checkpoint, other platforms would keep the product's operands too, as zeros.
     return jax.lax.platform_dependent(x, kernel, cpu=jax.checkpoint(product), default=native)
 
 
 def _matrix_product(x, kernel, *, taps, strides, padding, sizes):
     """The convolution as one product of the pixels under every tap with the flat kernel."""
-    # Backwards, pixels are sums over taps: they are rounded once, as a convolution rounds them.
+    # Backwards, pixels are sums over taps, rounded once as in a convolution.
     dtype = wide_type(x.dtype)
     padded = jnp.pad(x.astype(dtype), ((0, 0), *padding, (0, 0)))
     (rows, columns), (down, right) = taps, strides

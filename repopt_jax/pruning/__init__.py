@@ -12,6 +12,7 @@ from repopt_jax.pruning.aofp import Aofp as Aofp
 from repopt_jax.pruning.aofp import AofpState as AofpState
 from repopt_jax.pruning.aofp import Follower as Follower
 from repopt_jax.pruning.channels import ChannelGroup as ChannelGroup
+from repopt_jax.pruning.channels import channel_widths as channel_widths
 from repopt_jax.pruning.channels import multiply_adds as multiply_adds
 from repopt_jax.pruning.channels import repopt_vgg_channels as repopt_vgg_channels
 from repopt_jax.pruning.csgd import ScaleByCsgdState as ScaleByCsgdState

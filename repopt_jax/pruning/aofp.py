@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, intercepted
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, intercepted
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -87,8 +87,8 @@ class Aofp:
       seed: of the draws, which are a function of it and the step.
 
     Raises:
-      ValueError: a follower of an unknown group, one that does not read it, or a number out of
-        range.
+      ValueError: no followers, one of an unknown group or that does not read it, or a number out
+        of range.
 
     >>> from flax import nnx
     >>> model = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)))
@@ -125,6 +125,8 @@ class Aofp:
                     f"followers[{name!r}] must be one of the readers "
                     f"{self.groups[name].readers}, got {follower.layer!r}"
                 )
+        if not self.followers:
+            raise ValueError("followers must name at least one group, got none")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.threshold <= 0:
@@ -138,7 +140,7 @@ class Aofp:
         Raises:
           ValueError: the groups do not fit the network.
         """
-        widths = check_channels(model, self.groups)
+        widths = channel_widths(model, self.groups)
 
         def every(fill, dtype):
             return {name: jnp.full(widths[name], fill, dtype) for name in self.followers}
@@ -148,15 +150,15 @@ class Aofp:
 
     def _elapsed(self, state: AofpState) -> dict[str, Int[Array, ""]]:
         """Steps since each group's search started; negative before."""
-        later = self.steps // max(len(self.followers), 1)
+        later = self.steps // len(self.followers)
         return {n: state.count - self.warm_up - i * later for i, n in enumerate(self.followers)}
 
     def draw(self, state: AofpState) -> AofpState:
         """Switch off a random half of every search set, rounded down."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-        keys = jax.random.split(key, max(len(self.followers), 1))
+        keys = jax.random.split(key, len(self.followers))
         score_masks = {}
-        for subkey, (name, elapsed) in zip(keys, self._elapsed(state).items(), strict=False):
+        for subkey, (name, elapsed) in zip(keys, self._elapsed(state).items(), strict=True):
             search_set, base = state.search_sets[name], state.base_masks[name]
             chance = jnp.where(search_set, jax.random.uniform(subkey, search_set.shape), 2.0)
             off = _ranks(chance) < jnp.where(elapsed >= 0, search_set.sum() // 2, 0)

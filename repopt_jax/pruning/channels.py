@@ -13,14 +13,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repopt_jax.tree_paths import layer_at, parent_and_key
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,63 +75,63 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
     return groups
 
 
-def check_channels(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
-    """Refuse groups that do not fit a network; the number of channels of each.
+def channel_widths(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
+    """How many channels each group of a network has.
 
     Raises:
-      ValueError: no such layer, layers of different widths, a reader that does not read the
-        group's width, a layer in two groups, or a grouped convolution that is not depthwise.
+      ValueError: groups that do not fit the network: no such layer, layers of different widths, a
+        reader that does not read the group's width, a layer in two groups, or a grouped
+        convolution that is not depthwise.
+
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> channel_widths(model, {"outputs": ChannelGroup({"layers/0": None})})
+    {'outputs': 3}
     """
-    widths: dict[str, int] = {}
-    writers: set[str] = set()
-    readers: set[str] = set()
+    widths = {}
+    seen = {"layers": set(), "readers": set()}
     for name, group in groups.items():
-        found = {path: layer_at(model, path).kernel.shape[-1] for path in group.layers}
-        if len(set(found.values())) != 1:
-            raise ValueError(
-                f"groups[{name!r}]: layers must have the same number of outputs, got {found}"
-            )
-        widths[name] = width = next(iter(found.values()))
-        for path in group.layers:
-            count = getattr(layer_at(model, path), "feature_group_count", 1)
-            if count not in (1, width):
-                raise ValueError(
-                    f"groups[{name!r}]: layer {path!r} must be depthwise or without groups, got "
-                    f"{count} groups"
-                )
-        for path in group.norms:
-            if getattr(layer_at(model, path), "mean", None) is None:
-                raise ValueError(
-                    f"groups[{name!r}]: {path!r} must be a BatchNorm, got a "
-                    f"{type(layer_at(model, path)).__name__}"
-                )
-        for path in group.readers:
-            layer = layer_at(model, path)
-            inputs, is_conv = layer.kernel.shape[-2], hasattr(layer, "kernel_size")
-            if (inputs != width if is_conv else inputs % width) or (
-                getattr(layer, "feature_group_count", 1) != 1
-            ):
-                raise ValueError(
-                    f"groups[{name!r}]: reader {path!r} must read {width} channels without "
-                    f"groups, got a kernel of shape {layer.kernel.shape}"
-                )
-        if twice := (writers & set(group.layers)) | (readers & set(group.readers)):
-            raise ValueError(f"groups[{name!r}]: {sorted(twice)} must be in one group only")
-        writers.update(group.layers)
-        readers.update(group.readers)
+        outputs = {path: layer_at(model, path).kernel.shape[-1] for path in group.layers}
+        if len(set(outputs.values())) != 1:
+            problem = f"layers must have the same number of outputs, got {outputs}"
+        else:
+            (widths[name],) = set(outputs.values())
+            problem = _misfit(model, group, widths[name])
+        for role, paths in seen.items():
+            if twice := sorted(paths & set(getattr(group, role))):
+                problem = f"{role} must be in one group only, got {twice} again"
+            paths.update(getattr(group, role))
+        if problem:
+            raise ValueError(f"groups[{name!r}]: {problem}")
     return widths
 
 
-def check_vectors(vectors: Mapping[str, Any], widths: Mapping[str, int], argument: str) -> None:
-    """Refuse `vectors`, one entry per channel, that are not those of groups of these widths."""
-    for name, vector in vectors.items():
-        if name not in widths:
-            raise ValueError(f"{argument} must be by group among {list(widths)}, got {name!r}")
-        if np.shape(vector) != (widths[name],):
-            raise ValueError(
-                f"{argument}[{name!r}] must have the shape {(widths[name],)}, got "
-                f"{np.shape(vector)}"
+def _misfit(model: nnx.Module, group: ChannelGroup, width: int) -> str | None:
+    """Why a network's layers are not those of a group; None if they are."""
+    for path in group.layers:
+        parts = getattr(layer_at(model, path), "feature_group_count", 1)
+        if parts not in (1, width):
+            return f"layer {path!r} must be depthwise or without groups, got {parts} groups"
+    for path in group.norms:
+        if not hasattr(layer_at(model, path), "mean"):
+            return f"{path!r} must be a BatchNorm, got a {type(layer_at(model, path)).__name__}"
+    for path in group.readers:
+        layer = layer_at(model, path)
+        inputs = layer.kernel.shape[-2]
+        flattened = not hasattr(layer, "kernel_size") and inputs % width == 0
+        if getattr(layer, "feature_group_count", 1) != 1 or (inputs != width and not flattened):
+            return (
+                f"reader {path!r} must read {width} channels without groups, got a kernel of "
+                f"shape {layer.kernel.shape}"
             )
+    return None
+
+
+def unsharded(x: Array) -> Array:
+    """`x`, whole on every device of an explicit mesh; other meshes see to it themselves."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def place(model: nnx.Module, path: str, layer: Any) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, check_channels
-from repopt_jax.tree_paths import layer_at, path_str
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, unsharded
+from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int
@@ -89,19 +89,18 @@ def scale_by_csgd(
     counts = {path: int(label.max()) + 1 for path, label in labels.items()}
 
     def init_fn(params):
-        for path, param in jax.tree_util.tree_leaves_with_path(params):
-            label = labels.get(path_str(path))
-            if label is not None and label.shape != jnp.shape(param)[-1:]:
+        for path, param in by_path(params).items():
+            if path in labels and labels[path].shape != jnp.shape(param)[-1:]:
                 raise ValueError(
-                    f"clusters of {path_str(path)!r} must have the shape "
-                    f"{jnp.shape(param)[-1:]}, got {label.shape}"
+                    f"clusters of {path!r} must have the shape {jnp.shape(param)[-1:]}, got "
+                    f"{labels[path].shape}"
                 )
         return ScaleByCsgdState({path: jnp.asarray(label) for path, label in labels.items()})
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("params must be given to update, got None")
 
         def pull(key_path, g, w):
             path = path_str(key_path)
@@ -119,7 +118,7 @@ def scale_by_csgd(
 
 def _centres(array: Array, label: Int[Array, " channels"], count: int) -> Array:
     """Every entry replaced by the mean over its cluster along the last axis."""
-    by_channel = jnp.moveaxis(array, -1, 0)
+    by_channel = jnp.moveaxis(unsharded(array), -1, 0)
     sums = jax.ops.segment_sum(by_channel, label, count)
     sizes = jax.ops.segment_sum(jnp.ones(label.shape, array.dtype), label, count)
     means = sums / jnp.expand_dims(sizes, tuple(range(1, sums.ndim)))
@@ -154,7 +153,7 @@ def cluster_filters(
     >>> cluster_filters(model, groups, {"hidden": 2})["hidden"].tolist()
     [0, 1, 0, 1]
     """
-    channels = check_channels(model, groups)
+    channels = channel_widths(model, groups)
     clusters = {}
     for name, width in widths.items():
         if name not in channels:
@@ -173,9 +172,7 @@ def _k_means(points: np.ndarray, count: int) -> np.ndarray:
     """Clusters of the rows of `points`, none of them empty; centres start far from each other."""
     first = [int(_distances(points, points.mean(0, keepdims=True)).argmax())]
     while len(first) < count:
-        nearest = _distances(points, points[first]).min(1)
-        nearest[first] = -1.0  # where points are equal, distances do not tell them apart
-        first.append(int(nearest.argmax()))
+        first.append(int(_distances(points, points[first]).min(1).argmax()))
     centres, label = points[first], None
     for _ in range(300):
         distances = _distances(points, centres)

@@ -11,7 +11,7 @@ projection as 2x2), and the folded layer keeps a BatchNorm, which passes its bia
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
@@ -21,9 +21,9 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import wide_type
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, place
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, place, unsharded
 from repopt_jax.pruning.surgery import copied, prune_filters
-from repopt_jax.tree_paths import layer_at, path_str
+from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -45,7 +45,8 @@ class CompactedNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch *window channels"]) -> Array:
         """Run both."""
-        return self.layer(x) @ self.compactor[...].astype(x.dtype)
+        y = self.layer(x)
+        return y @ self.compactor[...].astype(y.dtype)
 
 
 def add_compactors(
@@ -61,15 +62,18 @@ def add_compactors(
       targets: the groups to prune; each needs one layer with a BatchNorm.
 
     Raises:
-      ValueError: a target that is no group, or has several layers (those around a shortcut) or no
-        BatchNorm; groups that do not fit the network.
+      ValueError: a target that is no group, has several layers (those around a shortcut), a
+        depthwise one or no complete BatchNorm; groups that do not fit the network.
     """
-    check_channels(model, groups)
+    channel_widths(model, groups)
     norms = _norms(groups, targets)
     for name in targets:
         (path,) = groups[name].layers
+        norm = layer_at(model, norms[name])
         if getattr(layer_at(model, path), "feature_group_count", 1) > 1:
             raise ValueError(f"targets: the layer {path!r} of group {name!r} must not be depthwise")
+        if norm.scale is None or norm.bias is None:
+            raise ValueError(f"targets: {norms[name]!r} must have a scale and a bias")
     model = copied(model)
     for path in norms.values():
         place(model, path, CompactedNorm(layer_at(model, path)))
@@ -132,31 +136,31 @@ def scale_by_resrep(
 
     All other parameters are left alone. The masks are chosen anew in every update that `every`
     divides, from update `start` on: all targets' channels are looked at from the smallest
-    ``|w_j|`` up and masked until the network without them has `keep` of its multiply-adds, but
-    no more than `more` beyond those masked before. Every target keeps a channel, and one of which
-    no channel is chosen keeps its mask.
+    ``|w_j|`` up and masked until the network without them has `keep` of its multiply-adds. As long
+    as it has more, a choice looks at no more channels than were masked before and `more` others.
+    Every target keeps a channel, and one of which no channel is chosen keeps its mask.
 
     In a chain it comes first; the paper gives compactors the momentum 0.99 and no decay, see
     `is_compactor`. Its order with `scale_by_grad_mult` does not matter: no compactor has a
     multiplier.
 
     Args:
-      groups: name -> group of channels, all that the network has: what a target's channel costs
-        depends on who reads it.
+      groups: name -> group of channels. Who writes and reads a target's channels is what they
+        cost.
       targets: the groups with compactors, as in `add_compactors`.
       counts: path of a layer -> its multiply-adds, as `multiply_adds` returns them.
       keep: the share of multiply-adds to leave, in (0, 1).
       lasso: strength of the lasso.
       start: the first update that may choose masks; the paper waits for five epochs.
       every: updates from one choice to the next.
-      more: channels that a choice may look at beyond those masked before.
+      more: how many more channels a choice may look at than were masked before.
 
     Returns:
       An optax.GradientTransformationExtraArgs; its ``update`` needs the parameters.
 
     Raises:
-      ValueError: here, for a number out of range or a target that has no compactor's place; by
-        ``init``, if a target has no compactor.
+      ValueError: here, for a number out of range, a target that can have no compactor, or a
+        layer of a target without a count; by ``init``, if a target has no compactor.
 
     >>> import jax.numpy as jnp, optax
     >>> groups = {"hidden": ChannelGroup({"conv": "bn"})}
@@ -172,19 +176,18 @@ def scale_by_resrep(
     """
     if not 0 < keep < 1:
         raise ValueError(f"keep must be in (0, 1), got {keep}")
-    for argument, value, least in (
-        ("lasso", lasso, 0),
-        ("start", start, 0),
-        ("every", every, 1),
-        ("more", more, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{argument} must be at least {least}, got {value}")
+    least = {"lasso": (lasso, 0), "start": (start, 0), "every": (every, 1), "more": (more, 1)}
+    for argument, (value, bound) in least.items():
+        if value < bound:
+            raise ValueError(f"{argument} must be at least {bound}, got {value}")
     compactors = {name: f"{norm}/compactor" for name, norm in _norms(groups, targets).items()}
+    touched = {path for name in targets for path in (*groups[name].layers, *groups[name].readers)}
+    if missing := sorted(touched - counts.keys()):
+        raise ValueError(f"counts must have the layers of all targets, missing: {missing}")
     names = {path: name for name, path in compactors.items()}
 
     def init_fn(params):
-        found = _by_path(params, names)
+        found = by_path(params)
         if missing := [path for path in names if path not in found]:
             raise ValueError(f"targets must have compactors among the parameters, not: {missing}")
         masks = {name: jnp.ones(found[path].shape[-1], bool) for name, path in compactors.items()}
@@ -193,13 +196,15 @@ def scale_by_resrep(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        found = _by_path(params, names)
-        norms = {name: _column_norms(found[path])[0] for name, path in compactors.items()}
-        due = (state.count >= start) & (state.count % every == 0)
+            raise ValueError("params must be given to update, got None")
+        found = by_path(params)
+        norms = {
+            name: unsharded(_column_norms(found[path])[0]) for name, path in compactors.items()
+        }
+        share_left = _share_left(groups, counts, {name: norm.size for name, norm in norms.items()})
         masks = jax.lax.cond(
-            due,
-            lambda: _choose(norms, state.masks, _Cost(groups, counts, norms), keep, more),
+            (state.count >= start) & (state.count % every == 0),
+            lambda: _choose(norms, state.masks, share_left, keep, more),
             lambda: state.masks,
         )
 
@@ -216,64 +221,56 @@ def scale_by_resrep(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _by_path(params: PyTree, paths: Mapping[str, str]) -> dict[str, Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {path_str(path): leaf for path, leaf in leaves if path_str(path) in paths}
-
-
 def _column_norms(w: Float[Array, "in out"]) -> Float[Array, "1 out"]:
     return jnp.linalg.norm(w.astype(wide_type(w.dtype)), axis=0, keepdims=True)
 
 
-class _Cost:
-    """A network's multiply-adds as a function of the numbers of channels of some groups."""
+def _share_left(
+    groups: Mapping[str, ChannelGroup], counts: Mapping[str, int], sizes: Mapping[str, int]
+) -> Callable[[Int[Array, " targets"]], Float[Array, ""]]:
+    """The share of multiply-adds that is left, as a function of the targets' widths."""
+    index = {name: i for i, name in enumerate(sizes)}
+    written = {path: i for name, i in index.items() for path in groups[name].layers}
+    read = {path: i for name, i in index.items() for path in groups[name].readers}
+    # The last place stands for all widths that do not change.
+    outputs = np.array([written.get(path, len(index)) for path in counts])
+    inputs = np.array([read.get(path, len(index)) for path in counts])
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    full = np.array(list(sizes.values()))
 
-    def __init__(self, groups, counts, channels: Mapping[str, Array]):
-        """`channels`: group whose width may change -> an array of as many entries as it has."""
-        index = {name: i for i, name in enumerate(channels)}
-        self.full = np.array([len(c) for c in channels.values()])
-        fixed = len(index)  # stands for a width that does not change
-        written = {p: i for n, i in index.items() for p in groups[n].layers}
-        read = {p: i for n, i in index.items() for p in groups[n].readers}
-        self.counts = np.array(list(counts.values()), float)
-        self.outputs = np.array([written.get(path, fixed) for path in counts])
-        self.inputs = np.array([read.get(path, fixed) for path in counts])
+    def share_left(widths):
+        left = jnp.append(widths / full, 1.0)
+        return (shares * left[outputs] * left[inputs]).sum()
 
-    def __call__(self, widths: Int[Array, " groups"]) -> Float[Array, ""]:
-        """The share of multiply-adds that is left."""
-        shares = jnp.append(widths / self.full, 1.0)
-        left = self.counts / self.counts.sum() * shares[self.outputs] * shares[self.inputs]
-        return left.sum()
+    return share_left
 
 
 def _choose(
     norms: Mapping[str, Float[Array, " channels"]],
     masks: Mapping[str, Bool[Array, " channels"]],
-    cost: _Cost,
+    share_left: Callable,
     keep: float,
     more: int,
 ) -> dict[str, Bool[Array, " channels"]]:
     """The masks that follow from the norms of all targets' channels; see `scale_by_resrep`."""
-    sizes = [len(norm) for norm in norms.values()]
-    group = jnp.repeat(jnp.arange(len(sizes)), np.array(sizes), total_repeat_length=sum(sizes))
+    sizes = np.array([norm.size for norm in norms.values()])
+    total = int(sizes.sum())
+    target = np.repeat(np.arange(len(sizes)), sizes)
     order = jnp.argsort(jnp.concatenate(list(norms.values())))
     left = jnp.stack([masks[name].sum() for name in norms])
-    masked = sum(sizes) - left.sum()
-    limit = jnp.where(cost(left) <= keep, sum(sizes), masked + more)
+    limit = jnp.where(share_left(left) <= keep, total, total - left.sum() + more)
 
     def look(widths, item):
-        rank, channel = item
-        own = group[channel]
-        take = (rank < limit) & (cost(widths) > keep) & (widths[own] > 1)
+        rank, own = item
+        take = (rank < limit) & (share_left(widths) > keep) & (widths[own] > 1)
         return widths.at[own].add(-take.astype(widths.dtype)), take
 
-    ranks = jnp.arange(sum(sizes))
-    _, taken = jax.lax.scan(look, jnp.asarray(sizes), (ranks, order))
-    chosen = jnp.zeros(sum(sizes), bool).at[order].set(taken)
-    split = jnp.split(chosen, np.cumsum(sizes)[:-1])
+    items = (jnp.arange(total), jnp.asarray(target)[order])
+    _, taken = jax.lax.scan(look, jnp.asarray(sizes), items)
+    chosen = jnp.split(jnp.zeros(total, bool).at[order].set(taken), np.cumsum(sizes)[:-1])
     return {
         name: jnp.where(part.any(), ~part, masks[name])
-        for name, part in zip(norms, split, strict=True)
+        for name, part in zip(norms, chosen, strict=True)
     }
 
 

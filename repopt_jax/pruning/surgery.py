@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, check_channels, check_vectors
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths
 from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
@@ -109,8 +109,14 @@ def _shrink(
 
     Of channels with one place the first is kept, and their readers' weights are added.
     """
-    check_vectors(places, check_channels(model, groups), argument)
+    widths = channel_widths(model, groups)
     for name, place in places.items():
+        if name not in widths:
+            raise ValueError(f"{argument} must be by group among {list(widths)}, got {name!r}")
+        if place.shape != (widths[name],):
+            raise ValueError(
+                f"{argument}[{name!r}] must have the shape {(widths[name],)}, got {place.shape}"
+            )
         width = place.max() + 1
         first = np.array([np.flatnonzero(place == new)[0] for new in range(width)])
         for path, norm in groups[name].layers.items():

@@ -1,118 +1,73 @@
-"""Names and axes: which torch tensor is which variable of ours.
+"""Names and layouts: one table says which torch tensor is which variable, for both directions.
 
-One table per network family, read in both directions. A row holds a torch name, the path of the
-variable and, beside them, the axes: our axis ``i`` is torch's axis ``axes[i]``. ``{block}`` stands
-for the same block in both, with dots in torch and slashes here; a row without a path names what
-torch keeps and we do not.
+The path of a variable is that of a block, a layer in it and an array: ``stage1/0``, ``conv``,
+``kernel``. The official code calls the same tensor ``stage1.0``, ``conv``, ``weight``. To read
+the weights of another network, add a row to `_LAYERS`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator
 
-CONV = (2, 3, 1, 0)  # OIHW -> HWIO
-DENSE = (1, 0)  # out, in -> in, out
-SAME = None
+import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A torch name, our path (None: torch only) and the order of the axes (None: the same)."""
-
-    torch: str
-    path: str | None
-    axes: tuple[int, ...] | None = SAME
-
-
-def _batch_norm(torch: str, path: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{torch}.weight", f"{path}/scale"),
-        Row(f"{torch}.bias", f"{path}/bias"),
-        Row(f"{torch}.running_mean", f"{path}/mean"),
-        Row(f"{torch}.running_var", f"{path}/var"),
-        Row(f"{torch}.num_batches_tracked", None),
-    )
-
-
-VGG_BLOCK = r"stage0|stage[1-4]/\d+"
-VGG = (
-    # target
-    Row("{block}.conv.weight", "{block}/conv/kernel", CONV),
-    *_batch_norm("{block}.bn", "{block}/bn"),
-    # hs and csla
-    Row("{block}.conv.weight", "{block}/conv/branch_weights/conv3x3", CONV),
-    Row("{block}.conv_1x1.weight", "{block}/conv/branch_weights/conv1x1", CONV),
-    Row("{block}.scale_conv.weight", "{block}/conv/branch_scales/conv3x3"),
-    Row("{block}.scale_1x1.weight", "{block}/conv/branch_scales/conv1x1"),
-    Row("{block}.scale_identity.weight", "{block}/conv/branch_weights/identity"),
-    # repvgg
-    Row("{block}.conv_3x3.weight", "{block}/conv3x3/kernel", CONV),
-    *_batch_norm("{block}.bn_3x3", "{block}/bn3x3"),
-    Row("{block}.conv_1x1.weight", "{block}/conv1x1/kernel", CONV),
-    *_batch_norm("{block}.bn_1x1", "{block}/bn1x1"),
-    *_batch_norm("{block}.bn_identity", "{block}/bn_identity"),
-    # folded
-    Row("{block}.conv.bias", "{block}/conv/bias"),
-    # all kinds
-    Row("{block}.post_se.down.weight", "{block}/post_se/down/kernel", CONV),
-    Row("{block}.post_se.down.bias", "{block}/post_se/down/bias"),
-    Row("{block}.post_se.up.weight", "{block}/post_se/up/kernel", CONV),
-    Row("{block}.post_se.up.bias", "{block}/post_se/up/bias"),
-    Row("linear.weight", "linear/kernel", DENSE),
-    Row("linear.bias", "linear/bias"),
+# The pattern of a block's path, and our layers in it -> torch's.
+_LAYERS = (
+    (
+        r"(stage0|stage[1-4]/\d+)/",
+        {
+            "conv": "conv",
+            "bn": "bn",
+            "conv3x3": "conv_3x3",
+            "bn3x3": "bn_3x3",
+            "conv1x1": "conv_1x1",
+            "bn1x1": "bn_1x1",
+            "bn_identity": "bn_identity",
+            "post_se/down": "post_se.down",
+            "post_se/up": "post_se.up",
+        },
+    ),
+    (
+        r"(stages/\d/\d(?:/ghost[12])?)/",
+        {
+            "primary_conv": "primary_conv.0",
+            "primary_bn": "primary_conv.1",
+            "cheap_conv": "cheap_operation.0",
+            "cheap_bn": "cheap_operation.1",
+            "fusion_bn": "fusion_bn",
+            "final_bn": "final_bn",
+            "conv_dw": "conv_dw",
+            "bn_dw": "bn_dw",
+            "se/down": "se.conv_reduce",
+            "se/up": "se.conv_expand",
+            "shortcut/conv_dw": "shortcut.0",
+            "shortcut/bn_dw": "shortcut.1",
+            "shortcut/conv_pw": "shortcut.2",
+            "shortcut/bn_pw": "shortcut.3",
+            "conv": "conv",
+            "bn1": "bn1",
+        },
+    ),
+    (r"()", {name: name for name in ("linear", "conv_stem", "bn1", "conv_head", "classifier")}),
 )
-
-GHOST_BLOCK = r"stages/\d/\d(?:/ghost[12])?"  # the stages are called blocks in torch
-GHOST = (
-    # target
-    Row("{block}.cheap_operation.0.weight", "{block}/cheap_conv/kernel", CONV),
-    *_batch_norm("{block}.final_bn", "{block}/final_bn"),
-    # hs and csla
-    Row("{block}.cheap_operation.0.weight", "{block}/cheap_conv/branch_weights/conv", CONV),
-    Row("{block}.cheap_operation.1.weight", "{block}/cheap_conv/branch_scales/conv"),
-    Row("{block}.fusion_scale.weight", "{block}/cheap_conv/branch_weights/identity"),
-    # rep
-    *_batch_norm("{block}.cheap_operation.1", "{block}/cheap_bn"),
-    *_batch_norm("{block}.fusion_bn", "{block}/fusion_bn"),
-    # all kinds
-    Row("{block}.primary_conv.0.weight", "{block}/primary_conv/kernel", CONV),
-    *_batch_norm("{block}.primary_conv.1", "{block}/primary_bn"),
-    Row("{block}.conv_dw.weight", "{block}/conv_dw/kernel", CONV),
-    *_batch_norm("{block}.bn_dw", "{block}/bn_dw"),
-    Row("{block}.se.conv_reduce.weight", "{block}/se/down/kernel", CONV),
-    Row("{block}.se.conv_reduce.bias", "{block}/se/down/bias"),
-    Row("{block}.se.conv_expand.weight", "{block}/se/up/kernel", CONV),
-    Row("{block}.se.conv_expand.bias", "{block}/se/up/bias"),
-    Row("{block}.shortcut.0.weight", "{block}/shortcut/conv_dw/kernel", CONV),
-    *_batch_norm("{block}.shortcut.1", "{block}/shortcut/bn_dw"),
-    Row("{block}.shortcut.2.weight", "{block}/shortcut/conv_pw/kernel", CONV),
-    *_batch_norm("{block}.shortcut.3", "{block}/shortcut/bn_pw"),
-    Row("{block}.conv.weight", "{block}/conv/kernel", CONV),
-    *_batch_norm("{block}.bn1", "{block}/bn1"),
-    Row("conv_stem.weight", "conv_stem/kernel", CONV),
-    *_batch_norm("bn1", "bn1"),
-    Row("conv_head.weight", "conv_head/kernel", CONV),
-    Row("conv_head.bias", "conv_head/bias"),
-    Row("classifier.weight", "classifier/kernel", DENSE),
-    Row("classifier.bias", "classifier/bias"),
-)
-
-TABLES = ((VGG, VGG_BLOCK), (GHOST, GHOST_BLOCK))
-
-# What a search leaves in a state dict: torch name -> block, branch. Blocks of one name belong
-# together; the layer inside a block that they scale is called `conv` here. Modules of other
-# packages that use the names of the official code (YOLOv6) are covered by them.
-SCALE_NAMES = (
-    (re.compile(r"(.*)\.scale_conv\.weight"), "conv3x3"),
-    (re.compile(r"(.*)\.scale_1x1\.weight"), "conv1x1"),
-    (re.compile(r"(.*)\.scale_identity\.weight"), "identity"),
-    (re.compile(r"(.*)\.cheap_operation\.1\.weight"), "conv"),
-    (re.compile(r"(.*)\.fusion_scale\.weight"), "identity"),
-)
-GHOST_MARK = ".fusion_scale."  # elsewhere, cheap_operation.1 is a BatchNorm
-VGG_LAYER, GHOST_LAYER = "conv", "cheap_conv"
+_ARRAYS = {
+    "kernel": "weight",
+    "scale": "weight",  # of a BatchNorm
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# What a search network has in a layer's place: layer, branch -> torch's layers with the branch's
+# weight and with its scale. Modules of other packages (YOLOv6) use these names, too.
+_BRANCHES = {
+    ("conv", "conv3x3"): {"weights": "conv", "scales": "scale_conv"},
+    ("conv", "conv1x1"): {"weights": "conv_1x1", "scales": "scale_1x1"},
+    ("cheap_conv", "conv"): {"weights": "cheap_operation.0", "scales": "cheap_operation.1"},
+    ("conv", "identity"): {"weights": "scale_identity"},
+    ("cheap_conv", "identity"): {"weights": "fusion_scale"},
+}
+# What a scales file has of these: torch's layer -> layer, branch. An identity counts as a scale.
+SCALES = {names.get("scales", names["weights"]): key for key, names in _BRANCHES.items()}
 
 
 def torch_block(path: str) -> str:
@@ -133,38 +88,40 @@ def block_path(name: str) -> str:
     return re.sub("^blocks/", "stages/", name.replace(".", "/"))
 
 
-def torch_names(path: str) -> list[tuple[str, tuple[int, ...] | None]]:
-    """Every torch name and axes that the tables have for a variable's path.
+def torch_name(path: str) -> str | None:
+    """The torch name of a variable; None if the official code has none.
 
-    >>> torch_names("stage1/0/conv/kernel")
-    [('stage1.0.conv.weight', (2, 3, 1, 0))]
+    >>> torch_name("stage1/0/conv/kernel"), torch_name("stage0/conv/branch_scales/conv3x3")
+    ('stage1.0.conv.weight', 'stage0.scale_conv.weight')
     """
-    found = []
-    for row, block in _rows():
-        if row.path is None:
+    for block, layers in _LAYERS:
+        match = re.fullmatch(block + r"(.+)/(.+?)", path)
+        if match is None:
             continue
-        pattern = re.escape(row.path).replace(r"\{block\}", f"(?P<block>{block})")
-        match = re.fullmatch(pattern, path)
-        if match:
-            name = torch_block(match.groupdict().get("block", ""))
-            found.append((row.torch.format(block=name), row.axes))
-    return found
+        parent, layer, array = match.groups()
+        branch = re.fullmatch(r"(\w+)/branch_(weights|scales)", layer)
+        if branch:
+            name, array = _BRANCHES.get((branch[1], array), {}).get(branch[2]), "weight"
+        else:
+            name, array = layers.get(layer), _ARRAYS.get(array)
+        if name and array:
+            return f"{torch_block(parent)}.{name}.{array}".lstrip(".")
+    return None
 
 
-def is_torch_only(name: str) -> bool:
-    """Whether a torch name is known to have no variable here.
+def from_torch(array: np.ndarray) -> np.ndarray:
+    """An array in our layout: OIHW becomes HWIO, (out, in) becomes (in, out), vectors stay.
 
-    >>> is_torch_only("stage0.bn.num_batches_tracked")
-    True
+    >>> from_torch(np.ones((4, 2, 3, 3))).shape
+    (3, 3, 2, 4)
     """
-    for row, block in _rows():
-        inside = block.replace("/", r"\.").replace("stages", "blocks")
-        pattern = row.torch.replace(".", r"\.").replace("{block}", f"(?:{inside})")
-        if row.path is None and re.fullmatch(pattern, name):
-            return True
-    return False
+    return array.transpose(*range(2, array.ndim), 1, 0) if array.ndim > 1 else array
 
 
-def _rows() -> Iterator[tuple[Row, str]]:
-    """Every row of every table, and the pattern of its blocks."""
-    return ((row, block) for table, block in TABLES for row in table)
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """The inverse of `from_torch`.
+
+    >>> to_torch(np.ones((3, 3, 2, 4))).shape
+    (4, 2, 3, 3)
+    """
+    return array.transpose(-1, -2, *range(array.ndim - 2)) if array.ndim > 1 else array

@@ -6,19 +6,23 @@ beside the weights, and whole pickled modules, as YOLOv6 writes them. Its unsafe
 whatever the file says. This reader opens both kinds, runs nothing that a file names, and needs
 none of the packages that wrote it.
 
-Known are the zip archives of torch 1.6 and later and the older format of pickles and raw
-storages. The tar files of the first torch releases are refused.
+It reads the zip archives of torch 1.6 and later, and the older format of pickles and raw
+storages. It refuses the tar files of the first torch releases.
 """
 
+import io
 import os
 import stat
+import zipfile
 from typing import Any, BinaryIO
 
-from repopt_jax.torch_files.archive import Archive
-from repopt_jax.torch_files.legacy import read_legacy
-from repopt_jax.torch_files.limits import Budget, TorchFileError, check_nesting, quote
-from repopt_jax.torch_files.tensors import Storages
-from repopt_jax.torch_files.unpickler import Unpickler
+import numpy as np
+
+from repopt_jax.torch_files.pickles import Budget, Standin, TorchFileError, quote, unpickle
+from repopt_jax.torch_files.tensors import Rebuilder, Storages
+
+_LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+_CHUNK = 1 << 24
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
@@ -29,7 +33,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     use `state_dict` on a pickled module.
 
     Args:
-      path: the file, usually named `.pth` or `.pt`.
+      path: the file, usually named `.pth` or `.pt`; local or ``gs://``.
 
     Returns:
       Nested dicts, lists and tuples of arrays, numbers, text and `Standin`s. None of them holds
@@ -38,89 +42,154 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     Raises:
       TorchFileError: there is no such file, it is of another kind, or it is damaged.
 
-    Example:
-      >>> import pathlib, tempfile
-      >>> path = pathlib.Path(tempfile.mkdtemp()) / "notes.pth"
-      >>> _ = path.write_text("no checkpoint")
-      >>> try:
-      ...     read_torch_file(path)
-      ... except TorchFileError as error:
-      ...     print(str(error).replace(str(path), "notes.pth"))
-      notes.pth cannot be read: it is no torch file, as it starts with b'no checkpoint'
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "notes.pth"
+    >>> _ = path.write_text("no checkpoint")
+    >>> try:
+    ...     read_torch_file(path)
+    ... except TorchFileError as error:
+    ...     print(str(error).replace(str(path), "notes.pth"))
+    notes.pth cannot be read: it is no torch file, as it starts with b'no checkpoint'
     """
     path = os.fspath(path)
     try:
-        result = _read(path)
-        check_nesting(result)
+        with _open(path) as stream:
+            return _read(stream)
     except TorchFileError as error:
-        raise TorchFileError(f"{_name(path)} cannot be read: {error}") from None
+        reason = str(error)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise TorchFileError(f"{_name(path)} cannot be read: {reason}") from None
     except Exception as error:  # no file, however made, may raise anything else
+        reason = f"it is damaged ({type(error).__name__})"
+    # A path that cannot be printed would hide the message that names it.
+    name = os.fsdecode(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    raise TorchFileError(f"{name} cannot be read: {reason}")
+
+
+def _open(path: str | bytes) -> BinaryIO:
+    if isinstance(path, str) and "://" in path:
+        from etils import epath
+
+        return io.BytesIO(epath.Path(path).read_bytes())
+    # Checked before opening, as opening a named pipe would wait for a writer.
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
         raise TorchFileError(
-            f"{_name(path)} cannot be read: it is damaged ({type(error).__name__})"
-        ) from error
+            "it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
+        )
+    return open(path, "rb")
+
+
+def _read(stream: BinaryIO) -> Any:
+    file_size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(262)
+    stream.seek(0)
+    if not head:
+        raise TorchFileError("it is empty")
+    budget, storages = Budget(file_size), Storages(file_size)
+    if head.startswith(b"PK"):
+        try:
+            root, order = _read_archive(stream, storages, budget)
+        except zipfile.BadZipFile as error:
+            raise TorchFileError(f"its zip archive is damaged: {quote(str(error))}") from None
+    elif head.startswith(b"\x80"):
+        # Whatever the machine, torch wrote the numbers of this format in little-endian order.
+        root, order = _read_legacy(stream, storages, budget), "little"
+    elif head[257:] == b"ustar":
+        raise TorchFileError(
+            "it is a tar file of a torch release before 0.2; a later release can save it anew"
+        )
+    else:
+        raise TorchFileError(f"it is no torch file, as it starts with {quote(head[:16])}")
+    result = Rebuilder(storages, budget).rebuild(root)
+    storages.swap_bytes(order)  # only the tensors know the type of some
     return result
 
 
-def _name(path: str | bytes) -> str:
-    # A path that cannot be printed would hide the message that names it.
-    return os.fsdecode(path).encode("utf-8", "backslashreplace").decode("utf-8")
+def _read_archive(stream: BinaryIO, storages: Storages, budget: Budget) -> tuple[Any, str]:
+    """The format since version 1.6: a zip archive of a pickle and storages.
 
+    torch stores its records uncompressed, so that none can unpack to more than its own size.
+    """
+    archive = zipfile.ZipFile(stream)
+    records = {info.filename: info for info in archive.infolist()}
+    if len(records) != len(archive.infolist()):
+        raise TorchFileError("its zip archive holds a record twice")
+    roots = [name[:-8] for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise TorchFileError(f"it is a zip archive with {len(roots)} files data.pkl, not one")
+    if f"{roots[0]}constants.pkl" in records:
+        raise TorchFileError("it is a TorchScript program, not a checkpoint")
 
-def _read(path: str | bytes) -> Any:
-    # Checked before opening, as opening a named pipe would wait for a writer.
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise TorchFileError("it is a directory")
-    if not stat.S_ISREG(status.st_mode):
-        raise TorchFileError("it is not a regular file")
-    with open(path, "rb") as stream:
-        file_size = os.fstat(stream.fileno()).st_size
-        if file_size == 0:
-            raise TorchFileError("it is empty")
-        head = stream.read(262)
-        stream.seek(0)
-        budget = Budget(file_size)
-        if head.startswith(b"PK"):
-            return _read_archive(stream, file_size, budget)
-        if head[257:] == b"ustar":
+    def read(name: str, size: int | None = None) -> bytearray:
+        info = records.get(roots[0] + name)
+        if info is None:
+            raise TorchFileError(f"its zip archive lacks the record {quote(name)}")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x2041:
+            raise TorchFileError(f"its record {quote(name)} is compressed or encrypted")
+        if info.file_size != info.compress_size or info.file_size > storages.file_size:
+            raise TorchFileError(f"its record {quote(name)} claims {info.file_size} bytes")
+        if size not in (None, info.file_size):
             raise TorchFileError(
-                "it is a tar file of a torch release before 0.2; a later release can save it anew"
+                f"record {quote(name)} has {info.file_size} bytes where its tensors say {size}"
             )
-        if not head.startswith(b"\x80"):
-            raise TorchFileError(f"it is no torch file, as it starts with {quote(head[:16])}")
-        return read_legacy(stream, file_size, budget)
+        if info.CRC == 0:  # what torch writes when its users switch the checksums off
+            del info.CRC
+        data = bytearray(info.file_size)
+        with archive.open(info) as record:
+            for at in range(0, len(data), _CHUNK):
+                _fill(record, memoryview(data)[at : at + _CHUNK], name)
+        return data
 
-
-def _read_archive(stream: BinaryIO, file_size: int, budget: Budget) -> Any:
-    archive = Archive(stream, file_size, budget)
-
-    def check(key: str, size: int) -> None:
-        stored = archive.size_of(f"data/{key}")
-        if stored != size:
-            raise TorchFileError(
-                f"storage {quote(key)} has {stored} bytes where its tensors say {size}"
-            )
-
-    storages = Storages(file_size, budget, check)
-    order = _read_byte_order(archive)
-    length = archive.seek("data.pkl")
-    root = Unpickler(
-        stream, length, budget, storages.load_persistent, storages.rebuild_functions()
-    ).load()
-    for key, storage in storages.by_key.items():
-        archive.read_into(f"data/{key}", memoryview(storage.data))
-    storages.swap_bytes(order)
-    return root
-
-
-def _read_byte_order(archive: Archive) -> str:
     # Absent before torch 2.1, which read and wrote little-endian files only.
-    if "byteorder" not in archive.records:
-        return "little"
-    order = archive.stream.read(min(archive.seek("byteorder"), 16))
+    order = bytes(read("byteorder")) if f"{roots[0]}byteorder" in records else b"little"
     if order not in (b"little", b"big"):
         raise TorchFileError(f"its byte order is {quote(order)}, not b'little' or b'big'")
-    return order.decode()
+    pickled = read("data.pkl")
+    root = unpickle(io.BytesIO(pickled), len(pickled), budget, storages.load)
+    for key, storage in storages.items():
+        storage.data = np.frombuffer(read(f"data/{key}", storage.size), np.uint8)
+    return root, order.decode()
+
+
+def _fill(stream: BinaryIO, buffer: memoryview, key: str) -> None:
+    if stream.readinto(buffer) != len(buffer):
+        raise TorchFileError(f"it is cut off inside {quote(key)}")
+
+
+def _read_legacy(stream: BinaryIO, storages: Storages, budget: Budget) -> Any:
+    """The format before version 1.6: pickles in a row, then raw storages.
+
+    The pickles are a magic number, the version of the format, facts about the writing machine,
+    the object, and the keys of its storages. Each storage follows as a count and its bytes.
+    """
+
+    def load() -> Any:
+        return unpickle(stream, storages.file_size - stream.tell(), budget, storages.load)
+
+    magic = load()
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
+        raise TorchFileError("it is a pickle, but not one that torch wrote")
+    version = load()
+    if type(version) is not int or version != _LEGACY_VERSION:
+        raise TorchFileError(f"it has version {quote(version)} of the old format, not 1001")
+    machine = load()
+    if not isinstance(machine, Standin):
+        raise TorchFileError("it does not describe the machine that wrote it")
+    root, keys = load(), load()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise TorchFileError("its list of storages is damaged")
+    if len(set(keys)) != len(keys) or set(keys) != set(storages):
+        raise TorchFileError("its list of storages does not match the tensors")
+    # Big-endian machines wrote the count, and only the count, in their own order for a while.
+    orders = ["little", "big"] if machine.mapping.get("little_endian") is False else ["little"]
+    for key in keys:
+        storage, count = storages[key], stream.read(8)
+        if storage.numel not in (int.from_bytes(count, order, signed=True) for order in orders):
+            raise TorchFileError(
+                f"storage {quote(key)} does not have the length that its tensors say"
+            )
+        storage.data = np.empty(storage.size, np.uint8)
+        _fill(stream, memoryview(storage.data), key)
+    return root

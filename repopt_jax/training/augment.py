@@ -84,7 +84,7 @@ def mix(
 
 
 def _inside(key: PRNGKeyArray, side: Array, length: int) -> Array:
-    """Which places of an axis lie in a window of relative length `side` about a drawn centre."""
+    """Mark the places of an axis in a window of relative length `side` around a drawn centre."""
     centre = jax.random.randint(key, side.shape, 0, length)
     half = (side * length / 2).astype(jnp.int32)
     place = jnp.arange(length)[None, :]

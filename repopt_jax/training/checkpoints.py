@@ -1,9 +1,9 @@
 """Checkpoints that survive interruptions, damage and a change of the number of devices.
 
-Orbax writes and reads the arrays. What is added here is what a run needs besides:
+Orbax writes and reads the arrays. This module adds what a run needs besides:
 
-* Every array's fingerprint is saved with it and compared after reading: with a changed byte in a
-  data file, Orbax alone returns wrong numbers without a word.
+* Every array's fingerprint is saved with it and compared after reading: if a byte of a
+  data file has changed, Orbax alone returns wrong numbers silently.
 * A damaged checkpoint is reported, and the one before is used.
 * Nothing is deleted before a newer checkpoint is complete.
 
@@ -13,9 +13,14 @@ data iterator's position in every process) and ``manifest`` (types, fingerprints
 last two are JSON.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging
+import math
+import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,28 +28,29 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from repopt_jax.atomic_write import atomic_write
-from repopt_jax.training.damage import (
-    DamagedError,
+from repopt_jax.training.manifests import (
+    Damaged,
+    as_example,
+    as_saved,
+    current_name,
+    examples_of,
     failure_is_damage,
     in_short,
-    quieten_orbax,
-)
-from repopt_jax.training.disk import require_space, require_writable
-from repopt_jax.training.manifests import (
-    as_example,
-    by_path,
-    examples_of,
-    is_key,
     make_manifest,
+    move_to,
+    positions_of,
+    quieten_orbax,
+    read_manifest,
     require_match,
     require_undamaged,
     seal,
     to_read,
     unseal,
 )
-from repopt_jax.training.positions import move_to, positions_of
 from repopt_jax.training.processes import agreed
-from repopt_jax.training.retention import KeepLatestAndBest
+from repopt_jax.tree_paths import by_path
+
+BEST_METRIC = "top1"
 
 _log = logging.getLogger(__name__)
 
@@ -65,18 +71,15 @@ def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
 class Checkpoints:
     """The checkpoints of one run, under ``<workdir>/checkpoints``.
 
+    The latest are kept, and the one with the highest ``top1`` among its metrics.
+
     Args:
       workdir: the run's directory, local or ``gs://``; created where it is absent.
       keep_latest: how many of the latest checkpoints to keep, at least 1.
-      keep_best: also keep the checkpoint with the highest ``best_metric``.
-      best_metric: its name among the metrics given to :meth:`save`.
-      save_every: :meth:`save` writes at multiples of this step only, unless forced or preempted.
-      asynchronous: write in the background while training goes on. The arrays may be donated as
-        soon as :meth:`save` returns.
       read_only: for evaluation beside a running training: changes no file and cannot save.
 
     Raises:
-      ValueError: for a ``keep_latest`` or ``save_every`` below 1; see `checkpoint_directory`.
+      ValueError: for a ``keep_latest`` below 1; see `checkpoint_directory`.
       OSError: where the directory cannot be written.
 
     >>> import tempfile
@@ -84,56 +87,55 @@ class Checkpoints:
     >>> state = {"weight": jnp.arange(3.0), "count": jnp.int32(7)}
     >>> with tempfile.TemporaryDirectory() as workdir:
     ...     checkpoints = Checkpoints(workdir)
-    ...     saved = checkpoints.save(100, state, metrics={"top1": 0.75})
+    ...     checkpoints.save(100, state, metrics={"top1": 0.75})
     ...     step, restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
     ...     checkpoints.close()
     >>> step, restored["weight"].tolist(), int(restored["count"])
     (100, [0.0, 1.0, 2.0], 7)
     """
 
-    def __init__(
-        self,
-        workdir: epath.PathLike,
-        *,
-        keep_latest: int = 2,
-        keep_best: bool = True,
-        best_metric: str = "top1",
-        save_every: int = 1,
-        asynchronous: bool = True,
-        read_only: bool = False,
-    ):
-        for argument, value in {"keep_latest": keep_latest, "save_every": save_every}.items():
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1; got {value}")
+    def __init__(self, workdir: epath.PathLike, *, keep_latest: int = 2, read_only: bool = False):
+        if keep_latest < 1:
+            raise ValueError(f"keep_latest must be at least 1, got {keep_latest}")
         quieten_orbax()
         self.directory = checkpoint_directory(workdir)
-        self._save_every, self._read_only = save_every, read_only
+        self._keep_latest, self._read_only = keep_latest, read_only
         if not read_only:
-            require_writable(self.directory)
+            _require_writable(self.directory)
         self._here: int | None = None  # the step saved or restored last
-        self._keep = KeepLatestAndBest(keep_latest, keep_best, best_metric)
+        self._metrics: dict[int, dict[str, float]] = {}  # by step
+        self._damaged: set[int] = set()  # steps that could not be read
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "data", "manifest"),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._keep,
-                enable_async_checkpointing=asynchronous,
+                preservation_policy=self,  # it calls `should_preserve`
                 cleanup_tmp_directories=not read_only,  # what a killed save left behind
                 create=not read_only,
                 lightweight_initialize=True,  # else a damaged file ends the run right here
             ),
         )
         for step in self.steps():
-            with contextlib.suppress(Exception):  # damage is told where the step is restored
-                self._keep.metrics[step] = self._read_json(step, "manifest")["metrics"]
+            with contextlib.suppress(Exception):  # damage is reported where the step is restored
+                self._metrics[step] = self._read_json(step, "manifest")["metrics"]
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending; damage shows only where one is restored."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest ``best_metric``; None where no checkpoint has that metric."""
-        return next(iter(self._keep.by_metric(self.steps())), None)
+        """The step with the highest ``top1``; None where no checkpoint has that metric."""
+        return next(iter(self._ranked(self.steps())), None)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Say for each checkpoint, the one being written last, whether to keep it.
+
+        Orbax asks when it begins to write, and deletes the others when the new one is complete.
+        """
+        newest = checkpoints[-1].step  # higher steps: before the run was taken back to a lower one
+        good = [c.step for c in checkpoints if c.step <= newest and c.step not in self._damaged]
+        keep = {*sorted(good)[-self._keep_latest :], *self._ranked(good)[:1]}
+        return [c.step in keep for c in checkpoints]
 
     def save(
         self,
@@ -141,65 +143,49 @@ class Checkpoints:
         state: Any,
         data_iterator: Any = None,
         metrics: dict[str, float] | None = None,
-        force: bool = False,
-    ) -> bool:
-        """Write a checkpoint.
+    ) -> None:
+        """Write a checkpoint, in the background; do nothing if `step` is the one saved last.
 
-        When it is complete, the ones that are no longer to be kept are removed: older ones, damaged
-        ones, and those of higher steps, which a run had reached before it was taken back to here.
+        The arrays may be donated as soon as this returns. When the checkpoint is complete, the ones
+        that are no longer to be kept are removed: older ones, damaged ones, and those of higher
+        steps, which a run had reached before it was taken back to here.
 
         Args:
           step: number of updates done.
           state: any pytree of ``jax.Array``, typed random keys included.
           data_iterator: has ``get_state`` and ``set_state``, as Grain's iterators; None for none.
           metrics: numbers to save along; None means none, and such a checkpoint is never the best.
-          force: write even if ``step`` is no multiple of ``save_every``.
-
-        Returns:
-          Whether a checkpoint was written: False where it is not due, or already there.
 
         Raises:
           ValueError: for a leaf that is no array, a step below the last one, or a directory whose
             checkpoints reach further and were not restored.
           OSError: where this or the checkpoint before it could not be written.
         """
-        if self._read_only:
-            raise ValueError("save needs read_only=False; got True")
         leaves = by_path(state)
-        for path, leaf in leaves.items():
-            if not isinstance(leaf, jax.Array):
-                raise ValueError(f"state must hold jax.Array only; got {type(leaf)} at {path}")
-        if self._here is None and max(self.steps(), default=-1) >= step:
-            raise ValueError(
-                f"step must be above {self.steps()[-1]}, which is in {self.directory} and was not "
-                f"restored; got {step}"
-            )
-        if self._here is not None and step < self._here:
-            raise ValueError(f"step must not be below the last one, {self._here}; got {step}")
-        due = force or step % self._save_every == 0 or self._manager.reached_preemption(step)
-        if step == self._here or not due:
-            return False
-
+        self._require_savable(step, leaves)
+        if step == self._here:
+            return
         self.wait()
-        arrays = {p: jax.random.key_data(x) if is_key(x) else x for p, x in leaves.items()}
-        require_space(self.directory, sum(array.nbytes for array in arrays.values()))
-        positions = positions_of(data_iterator) if data_iterator is not None else []
+        arrays = {path: as_saved(leaf) for path, leaf in leaves.items()}
+        _require_space(self.directory, sum(array.nbytes for array in arrays.values()))
+        positions = [] if data_iterator is None else positions_of(data_iterator)
         manifest = make_manifest(leaves) | {
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
             "data_processes": len(positions),
         }
-        items = {"state": ocp.args.StandardSave(arrays)}
-        items["manifest"] = ocp.args.JsonSave(seal(manifest))
+        items = {
+            "state": ocp.args.StandardSave(arrays),
+            "manifest": ocp.args.JsonSave(seal(manifest)),
+        }
         if positions:
             items["data"] = ocp.args.JsonSave(seal(positions))
-        if step in self.steps():  # damaged, or left by a run that was taken back to before here
+        if step in self.steps():  # damaged, or left by a run that was taken back to an earlier step
             self._manager.delete(step)
-        self._keep.metrics[step] = manifest["metrics"]
-        self._keep.damaged.discard(step)
+        self._metrics[step] = manifest["metrics"]
+        self._damaged.discard(step)
         self._here = step
-        with self._failure_is_told():
+        with self._failure_is_reported():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        return True
 
     def restore(
         self, example_state: Any = None, data_iterator: Any = None, step: int | str | None = None
@@ -210,7 +196,7 @@ class Checkpoints:
         the next best) one is used instead.
 
         Args:
-          example_state: pytree that says the result's structure, types and shardings by arrays or
+          example_state: pytree that gives the result's structure, types and shardings by arrays or
             ``jax.ShapeDtypeStruct``; the latter without a sharding mean the first device. None:
             a dict of all that was saved, by slash-joined paths, on the first device.
           data_iterator: is moved to where it was at the save; None leaves the data alone.
@@ -225,31 +211,31 @@ class Checkpoints:
           OSError: where the wanted step, or every checkpoint, is damaged.
         """
         self.wait()
-        damaged = {}
+        failures = {}
         for candidate in self._candidates(step):
             failure = None
             try:
                 state = self._read(candidate, example_state, data_iterator)
-            except DamagedError as error:
+            except Damaged as error:
                 failure = error
-            (anywhere,) = agreed([failure is not None])  # all go on from the same one
-            if anywhere:
-                error = failure or DamagedError("another process could not read it")
-                damaged[candidate] = error
-                where = self.directory / str(candidate)
-                _log.warning("The checkpoint %s is damaged and not used (%s)", where, error)
-                continue
-            self._keep.damaged.update(damaged)
-            self._here = candidate
-            return candidate, state
-        if damaged:
+            (anywhere,) = agreed([failure is not None])  # all processes go on from the same one
+            if not anywhere:
+                self._damaged.update(failures)
+                self._here = candidate
+                return candidate, state
+            failures[candidate] = failure or Damaged("another process could not read it")
+            where = self.directory / str(candidate)
+            _log.warning(
+                "The checkpoint %s is damaged and not used (%s)", where, failures[candidate]
+            )
+        if failures:
             raise OSError(
-                f"no checkpoint in {self.directory} can be read (tried {[*damaged]}); move them "
-                f"away to start anew; the first failed with {next(iter(damaged.values()))}"
+                f"no checkpoint in {self.directory} can be read (tried {[*failures]}); move them "
+                f"away to start anew; the first failed with {next(iter(failures.values()))}"
             )
         return None
 
-    def add_metrics(self, step: int, metrics: dict[str, float]):
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Add to the metrics of a checkpoint that was written before they were known.
 
         Args:
@@ -257,85 +243,135 @@ class Checkpoints:
           metrics: numbers by name.
 
         Raises:
-          OSError: where the checkpoint could not be written, or they could not be.
+          OSError: where the checkpoint or the metrics could not be written.
         """
         self.wait()
         manifest = self._read_json(step, "manifest")
         manifest["metrics"] |= {name: float(value) for name, value in metrics.items()}
-        self._keep.metrics[step] = manifest["metrics"]
+        self._metrics[step] = manifest["metrics"]
         if jax.process_index() == 0:
             with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
                 unfinished.write_text(json.dumps(seal(manifest)))
 
-    def wait(self):
+    def wait(self) -> None:
         """Block until the last save is complete. Raises OSError where it could not be written."""
-        with self._failure_is_told():
+        with self._failure_is_reported():
             self._manager.wait_until_finished()
 
-    def close(self):
+    def close(self) -> None:
         """Complete the last save and end the background threads. Raises as :meth:`wait` does."""
         try:
             self.wait()
         finally:
             self._manager.close()
 
+    def _require_savable(self, step: int, leaves: dict[str, Any]) -> None:
+        if self._read_only:
+            raise ValueError("read_only must be False to save, got True")
+        for path, leaf in leaves.items():
+            if not isinstance(leaf, jax.Array):
+                raise ValueError(f"state must hold jax.Array only, got {type(leaf)} at {path}")
+        last = max(self.steps(), default=-1) if self._here is None else self._here
+        if step < last or (step == last and self._here is None):
+            raise ValueError(
+                f"step must be above {last}, the last checkpoint in {self.directory} (restore an "
+                f"earlier one to go on from there), got {step}"
+            )
+
+    def _ranked(self, steps: Iterable[int]) -> list[int]:
+        """The steps that have the metric, the best first; of equals, the earlier first."""
+        values = {s: self._metrics.get(s, {}).get(BEST_METRIC, math.nan) for s in steps}
+        known = [s for s in values if not math.isnan(values[s])]
+        return sorted(known, key=lambda s: (-values[s], s))
+
     def _candidates(self, step: int | str | None) -> list[int]:
         steps = self.steps()
         if step in (None, "latest"):
             return steps[::-1]
         if step == "best":
-            ranked = self._keep.by_metric(steps)
+            ranked = self._ranked(steps)
             if steps and not ranked:
-                metric = self._keep.best_metric
-                raise ValueError(f'step "best" needs a checkpoint with the metric {metric!r}')
+                raise ValueError(f'step "best" needs a checkpoint with the metric {BEST_METRIC!r}')
             return ranked
         if step not in steps:
-            raise ValueError(f"step must be one of {steps} in {self.directory}; got {step!r}")
+            raise ValueError(f"step must be one of {steps} in {self.directory}, got {step!r}")
         return [step]
 
-    def _read(self, step: int, example, data_iterator):
+    def _read(self, step: int, example: Any, data_iterator: Any) -> Any:
         with failure_is_damage():
-            manifest = self._read_json(step, "manifest")
+            manifest, saved_names = read_manifest(self._read_json(step, "manifest"))
         example = examples_of(manifest) if example is None else example
-        examples, tree = by_path(example), jax.tree.structure(example)
+        examples = {current_name(path): leaf for path, leaf in by_path(example).items()}
+        require_match(manifest, examples, self.directory / str(step))
+        position = None if data_iterator is None else self._position(step, manifest)
+        with failure_is_damage():
+            wanted = {saved_names[name]: to_read(leaf) for name, leaf in examples.items()}
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            saved = self._manager.restore(step, args=items)["state"]
+            arrays = {name: saved[saved_names[name]] for name in examples}
+            require_undamaged(manifest, arrays)
+        if position is not None:
+            move_to(data_iterator, position)
+        generators = manifest["generators"]
+        leaves = [as_example(arrays[n], x, generators.get(n)) for n, x in examples.items()]
+        return jax.tree.unflatten(jax.tree.structure(example), leaves)
+
+    def _position(self, step: int, manifest: dict[str, Any]) -> str:
+        """Where this process's data iterator was."""
         where = self.directory / str(step)
-        require_match(manifest, examples, where)
-        processes = manifest["data_processes"]
-        if data_iterator is not None and not processes:
+        if not manifest["data_processes"]:
             raise ValueError(f"data_iterator must be None: {where} has no position of the data")
         with failure_is_damage():
-            positions = self._read_json(step, "data") if data_iterator is not None else []
-        # Where all were at the same position of a common order, any number of them can go on.
-        if len(set(positions)) == 1:
-            positions = positions[:1] * jax.process_count()
-        if data_iterator is not None and len(positions) != jax.process_count():
+            positions = self._read_json(step, "data")
+        if len(set(positions)) == 1:  # all read in one order, so any number of them can go on
+            return positions[0]
+        if len(positions) != jax.process_count():
             raise ValueError(
-                f"data_iterator must be None: {where} has the positions of {processes} processes "
-                f"that read apart, and there are {jax.process_count()}"
+                f"data_iterator must be None: {where} has the positions of {len(positions)} "
+                f"processes that read apart, and there are {jax.process_count()}"
             )
-        with failure_is_damage():
-            wanted = {path: to_read(leaf) for path, leaf in examples.items()}
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            arrays = self._manager.restore(step, args=items)["state"]
-            require_undamaged(manifest, arrays)
-        if positions:
-            move_to(data_iterator, positions[jax.process_index()])
-        generators = manifest["generators"]
-        leaves = [as_example(arrays[p], leaf, generators.get(p)) for p, leaf in examples.items()]
-        return jax.tree.unflatten(tree, leaves)
+        return positions[jax.process_index()]
 
-    def _read_json(self, step: int, item: str):
+    def _read_json(self, step: int, item: str) -> Any:
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
         return unseal(self._manager.restore(step, args=args)[item])
 
     @contextlib.contextmanager
-    def _failure_is_told(self):
+    def _failure_is_reported(self):
         try:
             yield
         except Exception as error:
             step, self._here = self._here, None
-            self._manager.reload()  # Orbax has forgotten those that would have been removed by now
+            self._manager.reload()  # it no longer lists those due for removal
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.directory} "
                 f"({in_short(error)})"
             ) from error
+
+
+def _require_writable(directory: epath.Path) -> None:
+    """Raise OSError where process 0 cannot write a file in `directory`, which it makes."""
+    if jax.process_index() != 0:
+        return
+    probe = directory / ".writable"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # cloud file systems have errors of their own
+        raise OSError(
+            f"workdir must be writable, {directory} is not ({in_short(error)})"
+        ) from error
+
+
+def _require_space(directory: epath.Path, needed: int) -> None:
+    """Raise OSError where a local disk has fewer than `needed` bytes left."""
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError:  # not a local disk
+        return
+    if free < needed:
+        raise OSError(
+            f"{directory} has {free / 1e6:.0f} MB left on its disk and a checkpoint takes "
+            f"{needed / 1e6:.0f} MB"
+        )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import pathlib
 import re
 import sys
 import traceback
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from repopt_jax.extras import needs_extra
 
-from repopt_jax.training.config import default_config
+PROGRAM = pathlib.Path(sys.argv[0]).name
+
+with needs_extra("train", command=PROGRAM):
+    from absl import app, flags, logging
+    from ml_collections import config_flags
+
+    from repopt_jax.training.config import default_config, flat
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "digits.py"
 MODES = {
@@ -21,8 +28,34 @@ MODES = {
 }
 
 
+class _Console:
+    """A standard stream that a run outlives: writes are lost once nobody reads, as after `head`."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with self._outlived():
+            return self._stream.write(text)
+
+    def flush(self):
+        with self._outlived():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _outlived(self):
+        try:
+            yield
+        except OSError:  # what is buffered goes nowhere, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def main() -> None:
     """Run the command with the arguments of the process."""
+    sys.stdout, sys.stderr = _Console(sys.stdout), _Console(sys.stderr)
     app.run(_dispatch, flags_parser=_parse)
 
 
@@ -64,43 +97,26 @@ def _check_fields(argv: list[str]) -> None:
     files = [argument for argument in argv if re.match("--?config(=|$)", argument)]
     if len(files) > 1:
         _stop(f"config must be given once, got {' '.join(files)}", 2)
+    fields = flat(default_config().to_dict())
     for argument in argv[1:]:
         given = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
-        if given is None:
-            continue
-        section = default_config()
-        for key in given[1].split("."):
-            if not isinstance(section, ConfigDict) or key not in section:
-                flag = argument.split("=")[0]
-                hint = _hint(section, key, given[1])
-                _stop(f"the configuration has no field {flag}{hint}", 2)
-            section = section[key]
-
-
-def _hint(section: object, key: str, field: str) -> str:
-    """What was probably meant by the unknown `key` in a section, or by the whole `field`."""
-    if field in _fields(default_config().target):
-        return f"; did you mean --config.search.{field} or --config.target.{field}?"
-    names = list(section) if isinstance(section, ConfigDict) else []
-    similar = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {similar[0]!r} instead of {key!r}?" if similar else ""
-
-
-def _fields(section: ConfigDict) -> set[str]:
-    """The dotted names of everything in a section."""
-    found = set(section)
-    for name, value in section.items():
-        if isinstance(value, ConfigDict):
-            found |= {f"{name}.{inner}" for inner in _fields(value)}
-    return found
+        if given and given[1] not in fields:
+            similar = difflib.get_close_matches(given[1], fields, n=2)
+            hint = f"; did you mean --config.{' or --config.'.join(similar)}?" if similar else ""
+            _stop(f"the configuration has no field {given[1]}{hint}", 2)
 
 
 def _dispatch(_) -> None:
     """Do what --mode says; end with one sentence where the run cannot go on."""
     logging.set_verbosity(logging.WARNING)  # absl would log which backends jax looks for
-    from repopt_jax.training import run
-    from repopt_jax.training.interruption import RunStopped
-    from repopt_jax.training.processes import join_processes, leave_the_others
+    with needs_extra("train", command=PROGRAM):
+        from repopt_jax.training import run
+        from repopt_jax.training.interruption import RunStopped
+        from repopt_jax.training.processes import (
+            end_if_another_is_lost,
+            join_processes,
+            leave_the_others,
+        )
 
     given = flags.FLAGS
     try:
@@ -108,7 +124,7 @@ def _dispatch(_) -> None:
     except (ValueError, RuntimeError) as error:
         _stop(f"the processes cannot be joined: {error}", 2)
     name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
-    workdir = given.workdir or f"runs/{name}"
+    workdir = os.path.expanduser(given.workdir or f"runs/{name}")  # no shell does so after a =
     try:
         if given.mode == "run":
             run.run(given.config, workdir)
@@ -121,6 +137,7 @@ def _dispatch(_) -> None:
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except Exception:  # not foreseen, so its traceback is wanted
+        end_if_another_is_lost()
         traceback.print_exc()
         leave_the_others(1)
         sys.exit(1)
@@ -128,9 +145,12 @@ def _dispatch(_) -> None:
 
 def _stop(sentence: str, exit_code: int) -> None:
     """End the process with a sentence instead of a traceback."""
-    print(f"{pathlib.Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
-    if "jax" in sys.modules and exit_code < 128:
-        from repopt_jax.training.processes import leave_the_others
+    joined = "jax" in sys.modules and exit_code < 128
+    if joined:
+        from repopt_jax.training.processes import end_if_another_is_lost, leave_the_others
 
+        end_if_another_is_lost()
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+    if joined:
         leave_the_others(exit_code)
     sys.exit(exit_code)

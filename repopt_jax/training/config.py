@@ -6,13 +6,14 @@ Files in `configs/` change some of the fields.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,9 @@ def _default_section() -> ConfigDict:
                 "fast": False,  # random-resized-crop without antialiasing
                 "skip_bad": False,  # leave out images that cannot be decoded, and count them
                 "threads": config_dict.placeholder(int),  # None: one per core
+                # Processes that make batches. None: one per core of at least 4 where images have
+                # to be decoded, else threads do it.
+                "workers": config_dict.placeholder(int),
                 "mean": IMAGENET_MEAN,  # of pixels in 0..1
                 "std": IMAGENET_STD,
             },
@@ -172,20 +176,14 @@ def check_config(config: ConfigDict) -> None:
     """
     if not config.parts:
         raise ValueError("parts must name at least one part, got none")
-    for name in config.parts:
-        _require("parts", name, name in PARTS, f"among {tuple(PARTS)}")
-    starts = ("searched", "one")
-    _require("identity", config.identity, config.identity in starts, "'searched' or 'one'")
-    for key in ("num_blocks", "widths", "strides"):
-        value = config.model[key]
-        good = value is None or all(isinstance(n, int) and n > 0 for n in value)
-        _require(f"model.{key}", value, good, "whole numbers above 0")
-    for key in ("log_every", "eval_every", "checkpoint.every", "checkpoint.keep"):
-        value = _field(config, key)
-        _require(key, value, 0 < value < math.inf, "a number above 0")
-    for key in ("checkpoint.minutes", "profile_steps"):
-        value = _field(config, key)
-        _require(key, value, 0 <= value < math.inf, "a number of at least 0")
+    _require(config, ["parts"], f"among {tuple(PARTS)}", lambda names: set(names) <= set(PARTS))
+    _require(config, ["identity"], "'searched' or 'one'", lambda x: x in ("searched", "one"))
+    sizes = ["model.num_blocks", "model.widths", "model.strides"]
+    _require(config, sizes, "whole numbers above 0", _are_sizes)
+    above = ["log_every", "eval_every", "checkpoint.every", "checkpoint.keep"]
+    _require(config, above, "a number above 0", lambda x: 0 < x < math.inf)
+    rest = ["checkpoint.minutes", "profile_steps"]
+    _require(config, rest, "a number of at least 0", lambda x: 0 <= x < math.inf)
 
 
 def check_section(section: ConfigDict) -> None:
@@ -194,19 +192,29 @@ def check_section(section: ConfigDict) -> None:
     Raises:
       ValueError: names the field, its rule and its value.
     """
-    for key in ("ema_decay", "label_smoothing"):
-        _require(key, section[key], 0 <= section[key] < 1, "in [0, 1)")
-    for key in ("mix.mixup", "mix.cutmix"):
-        value = _field(section, key)
-        _require(key, value, 0 <= value < math.inf, "a number of at least 0")
-    erasing = section.random_erasing
-    _require("random_erasing", erasing, 0 <= erasing <= 1, "in [0, 1]")
-    _require("eval_batch_size", section.eval_batch_size, section.eval_batch_size >= 1, "at least 1")
-    for key, kind in (("mean", "numbers"), ("std", "numbers above 0")):
-        value = section.data[key]
-        good = len(value) == 3 and all(isinstance(x, float | int) for x in value)
-        good = good and (key == "mean" or min(value) > 0)
-        _require(f"data.{key}", value, good, f"3 {kind}, one per channel")
+    _require(section, ["ema_decay", "label_smoothing"], "in [0, 1)", lambda x: 0 <= x < 1)
+    alphas = ["mix.mixup", "mix.cutmix"]
+    _require(section, alphas, "a number of at least 0", lambda x: 0 <= x < math.inf)
+    _require(section, ["random_erasing"], "in [0, 1]", lambda x: 0 <= x <= 1)
+    _require(section, ["eval_batch_size"], "at least 1", lambda x: x >= 1)
+    _require(section, ["data.mean"], "3 numbers, one per channel", _are_channels)
+    positive = "3 numbers above 0, one per channel"
+    _require(section, ["data.std"], positive, lambda x: _are_channels(x) and min(x) > 0)
+
+
+def _require(config: ConfigDict, fields: list[str], rule: str, good: Callable[[Any], bool]) -> None:
+    for field in fields:
+        value = functools.reduce(lambda section, key: section[key], field.split("."), config)
+        if not good(value):
+            raise ValueError(f"{field} must be {rule}, got {value!r}")
+
+
+def _are_sizes(value: tuple | None) -> bool:
+    return value is None or all(isinstance(n, int) and n > 0 for n in value)
+
+
+def _are_channels(value: tuple) -> bool:
+    return len(value) == 3 and all(isinstance(x, float | int) for x in value)
 
 
 def sections_of(parts: tuple[str, ...]) -> Iterator[str]:
@@ -218,12 +226,14 @@ def sections_of(parts: tuple[str, ...]) -> Iterator[str]:
     return iter(dict.fromkeys(PARTS[name].section for name in parts))
 
 
-def _field(config: ConfigDict, path: str):
-    for key in path.split("."):
-        config = config[key]
-    return config
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by their dotted names.
 
-
-def _require(field: str, value: object, good: bool, rule: str) -> None:
-    if not good:
-        raise ValueError(f"{field} must be {rule}, got {value!r}")
+    >>> flat({"seed": 0, "search": {"epochs": 2.0}})
+    {'seed': 0, 'search.epochs': 2.0}
+    """
+    found = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found

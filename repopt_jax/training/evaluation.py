@@ -23,7 +23,8 @@ def evaluate_state(
     """Loss, top-1 and top-5 (percent) over every evaluation image exactly once.
 
     Of the raw parameters as ``eval/loss`` and so on; of the moving averages, if there are any, as
-    ``eval_ema/loss`` and so on. None if `stop` has received a signal meanwhile.
+    ``eval_ema/loss`` and so on. Images whose logits are not finite are no hits; where there are
+    any, ``eval/not_finite`` says how many. None if `stop` has received a signal meanwhile.
     """
     networks = {"eval": (state.params, state.stats)}
     if state.ema is not None:
@@ -46,7 +47,10 @@ def _evaluate_network(
         with plain_errors():  # an image may be broken
             batch = next(batches, None)
         if batch is None:
-            return {name: float(value) for name, value in total.compute().items()}
+            found = {name: float(value) for name, value in total.compute().items()}
+            if found.pop("not_finite"):
+                found["not_finite"] = int(total.not_finite.total)
+            return found
         # To agree costs several processes the next batch's time, so they do it every tenth.
         if stop is not None and (jax.process_count() == 1 or number % 10 == 0):
             (stopping,) = agreed([stop.received is not None])
@@ -56,3 +60,13 @@ def _evaluate_network(
         total = total.merge(
             jitted_eval_step(part.eval_graphdef, part.options, params, stats, placed)
         )
+
+
+def not_finite_sentence(found: dict[str, float]) -> str:
+    """What to add where logits were not finite; empty where all were.
+
+    >>> not_finite_sentence({"eval/top1": 0.0, "eval/not_finite": 3})
+    '; 3 images had logits that are not finite'
+    """
+    count = max(found.get(f"{name}/not_finite", 0) for name in ("eval", "eval_ema"))
+    return f"; {count} images had logits that are not finite" if count else ""

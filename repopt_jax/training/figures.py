@@ -1,4 +1,4 @@
-"""The look of every figure, and the figures of a run: training curves and scales by depth."""
+"""The style of all figures, and the figures of a run: training curves and scales by depth."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ _BRANCH_STYLES = {  # fixed, so that figures of several networks can be compared
     "conv1x1": (COLOURS[1], "s"),
     "identity": (COLOURS[2], "^"),
 }
-_NAMED_BLOCKS = 32  # of more blocks, only every fifth of a stage is named
+_NAMED_BLOCKS = 32  # with more blocks, only every fifth of a stage is named
 
 
 def styled_figure(
@@ -102,7 +102,7 @@ def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, A
         x, y = _series(records, "eval/top1", axis)
         best = f": best {max(y):.2f} %" if y else ""
         top1.plot(x, y, label=label + best, marker="o" if len(x) <= 40 else "", **style)
-        # Runs often share their learning rates: the earlier ones show behind the later.
+        # Runs often share their learning rates; the earlier lines show behind the later ones.
         style["linewidth"] += 1.4 * (len(runs) - 1 - place)
         lr.plot(*_series(records, "train/lr", axis), **style)
     for ax, title in ((loss, "Training loss"), (top1, "Evaluation top-1 accuracy (%)")):

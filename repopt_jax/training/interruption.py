@@ -28,12 +28,24 @@ def plain_errors() -> Iterator[None]:
         raise RunStopped(str(error), 2) from error
 
 
+# What ends a run that should save first: a scheduler's warning (Slurm's is often SIGUSR1), Ctrl-C,
+# a closed terminal. Windows has not all of them.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
+
+
 class StopSignal:
-    """While entered, SIGTERM and SIGINT only set `received`; a second SIGINT interrupts."""
+    """While entered, `SIGNALS` only set `received`; a SIGINT after another signal interrupts."""
 
     def __enter__(self) -> StopSignal:
         self.received: signal.Signals | None = None
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {s: signal.signal(s, self._receive) for s in SIGNALS}
+        hangup = getattr(signal, "SIGHUP", None)
+        if self._before.get(hangup) == signal.SIG_IGN:  # as nohup wants it
+            signal.signal(hangup, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_):

@@ -22,17 +22,16 @@ from clu import parameter_overview
 from etils import epath
 from flax import nnx
 
-from repopt_jax.scales import Scales, load_scales, save_scales
+from repopt_jax.files import load_scales
+from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.devices import put_batch
-from repopt_jax.training.evaluation import evaluate_state
+from repopt_jax.training.devices import Profile, forward_flops, peak_flops, peak_memory, put_batch
+from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
 from repopt_jax.training.interruption import RunStopped, StopSignal, plain_errors
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, gathered, wait_for_all
-from repopt_jax.training.progress import Progress
-from repopt_jax.training.report import MetricsWriter, read_metrics
+from repopt_jax.training.report import MetricsWriter, Progress, read_metrics
 from repopt_jax.training.step import TrainState, jitted_train_step
-from repopt_jax.training.usage import Profile, forward_flops, peak_flops, peak_memory
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -53,7 +52,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     size = {"total": part.steps, "batch_size": part.section.batch_size}
     with plain_errors():
         checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
-        # Open meanwhile, so that warnings about damaged checkpoints reach the log file as well.
+        # Open here, so that warnings about damaged checkpoints reach the log file too.
         with Progress(workdir, **size, terminal=False):
             restored = checkpoints.restore(state, batches)
     first, state = restored or (0, state)
@@ -72,7 +71,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
         with plain_errors(), contextlib.closing(checkpoints), contextlib.closing(writer):
             profile.close()
     (received,) = agreed([stop.received or 0])
-    if received:  # even at the last step: a part after this one may not begin
+    if received:  # even at the last step, so that no later part begins
         name = signal.Signals(int(received)).name
         raise RunStopped(
             f"{name} received: {part.name} is saved at step {loop.step} of {part.steps}; "
@@ -84,7 +83,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
 
 
 class _Due(NamedTuple):
-    """What a step is followed by, in this order."""
+    """What is due after a step, in this order."""
 
     report: bool
     save: bool
@@ -95,8 +94,8 @@ class _Due(NamedTuple):
 class _Loop:
     """The steps of a part from where its state is; `state` and `step` move on.
 
-    A checkpoint comes before the evaluation of its step, which may take longer than a machine that
-    is about to be taken away has left; the evaluation is done, or done again, on resuming.
+    A checkpoint comes before the evaluation of its step, because a machine about to be taken away
+    may not have the time for both. The evaluation is then done, or done again, on resuming.
     """
 
     def __init__(self, part, state, step, batches, stop, checkpoints, writer, progress, profile):
@@ -118,7 +117,7 @@ class _Loop:
         self.started = self.saved_at - seconds
 
     def run(self) -> None:
-        """Train up to the last step, or to the first that a signal lets end; it is saved then."""
+        """Train to the last step, or to the step in which a signal arrives; save the state."""
         pending = self.step and self._ends(self.part.config.eval_every)
         if pending and self.evaluated_at < self.step and not self._evaluate(saved=True):
             return
@@ -137,11 +136,11 @@ class _Loop:
                 return
 
     def _due(self) -> _Due:
-        """What the last step is followed by; the same in all processes."""
+        """What is due after the last step; the same in all processes."""
         config = self.part.config
         evaluation, save = self._ends(config.eval_every), self._ends(config.checkpoint.every)
         report, stop = evaluation or save or self.step % config.log_every == 0, False
-        if report or jax.process_count() == 1:  # a signal that comes later counts next time
+        if report or jax.process_count() == 1:  # a later signal counts next time
             overdue = 0 < 60 * config.checkpoint.minutes < time.perf_counter() - self.saved_at
             stop, overdue = map(bool, agreed([self.stop.received is not None, overdue]))
             save = save or stop or overdue
@@ -168,7 +167,7 @@ class _Loop:
         self.progress.step(self.step)
 
     def _report(self) -> None:
-        """Write down the means since the last report."""
+        """Report the means since the last report."""
         part = self.part
         self._require_finite_loss(self.step, self.recent[-1])
         recent = jax.device_get(self.recent)
@@ -190,12 +189,12 @@ class _Loop:
 
     @functools.cached_property
     def _forward_flops(self) -> int:
-        """Of one image."""
+        """Floating-point operations of the forward pass on one image."""
         part, state = self.part, self.state
         return forward_flops(part.eval_graphdef, state.params, state.stats, self.image_shape)
 
     def _evaluate(self, saved: bool) -> bool:
-        """Evaluate, write the result down and see to the best checkpoint; False at a signal."""
+        """Evaluate, report, and mark the best checkpoint; False if a signal stopped it."""
         with self.progress.paused():
             found = evaluate_state(self.part, self.state, self.stop)
             if found is None:
@@ -230,13 +229,12 @@ class _Loop:
             self.writer.write(self.step, epoch | record | {"seconds": seconds})
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
-        # The step's loss is that before its update, which may have broken what is to be saved.
+        # A step's loss is from before its update, which may have broken the state.
         if not _all_finite(self.state):
             self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
         with plain_errors():
-            self.checkpoints.save(self.step, self.state, self.batches, metrics=metrics, force=True)
-        if metrics is None:
-            self.saved_at = time.perf_counter()
+            self.checkpoints.save(self.step, self.state, self.batches, metrics)
+        self.saved_at = time.perf_counter()
 
     def _require_finite_loss(self, step: int, metrics: dict[str, jax.Array]) -> None:
         loss = float(metrics["loss"])
@@ -289,7 +287,7 @@ def _sentence(name: str, step: int, found: dict[str, float]) -> str:
     text += f", loss {found['eval/loss']:.4f}"
     if "eval_ema/top1" in found:
         text += f"; averaged weights: top-1 {found['eval_ema/top1']:.2f} %"
-    return text
+    return text + not_finite_sentence(found)
 
 
 def _summary(part: Part, records: list[dict[str, Any]]) -> dict[str, Any]:

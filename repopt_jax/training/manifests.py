@@ -1,10 +1,16 @@
-"""What a checkpoint holds: the type and the fingerprint of every array, by its path.
+"""Manifests: the types and fingerprints of a checkpoint's arrays.
 
-A manifest is written beside the arrays. Comparing it with what is wanted tells, before anything is
-read, whether a checkpoint fits; comparing it with what was read tells whether it is undamaged.
+A manifest lies beside the arrays. Before anything is read it shows whether a checkpoint fits;
+afterwards it shows whether the checkpoint is undamaged.
 """
 
+from __future__ import annotations
+
+import contextlib
+import functools
 import json
+import logging
+import sys
 import zlib
 from typing import Any
 
@@ -12,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repopt_jax.branches.frozen import mixed_bits
+from repopt_jax.training.processes import gathered
+from repopt_jax.tree_paths import current_path
+
 _UINTS = {8: jnp.uint8, 16: jnp.uint16}
 
 
-def _mix(bits: jax.Array) -> jax.Array:
-    """Spread every bit of uint32 numbers over all 32, one to one (the end of MurmurHash3)."""
-    bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return bits ^ (bits >> np.uint32(16))
+class Damaged(Exception):
+    """A checkpoint's files are incomplete or not what was written."""
 
 
 @jax.jit
@@ -46,19 +53,13 @@ def fingerprint(x: jax.Array) -> jax.Array:
     place = jnp.zeros_like(bits)
     for axis, size in enumerate(bits.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    first = _mix(bits ^ _mix(place))
-    second = _mix(first + np.uint32(1))
+    first = _mixed(bits ^ _mixed(place))
+    second = _mixed(first + np.uint32(1))
     return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of any pytree by their slash-joined paths.
-
-    >>> by_path({"conv": {"kernel": 1}, "momentum": (2, None)})
-    {'conv/kernel': 1, 'momentum/0': 2}
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+# The constants of MurmurHash3, by which checkpoints have been hashed from the first.
+_mixed = functools.partial(mixed_bits, shift=13, factors=(0x85EBCA6B, 0xC2B2AE35))
 
 
 def is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
@@ -66,16 +67,26 @@ def is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def as_saved(leaf: jax.Array) -> jax.Array:
+    """The array as files hold it."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def current_name(path: str) -> str:
+    """The name that a path has today, for paths of any version."""
+    return current_path(path).removesuffix("/value")  # which nnx.Variable appends
+
+
 def make_manifest(leaves: dict[str, jax.Array]) -> dict[str, Any]:
-    """State the type, the fingerprint and, of random keys, the generator, of every array.
+    """State the type and the fingerprint of every array, and the generator of random keys.
 
     Args:
-      leaves: arrays by path, as :func:`by_path` returns them.
+      leaves: arrays by path, as `repopt_jax.tree_paths.by_path` returns them.
 
     Returns:
       A dict that JSON can hold.
     """
-    prints = {p: fingerprint(jax.random.key_data(x) if is_key(x) else x) for p, x in leaves.items()}
+    prints = {path: fingerprint(as_saved(leaf)) for path, leaf in leaves.items()}
     return {
         "types": _types(leaves),
         "generators": {p: str(jax.random.key_impl(x)) for p, x in leaves.items() if is_key(x)},
@@ -83,12 +94,21 @@ def make_manifest(leaves: dict[str, jax.Array]) -> dict[str, Any]:
     }
 
 
-def require_match(manifest: dict[str, Any], leaves: dict[str, Any], name: str):
+def read_manifest(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A saved manifest by the `current_name` of its arrays, and their saved names by that."""
+    by_name = {
+        key: {current_name(path): value for path, value in manifest[key].items()}
+        for key in ("types", "generators", "fingerprints")
+    }
+    return manifest | by_name, {current_name(path): path for path in manifest["types"]}
+
+
+def require_match(manifest: dict[str, Any], leaves: dict[str, Any], name: str) -> None:
     """Check that a checkpoint has the wanted paths, types and shapes.
 
     Args:
-      manifest: from :func:`make_manifest`.
-      leaves: the wanted arrays, or ``jax.ShapeDtypeStruct``, by path.
+      manifest: from `read_manifest`.
+      leaves: the wanted arrays, or ``jax.ShapeDtypeStruct``, by `current_name`.
       name: names the checkpoint in the error.
 
     Raises:
@@ -104,24 +124,21 @@ def require_match(manifest: dict[str, Any], leaves: dict[str, Any], name: str):
             if saved.get(path, wanted[path]) != wanted[path]
         ],
     }
-    told = [
+    found = [
         f"{what}: {', '.join(paths[:3])}" + f" and {len(paths) - 3} more" * (len(paths) > 3)
         for what, paths in differing.items()
         if paths
     ]
-    if told:
-        raise ValueError(f"state must match the checkpoint {name}; {'; '.join(told)}")
+    if found:
+        raise ValueError(f"state must match the checkpoint {name}; {'; '.join(found)}")
 
 
-def require_undamaged(manifest: dict[str, Any], arrays: dict[str, jax.Array]):
-    """Check that the arrays are, bit for bit, those the manifest was made of.
+def require_undamaged(manifest: dict[str, Any], arrays: dict[str, jax.Array]) -> None:
+    """Raise ValueError, naming the first path, where arrays are not bit for bit what was saved.
 
     Args:
-      manifest: from :func:`make_manifest`.
-      arrays: what was read, by path; random keys as their data.
-
-    Raises:
-      ValueError: naming the first path that differs.
+      manifest: from `read_manifest`.
+      arrays: what was read, by `current_name`; random keys as their data.
     """
     prints = jax.device_get({path: fingerprint(array) for path, array in arrays.items()})
     for path, pair in manifest["fingerprints"].items():
@@ -145,19 +162,20 @@ def examples_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def to_read(example: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What to ask Orbax for: the example's shape, type and sharding; a random key's data.
+    """What to ask Orbax for: the shape, type and sharding of an example as files hold it.
 
     Args:
       example: one without a sharding means the first device.
     """
     sharding = example.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if is_key(example):
-        example = jax.eval_shape(jax.random.key_data, example)
+    example = jax.eval_shape(as_saved, example)
     return jax.ShapeDtypeStruct(example.shape, example.dtype, sharding=sharding)
 
 
-def as_example(array: jax.Array, example, generator: str | None) -> jax.Array:
-    """Give back what files do not hold: a random key's type, and freedom from any one device.
+def as_example(
+    array: jax.Array, example: jax.Array | jax.ShapeDtypeStruct, generator: str | None
+) -> jax.Array:
+    """Restore what files do not hold: a random key's type, and independence of any one device.
 
     Args:
       array: what was read for :func:`to_read`.
@@ -189,9 +207,65 @@ def unseal(sealed: dict[str, Any]) -> Any:
     return sealed["content"]
 
 
+def positions_of(iterator: Any) -> list[str]:
+    """Where the data iterator of every process is, as text."""
+    state = iterator.get_state()
+    return gathered(state.decode() if isinstance(state, bytes) else json.dumps(state))
+
+
+def move_to(iterator: Any, position: str) -> None:
+    """Set a data iterator to one of the `positions_of`."""
+    as_bytes = isinstance(iterator.get_state(), bytes)  # Grain's DataLoader; its Dataset has dicts
+    iterator.set_state(position.encode() if as_bytes else json.loads(position))
+
+
 def _types(leaves) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
 
 
 def _crc32(content) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def failure_is_damage():
+    """Raise `Damaged` for whatever Orbax raises inside."""
+    # Orbax raises errors of a dozen types for damaged files, plain Exception among them.
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # the device's trouble, not the files'
+        raise
+    except Exception as error:
+        raise Damaged(in_short(error)) from error
+
+
+def in_short(error: BaseException) -> str:
+    """Type and first line of an error."""
+    line = (str(error).splitlines() or [""])[0]
+    if len(line) > 300:  # Orbax repeats long paths; the reason stands at either end
+        line = f"{line[:150]} ... {line[-150:]}"
+    return f"{type(error).__name__}: {line}"
+
+
+@functools.cache  # once
+def quieten_orbax() -> None:
+    """Leave out what Orbax logs and prints of failures that it raises as exceptions anyway."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        # Orbax logs every file at INFO, and at ERROR four tracebacks of what it raises anyway.
+        return record.levelno == logging.WARNING or "orbax" not in record.pathname
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        # Where one read has failed, asyncio reports those beside it when it forgets them.
+        text = record.getMessage().lower()
+        of_orbax = any(name in text for name in ("orbax", "ocdbt", "tensorstore"))
+        return not (of_orbax and "exception was never retrieved" in text)
+
+    def report_unless_abandoned(unraisable) -> None:
+        # TensorStore's threads end such reads later, and find the event loop closed.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, report_unless_abandoned
+    logging.getLogger("absl").addFilter(is_news)
+    logging.getLogger("asyncio").addFilter(is_of_others)

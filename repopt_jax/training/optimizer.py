@@ -1,7 +1,7 @@
 """The optimizer of a training part and its learning rate, from the configuration.
 
-The official RepOptimizers code takes its schedules from timm. These equal them update for update,
-with what is easily missed:
+The official RepOptimizers code takes its schedules from timm. These equal them update for update.
+What is easily missed:
 
 * Every rate is stated for a batch of 256 images and grows in proportion to the batch.
 * The rate is set *after* an update, so update ``i`` runs with the schedule's value at ``i - 1``;

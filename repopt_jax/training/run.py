@@ -8,6 +8,7 @@ command resumes an interrupted run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from repopt_jax.scales import Scales, load_scales, save_scales
+from repopt_jax.files import load_scales
+from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
 from repopt_jax.training.devices import make_mesh, put_batch
-from repopt_jax.training.evaluation import evaluate_state
+from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
 from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
 from repopt_jax.training.interruption import RunStopped, plain_errors
 from repopt_jax.training.loop import scales_by_epoch, train
@@ -29,7 +31,7 @@ from repopt_jax.training.parts import Part, initial_scales, prepare_parts
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.step import TrainState, jitted_train_step
-from repopt_jax.training.workdir import SCALES, claim, with_bn_groups
+from repopt_jax.training.workdir import SCALES, claimed, with_bn_groups
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -48,28 +50,28 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         `train` does.
     """
     workdir = epath.Path(workdir)
-    with plain_errors():
-        names, scales = names_and_scales(config, workdir)
-        mesh = make_mesh(config.fsdp)
-        config = with_bn_groups(config, names, mesh, workdir)
-        unfinished = [name for name in names if not _summary_file(workdir, name).exists()]
-        parts = prepare_parts(config, unfinished, mesh, scales)
-        claim(workdir, config, parts.values())
-        if scales is not None and jax.process_index() == 0:
-            save_scales(workdir / SCALES, scales)
-    for name in unfinished:
+    with contextlib.ExitStack() as stack:
         with plain_errors():
-            part = parts.pop(name).with_scales(scales)  # popped, so that its data can be freed
-        state, summary = train(part, workdir / name)
+            names, scales = names_and_scales(config, workdir)
+            mesh = make_mesh(config.fsdp)
+            config = with_bn_groups(config, names, mesh, workdir)
+            unfinished = [name for name in names if not _summary_file(workdir, name).exists()]
+            parts = prepare_parts(config, unfinished, mesh, scales)
+            stack.enter_context(claimed(workdir, config, list(parts.values())))
+            if scales is not None and jax.process_index() == 0:
+                save_scales(workdir / SCALES, scales)
+        for name in unfinished:
+            with plain_errors():
+                part = parts.pop(name).with_scales(scales)  # popped, so that its data can be freed
+            state, summary = train(part, workdir / name)
+            with plain_errors():
+                if name == "search":
+                    scales = _keep_scales(part, state, summary, workdir)
+                write_json(_summary_file(workdir, name), summary)
+            del part, state  # the next part needs their memory
+            wait_for_all(f"where the summary of {name} is written")
         with plain_errors():
-            if name == "search":
-                scales = _keep_scales(part, state, summary, workdir)
-            write_json(_summary_file(workdir, name), summary)
-        del part, state  # the next part needs their memory
-        wait_for_all(f"where the summary of {name} is written")
-    with plain_errors():
-        summary = _report(workdir, mesh)
-    return summary
+            return _report(workdir, mesh)
 
 
 def names_and_scales(
@@ -88,7 +90,7 @@ def names_and_scales(
     """
     check_config(config)
     names = list(dict.fromkeys(config.parts))
-    scales = load_scales(config.scales) if config.scales else None
+    scales = load_scales(epath.Path(config.scales).expanduser()) if config.scales else None
     if scales is not None and "search" in names:
         names.remove("search")
         if not names:
@@ -110,7 +112,7 @@ def names_and_scales(
 
 
 def _keep_scales(part: Part, state: TrainState, summary: dict, workdir: epath.Path) -> Scales:
-    """Save what a search found, with figures of it and of how it came about."""
+    """Save the scales that a search found, and figures of them and of their course."""
     scales = part.scales_of(state, part.steps, summary)
     if jax.process_index() == 0:
         save_scales(workdir / SCALES, scales)
@@ -175,6 +177,8 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
         for which, step, state in _restored(part, workdir / name):
             numbers = evaluate_state(part, state)
             found[f"{name}/{which}"] = numbers
+            if jax.process_index() == 0 and (warning := not_finite_sentence(numbers)):
+                print(f"{part.spec.title}, {which}{warning}")
             for prefix, label in (("eval", which), ("eval_ema", f"{which}, averaged")):
                 if f"{prefix}/top1" in numbers:
                     cells = [f"{numbers[f'{prefix}/{k}']:.2f}" for k in ("top1", "top5")]
@@ -207,7 +211,7 @@ def _restored(part: Part, workdir: epath.Path) -> Iterator[tuple[str, int, Train
         checkpoints = Checkpoints(workdir, read_only=True)
     for which in ("latest", "best"):
         if which == "best" and checkpoints.best_step() is None:
-            continue  # no checkpoint was written where an evaluation was due
+            continue  # no checkpoint has been evaluated
         with plain_errors():
             restored = checkpoints.restore(state, step=which)
         if restored is not None:  # None: stopped before its first checkpoint
@@ -225,7 +229,7 @@ def throughput(config: ConfigDict) -> dict[str, float]:
     """
     with plain_errors():
         names, scales = names_and_scales(config)
-        # How long a step takes does not depend on the values of the scales.
+        # The values of the scales do not change the time of a step.
         scales = initial_scales(config) if scales is None else scales
         parts = prepare_parts(config, names, make_mesh(config.fsdp), scales)
     rows, found = [], {}
@@ -239,7 +243,7 @@ def throughput(config: ConfigDict) -> dict[str, float]:
 
 
 def _time(part: Part) -> tuple[float, float]:
-    """Seconds to compile, and per step."""
+    """Seconds for the compilation, and for one step."""
     state = part.init()
     batch = put_batch(part.mesh, next(part.train_batches()))
     arguments = (part.graphdef, part.tx, part.options)

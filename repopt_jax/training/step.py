@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes, and a checkpoint holds.
+    """Everything that a training step changes and a checkpoint holds.
 
     Attributes:
       step: number of updates done.
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a step does besides the model and the optimizer.
+    """The options of a step besides the model and the optimizer.
 
     Attributes:
       mean: per channel, in units of a pixel of range 0 to 1.
@@ -145,7 +145,7 @@ def _loss(params, stats, images, labels, key, *, graphdef, options):
 
 
 def loss_function(graphdef: nnx.GraphDef, options: StepOptions) -> Callable[..., tuple]:
-    """What a step differentiates: of params, stats, images, labels and a random key.
+    """The function that a step differentiates, of params, stats, images, labels and a random key.
 
     It returns the loss, and (share of hits, new stats).
     """
@@ -183,7 +183,7 @@ def train_step(
     if options.accumulation == 1:
         stats, (loss, correct, grads) = part(state.stats, (images, labels, 0))
     else:
-        # Every part takes some samples of every device, so that no image changes its device.
+        # Every part takes samples from every device, so that no image changes its device.
         parts = [
             x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
             for x in (images, labels)
@@ -203,7 +203,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        ema = optax.incremental_update((params, stats), ema, 1 - options.ema_decay)
+        average = functools.partial(_average, decay=options.ema_decay)
+        ema = jax.tree.map(average, ema, (params, stats))
     new_state = TrainState(state.step + 1, params, stats, opt_state, ema)
     return new_state, {
         "loss": loss.astype(jnp.float32),
@@ -211,9 +212,18 @@ def train_step(
     }
 
 
-# Masked means over an evaluation set: loss, and top-1 and top-5 in percent.
+def _average(average: Array, value: Array, decay: float) -> Array:
+    """The moving average of floats; other values, such as keys of Dropout, are the new ones."""
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return value
+    return optax.incremental_update(value, average, 1 - decay)
+
+
+# Masked means over an evaluation set: loss, top-1 and top-5 in percent, and the share of images
+# whose logits are not finite.
+MEASURED = ("loss", "top1", "top5", "not_finite")
 EvalMetrics = clu_metrics.Collection.create(
-    **{name: clu_metrics.Average.from_output(name) for name in ("loss", "top1", "top5")}
+    **{name: clu_metrics.Average.from_output(name) for name in MEASURED}
 )
 
 
@@ -233,11 +243,13 @@ def eval_step(
     logits = model(normalize(batch["image"], options)).astype(jnp.float32)
     labels = batch["label"]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    hits = best == labels[:, None]
+    finite = jnp.isfinite(logits).all(-1, keepdims=True)
+    hits = (best == labels[:, None]) & finite  # else NaN would be a hit of some class
     return EvalMetrics.single_from_model_output(
         loss=cross_entropy(logits, labels),
         top1=100 * hits[:, 0].astype(jnp.float32),
         top5=100 * hits.any(-1).astype(jnp.float32),
+        not_finite=1 - finite[:, 0].astype(jnp.float32),
         mask=batch["mask"],
     )
 

@@ -1,27 +1,36 @@
-"""The working directory of a run: which configuration it belongs to, and what it remembers."""
+"""The working directory of a run: the configuration that it belongs to, and what it keeps."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 from etils import epath
 
 from repopt_jax.training.checkpoints import checkpoint_directory
-from repopt_jax.training.config import PARTS, sections_of
+from repopt_jax.training.config import PARTS, default_config, flat, sections_of
 from repopt_jax.training.devices import samples_per_group
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import write_json
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
+if TYPE_CHECKING:
     from jax.sharding import Mesh
     from ml_collections import ConfigDict
 
+    from repopt_jax.data import Dataset
     from repopt_jax.training.parts import Part
 
-CONFIG, CLASSES, SCALES = "config.json", "classes.json", "scales.safetensors"
+CONFIG, DATA, LOCK, SCALES = "config.json", "data.json", ".lock", "scales.safetensors"
+
+UNFINISHED = ".config.unfinished.json"
 
 # Fields that may differ when a run is resumed, because they do not change its numbers so far.
 FREE_FIELDS = (
@@ -33,13 +42,14 @@ FREE_FIELDS = (
     "fsdp",
     "remat",
     "threads",
+    "workers",
     "data_dir",
     "skip_bad",
     "eval_batch_size",
 )
 
-# Statistics of fewer images are poor, and of one 1x1 map none at all: nobody should get them
-# because the machine is large.
+# Statistics over fewer images are poor, and over a single 1x1 map there are none: a large machine
+# must not bring them about unasked.
 SMALLEST_SHARE = 8
 
 
@@ -79,35 +89,87 @@ def _group(name: str, section: ConfigDict, mesh: Mesh, remembered: int | None, w
     return group
 
 
-def claim(workdir: epath.Path, config: ConfigDict, parts: Iterable[Part]) -> None:
-    """Write down the configuration and the parts' numbers of classes.
+@contextlib.contextmanager
+def claimed(workdir: epath.Path, config: ConfigDict, parts: Sequence[Part]) -> Iterator[None]:
+    """Own the directory of a run: no other process may train in it meanwhile.
+
+    Writes down the configuration, and what the images of `parts` are. The system ends the lock with
+    the process, however that ends. ``gs://``, Windows and some network file systems have none.
 
     Raises:
-      ValueError: the directory is no run's, or that of a run with another configuration.
+      ValueError: the directory is no run's, that of a run with another configuration or other
+        images, or in use.
     """
     checkpoint_directory(workdir)  # refuses some, before anything is written
-    path = workdir / CONFIG
+    images = {part.spec.section: _images(part.dataset) for part in parts}
     wanted = json.loads(config.to_json_best_effort())
-    if path.exists():
-        _require_same(_read(path), wanted, workdir)
+    if (workdir / CONFIG).exists():
+        _require_same(_read(workdir / CONFIG), wanted, workdir)
+        _require_same_images(_read(workdir / DATA), images, workdir)
     elif workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a directory, got the file {workdir}")
     # A kill while the configuration was being written leaves its unfinished file alone.
-    elif workdir.exists() and any(p.name != ".config.unfinished.json" for p in workdir.iterdir()):
+    elif workdir.exists() and {p.name for p in workdir.iterdir()} - {UNFINISHED, LOCK}:
         raise ValueError(f"workdir must be empty, absent or a run's own, got {workdir}")
-    classes = _read(workdir / CLASSES) | {p.spec.section: p.dataset.num_classes for p in parts}
     wait_for_all("before the configuration is written")
-    write_json(path, wanted)
-    write_json(workdir / CLASSES, classes)
+    with _locked(workdir):
+        write_json(workdir / CONFIG, wanted)
+        write_json(workdir / DATA, _read(workdir / DATA) | images)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: epath.Path) -> Iterator[None]:
+    if fcntl is None or "://" in str(workdir) or jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"workdir must not be in use, got {workdir}, in which another process trains"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _images(dataset: Dataset) -> dict[str, Any]:
+    names = dataset.class_names
+    return {
+        "num_classes": dataset.num_classes,
+        "class_names": None if names is None else list(names),
+        "training_images": len(dataset.train),
+        "evaluation_images": len(dataset.eval),
+    }
 
 
 def stored_classes(workdir: epath.PathLike, part: str) -> int | None:
     """The number of classes that a part was trained on; None for a run of an older version."""
-    return _read(epath.Path(workdir) / CLASSES).get(PARTS[part].section)
+    return _read(epath.Path(workdir) / DATA).get(PARTS[part].section, {}).get("num_classes")
+
+
+def _require_same_images(present: dict, wanted: dict, workdir: epath.Path) -> None:
+    """Refuse other images: the steps of an epoch or the meaning of the labels would change."""
+    for section, images in wanted.items():
+        for key, value in images.items():
+            before = present.get(section, {}).get(key)  # None: not known
+            if before != value and before is not None and value is not None:
+                changed = f"{before!r} there, {value!r} here"
+                if isinstance(value, list):
+                    changed = f"{sorted(set(before) ^ set(value))[:3] or 'the order'} differ"
+                raise ValueError(
+                    f"{section}.data must be the images that the run in {workdir} began with: "
+                    f"{key} ({changed})"
+                )
 
 
 def _require_same(present: dict[str, Any], wanted: dict[str, Any], workdir: epath.Path) -> None:
-    present, wanted = _flat(present), _flat(wanted)
+    # Fields that came after the run began had the effect of their defaults.
+    defaults = json.loads(default_config().to_json_best_effort())
+    present, wanted = flat(defaults) | flat(present), flat(wanted)
     different = [
         f"{key} ({present.get(key)!r} there, {wanted.get(key)!r} here)"
         for key in sorted(present.keys() | wanted.keys())
@@ -123,13 +185,3 @@ def _require_same(present: dict[str, Any], wanted: dict[str, Any], workdir: epat
 
 def _read(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

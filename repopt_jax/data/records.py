@@ -1,0 +1,105 @@
+"""Prepared data sets: encoded images with labels in sharded ArrayRecord files, and their facts.
+
+A folder holds `<split>-<shard>-of-<shards>.array_record` and `dataset.json`, which says the names
+of the classes, and of every split the images and SHA-256 of each shard. A record is the label (4
+bytes), the length of the image's name (2 bytes), both little-endian, the name in UTF-8, and the
+image file.
+"""
+
+import functools
+import json
+import pathlib
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from repopt_jax.data.sources import Dataset, read_labels
+
+FACTS = "dataset.json"
+FORMAT_VERSION = 1
+_HEAD = struct.Struct("<iH")
+
+
+class RecordSource:
+    """One split of a prepared set.
+
+    Raises:
+      OSError: when records are read from a damaged file.
+    """
+
+    def __init__(self, folder: pathlib.Path, split: str, shards: int):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self._folder = folder
+        paths = [str(folder / shard_name(split, shard, shards)) for shard in range(shards)]
+        self._reader = ArrayRecordDataSource(paths)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            return [unpack(record) for record in self._reader.__getitems__(indices)]
+        except RuntimeError as error:  # ArrayRecord's for all that goes wrong
+            raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every image, int32 (n,), for which all records are read."""
+        return read_labels(self)
+
+
+def load_records(folder: pathlib.Path, train_split: str | None, eval_split: str | None) -> Dataset:
+    """Opens a prepared set; the arguments are those of `load_dataset`."""
+    facts = json.loads((folder / FACTS).read_text())
+    if facts["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"data_dir must hold the format version {FORMAT_VERSION}, "
+            f"got {facts['format_version']} in {str(folder / FACTS)!r}"
+        )
+    sources = []
+    for argument, split in (("train_split", train_split), ("eval_split", eval_split)):
+        split = split or ("train" if argument == "train_split" else "val")
+        if split not in facts["splits"]:
+            raise ValueError(
+                f"{argument} must be one of {sorted(facts['splits'])} in {str(folder)!r}, "
+                f"got {split!r}"
+            )
+        shards = facts["splits"][split]["shards"]
+        sources.append(RecordSource(folder, split, len(shards)))
+        expected = sum(shard["images"] for shard in shards)
+        if len(sources[-1]) != expected:
+            raise ValueError(
+                f"{argument} {split!r} must hold {expected} images in {str(folder)!r}, "
+                f"got {len(sources[-1])}"
+            )
+    shape, names = facts["image_shape"], tuple(facts["classes"])
+    return Dataset("folder", len(names), *sources, tuple(shape) if shape else None, names)
+
+
+def shard_name(split: str, shard: int, shards: int) -> str:
+    """The name of a file."""
+    return f"{split}-{shard:05d}-of-{shards:05d}.array_record"
+
+
+def pack(label: int, name: str, image: bytes) -> bytes:
+    """The record of an image.
+
+    >>> unpack(pack(7, "cat.jpg", b"..."))
+    {'image': b'...', 'label': 7, 'name': 'cat.jpg'}
+    """
+    encoded = name.encode()
+    return _HEAD.pack(label, len(encoded)) + encoded + image
+
+
+def unpack(record: bytes) -> dict[str, Any]:
+    """The image of a record."""
+    label, length = _HEAD.unpack_from(record)
+    end = _HEAD.size + length
+    name = record[_HEAD.size : end].decode()
+    return {"image": record[end:], "label": label, "name": name}

@@ -1,0 +1,154 @@
+"""Files of scales and of weights, opened by their content: safetensors or PyTorch.
+
+The suffix of a file does not matter. Paths are local or ``gs://``.
+A weights file of ours is a safetensors file with one array per path of a variable, such as
+``stage1/0/conv/kernel``, and the arguments of `create_model` as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from repopt_jax.atomic_write import atomic_write
+from repopt_jax.models import RepOptGhost, RepOptVGG
+from repopt_jax.scales import Scales, parse_safetensors, parse_scales
+from repopt_jax.torch_files import load_torch_scales, load_torch_weights
+from repopt_jax.torch_files.weights import unfilled_model
+from repopt_jax.tree_paths import current_path, path_str
+
+FORMAT_VERSION = "1"
+
+
+def is_torch_file(path: str | os.PathLike, *, what: str = "path") -> bool:
+    """Whether a file is torch's; otherwise it is a safetensors file.
+
+    Args:
+      path: the file.
+      what: the argument's name, for messages.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it has neither format.
+    """
+    source = epath.Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{what} must be an existing file, got {os.fspath(path)}")
+    with source.open("rb") as file:
+        head = file.read(262)
+    # Asked first: the length of its header, in the first bytes, may look like torch's.
+    if head[8:9] == b"{":
+        return False
+    if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
+        return True
+    raise ValueError(
+        f"{os.fspath(path)!r} must be a safetensors or a torch file, got one that starts with "
+        f"{head[:16]!r}"
+    )
+
+
+def load_scales(path: str | os.PathLike) -> Scales:
+    """Read scales from a safetensors file, or from a torch file as `load_torch_scales` does.
+
+    Args:
+      path: a file of any name, local or ``gs://``.
+
+    Raises:
+      ValueError: the file holds no scales.
+      FileNotFoundError: there is no such file.
+
+    >>> import repopt_jax, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/s.safetensors"
+    ...     repopt_jax.save_scales(path, Scales({"conv": {"full": np.ones(2)}}))
+    ...     load_scales(path) == Scales({"conv": {"full": np.ones(2)}}, {"format_version": "1"})
+    True
+    """
+    if is_torch_file(path, what="scales"):
+        return load_torch_scales(path)
+    return parse_scales(epath.Path(path).read_bytes(), os.fspath(path))
+
+
+def variables(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Every variable of `model` by its path, as a weights file holds them."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
+    return {path_str(path): np.asarray(value) for path, value in leaves}
+
+
+def save_weights(path: str | os.PathLike, model: nnx.Module, arguments: Mapping[str, Any]) -> None:
+    """Write a weights file, replacing `path` only once it is complete.
+
+    Args:
+      path: the file.
+      model: a network of any kind.
+      arguments: those of `create_model` that make this network, but for its types.
+    """
+    facts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+    save_arrays(path, variables(model), {"format_version": FORMAT_VERSION, **facts})
+
+
+def save_arrays(
+    path: str | os.PathLike,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, replacing `path` only once it is complete."""
+    from safetensors.numpy import save
+
+    data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
+    with atomic_write(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost:
+    """The network of a weights file, or of a torch file as `load_torch_weights` makes it.
+
+    Args:
+      path: a file that ``repopt-convert --weights`` or torch wrote; local or ``gs://``.
+      **options: of `create_model`, such as strides and bn_group; they are not in the file.
+
+    Raises:
+      ValueError: it is no such file, or does not fit the network that it names.
+      FileNotFoundError: there is no such file.
+    """
+    if is_torch_file(path, what="weights"):
+        return load_torch_weights(path, **options)
+    tensors, arguments = read_weights(path)
+    dtype = next(iter(tensors.values())).dtype
+    model = unfilled_model(**arguments, **{"param_dtype": dtype} | options)
+    state = nnx.state(model)
+    wanted = {path_str(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(state)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if wanted != found:
+        different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        raise ValueError(f"{os.fspath(path)!r} does not fit its network, in {different}")
+    new = jax.tree_util.tree_map_with_path(
+        lambda p, old: jax.numpy.asarray(tensors[path_str(p)], old.dtype), state
+    )
+    nnx.update(model, new)
+    return model
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The variables by path in a weights file, and its network's arguments of `create_model`.
+
+    Raises:
+      ValueError: it is no weights file.
+    """
+    name = os.fspath(path)
+    tensors, metadata = parse_safetensors(epath.Path(path).read_bytes(), name)
+    if "kind" not in metadata or not tensors:
+        raise ValueError(f"{name!r} must be a weights file, got {metadata or 'no facts'}")
+    arguments = {
+        k: v if k in ("name", "kind") else json.loads(v)
+        for k, v in metadata.items()
+        if k != "format_version"
+    }
+    return {current_path(k): v for k, v in tensors.items()}, arguments
