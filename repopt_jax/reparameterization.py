@@ -19,10 +19,13 @@ import optax
 
 from repopt_jax.branches import (
     Block,
+    as_layout,
     check_block,
+    check_layout,
     in_auto_mode,
     is_known,
     merge,
+    outputs_last,
     placed_like,
     pull_back,
     replicated_like,
@@ -52,9 +55,11 @@ def _is_absent(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _inner_tree(leaves: Mapping[str, Any], branches: Mapping[str, Mapping[str, Any]]) -> dict:
+def _inner_tree(
+    leaves: Mapping[str, Any], branches: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]
+) -> dict:
     """What the optimizer sees: a nested dict with a search network's names of parameters."""
-    kernels = {f"{path}/kernel" for path in branches}
+    kernels = {places[path] for path in branches}
     named = {path: leaf for path, leaf in leaves.items() if path not in kernels}
     for path, by_name in branches.items():
         named.update({f"{path}/branch_weights/{name}": leaf for name, leaf in by_name.items()})
@@ -126,6 +131,8 @@ def reparameterize(
     scales: Mapping[str, Mapping[str, Array]],
     *,
     weights: Mapping[str, Mapping[str, Array]],
+    kernel: str = "kernel",
+    layout: str = "IO",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Train merged kernels exactly as `optimizer` would train their branches.
 
@@ -163,6 +170,8 @@ def reparameterize(
       weights: path of a layer -> branch name -> ``w_b``, where the branches start; a copy stays in
         the host's memory. They are what the kernels were merged from, and ``init`` checks it (not
         under ``jax.jit``, where values are unknown). `target_network` takes care of this.
+      kernel: name of the kernels, as in `grad_mults`.
+      layout: of the kernels, as in `grad_mults`.
 
     Returns:
       An optax.GradientTransformationExtraArgs.
@@ -181,7 +190,9 @@ def reparameterize(
     >>> [[round(float(u), 3) for u in row] for row in updates["conv"]["kernel"][..., 0, 0]]
     [[-0.4, -0.4, -0.4], [-0.4, -0.5, -0.4], [-0.4, -0.4, -0.4]]
     """
+    check_layout(layout)
     inner = optax.with_extra_args_support(optimizer)
+    places = {path: f"{path}/{kernel}" for path in blocks}
     for what, given in (("scales", scales), ("weights", weights)):
         missing = [path for path in blocks if path not in given]
         missing += [
@@ -202,14 +213,14 @@ def reparameterize(
         # None stands for no parameter, as in Equinox; wrappers hide others.
         named = by_path(params, is_leaf=_is_absent)
         leaves = {path: leaf for path, leaf in named.items() if not _is_absent(leaf)}
-        missing = [path for path in blocks if f"{path}/kernel" not in named]
+        missing = [path for path, place in places.items() if place not in named]
         if missing and not any(isinstance(x, optax.MaskedNode) for x in named.values()):
             raise ValueError(f"every block needs a kernel in params, missing: {missing}")
         own_scales, own_weights, kernels = {}, {}, {}
         for path in blocks:
-            if f"{path}/kernel" not in leaves:
+            if places[path] not in leaves:
                 continue
-            kernel, block = leaves[f"{path}/kernel"], blocks[path]
+            kernel, block = outputs_last(leaves[places[path]], layout), blocks[path]
             own_scales[path] = {
                 n: replicated_like(scales[path][n], kernel) for n, b in block.items() if b.scaled
             }
@@ -220,7 +231,7 @@ def reparameterize(
                 merged = _merged(block, own_weights[path], own_scales[path], kernel)
                 kernels[path] = _sample(merged.astype(kernel.dtype))
             _check_start(path, block, own_weights[path], own_scales[path], kernel)
-        state = inner.init(_inner_tree(leaves, own_weights))
+        state = inner.init(_inner_tree(leaves, own_weights, places))
         return ReparameterizeState(own_scales, own_weights, kernels, state)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -229,16 +240,16 @@ def reparameterize(
         gradients, leaves = by_path(updates), by_path(params)
         pulled = {}
         for path, own in state.weights.items():
-            gradient = gradients[f"{path}/kernel"]
+            gradient = outputs_last(gradients[places[path]], layout)
             wide = gradient.astype(wide_type(gradient.dtype))
             back = in_auto_mode(
                 functools.partial(pull_back, blocks[path]), own, state.scales[path], wide
             )
             pulled[path] = {name: back[name].astype(w.dtype) for name, w in own.items()}
         moves, inner_state = inner.update(
-            _inner_tree(gradients, pulled),
+            _inner_tree(gradients, pulled, places),
             state.inner,
-            _inner_tree(leaves, state.weights),
+            _inner_tree(leaves, state.weights, places),
             **extra_args,
         )
         moves = by_path(moves)
@@ -251,10 +262,10 @@ def reparameterize(
         }
         kernels = {}
         for path, own in weights.items():
-            kernel = leaves[f"{path}/kernel"]
+            kernel = outputs_last(leaves[places[path]], layout)
             merged = _merged(blocks[path], own, state.scales[path], kernel)
             move = _move(path, state.kernels[path], merged, kernel)
-            moves[f"{path}/kernel"] = move
+            moves[places[path]] = as_layout(move, layout)
             kernels[path] = _sample(optax.apply_updates(kernel, move))
         outer = jax.tree_util.tree_map_with_path(lambda path, _: moves[path_str(path)], updates)
         return outer, ReparameterizeState(state.scales, weights, kernels, inner_state)

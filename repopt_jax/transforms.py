@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import serialization
 
 from repopt_jax.branches import RULES, BranchMult, is_known, placed_like, replicated_like, wide_type
 from repopt_jax.tree_paths import by_path, errors_at, path_str
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, PyTree
+    from jaxtyping import Array, DTypeLike, PyTree
 
 
 # Names of biases, and of what normalization multiplies by.
@@ -100,6 +101,15 @@ class ScaleByGradMultState(NamedTuple):
     """State of `scale_by_grad_mult`: the constants, by path of their parameter."""
 
     grad_mults: dict[str, Array | BranchMult]
+
+
+serialization.register_serialization_state(
+    BranchMult,
+    lambda mult: dict(mult.scales),
+    lambda mult, state: dataclasses.replace(
+        mult, scales=serialization.from_state_dict(mult.scales, state)
+    ),
+)
 
 
 def scale_by_grad_mult(
@@ -219,14 +229,20 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
+def _check_decay(weight_decay: optax.ScalarOrSchedule) -> None:
+    if is_known(weight_decay) and not callable(weight_decay) and weight_decay < 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+
+
 def repopt_sgd(
     learning_rate: optax.ScalarOrSchedule,
     grad_mults: PyTree,
     *,
-    momentum: float = 0.9,
+    momentum: float | None = 0.9,
     nesterov: bool = True,
-    weight_decay: float = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD on re-parameterized gradients: exact for momentum, Nesterov and coupled decay.
 
@@ -243,11 +259,13 @@ def repopt_sgd(
     Args:
       learning_rate: a float or a schedule.
       grad_mults: see `scale_by_grad_mult`; `BranchMult` leaves follow the rule "linear".
-      momentum: ``μ``, in [0, 1).
+      momentum: ``μ``, in [0, 1). None: no momentum and no memory for it.
       nesterov: whether to look ahead along the momentum.
-      weight_decay: ``λ``, coupled: it goes through momentum and learning rate.
+      weight_decay: ``λ``, coupled: it goes through momentum and learning rate. A float or a
+        schedule.
       mask: what to decay, as a tree of bools or a function of the parameters such as
         `weight_decay_mask`. None: every parameter.
+      accumulator_dtype: of ``m``. None: that of the parameters.
 
     Raises:
       ValueError: momentum or weight decay out of range, or as `scale_by_grad_mult` does.
@@ -259,14 +277,15 @@ def repopt_sgd(
     >>> [round(float(w), 3) for w in optax.apply_updates(params, updates)["w"]]
     [0.9, 0.6]
     """
-    if is_known(momentum) and not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if is_known(weight_decay) and weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    if momentum is not None and is_known(momentum) and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1) or None, got {momentum}")
+    _check_decay(weight_decay)
     return optax.chain(
         scale_by_grad_mult(grad_mults),
         optax.add_decayed_weights(weight_decay, mask),
-        optax.trace(momentum, nesterov),
+        optax.identity()
+        if momentum is None
+        else optax.trace(momentum, nesterov, accumulator_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -278,7 +297,9 @@ def repopt_adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 1e-2,
+    eps_root: float = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-2,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on re-parameterized updates: exact but for `eps` where several branches meet.
@@ -303,7 +324,10 @@ def repopt_adamw(
       b1: decay rate of the first moment.
       b2: decay rate of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: ``λ``, decoupled.
+      eps_root: added to the second moment before its root is taken.
+      mu_dtype: of the first moment. None: that of the parameters.
+      weight_decay: ``λ``, decoupled; a float or a schedule. The default is torch's; that of
+        `optax.adamw` is 1e-4.
       mask: what to decay, as in `repopt_sgd`. None: every parameter.
 
     Raises:
@@ -316,8 +340,7 @@ def repopt_adamw(
     >>> [round(float(w), 3) for w in optax.apply_updates(params, updates)["w"]]
     [0.9, 0.8]
     """
-    if is_known(weight_decay) and weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    _check_decay(weight_decay)
     direction = scale_by_grad_mult(grad_mults, rule="direction")
     means = jax.tree.map(
         lambda m: dataclasses.replace(m, rule="mean") if isinstance(m, BranchMult) else None,
@@ -326,7 +349,7 @@ def repopt_adamw(
     )
     return optax.chain(
         scale_by_grad_mult(means, rule="mean"),
-        optax.scale_by_adam(b1, b2, eps),
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
         direction,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,8 +58,15 @@ def parent_and_key(model: Any, path: str) -> tuple[Any, str]:
     """The module that holds the layer at `path`, and the layer's name or index in it."""
     *parents, key = path.split("/")
     for part in parents:
-        model = model[int(part)] if part.isdigit() else getattr(model, part)
+        model = _child(model, part)
     return model, key
+
+
+def _child(parent: Any, key: str) -> Any:
+    """What a module, a list, a tuple or a dict holds under a name or an index."""
+    if isinstance(parent, Mapping):
+        return parent[key] if key in parent else parent[int(key)]
+    return getattr(parent, key) if hasattr(parent, key) else parent[int(key)]
 
 
 def layer_at(model: Any, path: str) -> Any:
@@ -73,9 +80,8 @@ def layer_at(model: Any, path: str) -> Any:
     3
     """
     try:
-        parent, key = parent_and_key(model, path)
-        return parent[int(key)] if key.isdigit() else getattr(parent, key)
-    except (AttributeError, IndexError, KeyError, TypeError):
+        return _child(*parent_and_key(model, path))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"path must name a layer of {type(model).__name__}, got {path!r}"
         ) from None

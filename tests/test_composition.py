@@ -206,3 +206,22 @@ def test_multiplying_after_adams_preconditioner_by_the_linear_rule_is_wrong(x64)
     right = optax.chain(optax.scale_by_adam(), optax.scale(-RATE))
     with pytest.raises(AssertionError, match="Not equal"):
         assert_equivalent(wrong, right, rtol=1e-3)
+
+
+def test_options_are_those_of_optax(x64):
+    """No momentum, scheduled decay, and the types and epsilon of the moments."""
+    decay = optax.linear_schedule(0.1, 0.0, 5)
+    target = repopt_sgd(RATE, mults(), momentum=None, weight_decay=decay)
+    assert_equivalent(target, optax.chain(optax.add_decayed_weights(decay), optax.sgd(RATE)))
+    assert len(jax.tree.leaves(target.init(make_params()))) == 2 + 1 + 0  # scales and the count
+    half = {"accumulator_dtype": jnp.bfloat16}
+    state = repopt_sgd(RATE, mults(), **half).init(make_params())
+    expected = optax.sgd(RATE, 0.9, **half).init(make_params())
+    assert [x.dtype for x in jax.tree.leaves(state[2])] == [
+        x.dtype for x in jax.tree.leaves(expected[0])
+    ]
+    adam = {"eps": 0.0, "eps_root": 1e-4, "weight_decay": decay}
+    found = repopt_adamw(RATE, mults("direction"), **adam)
+    assert_equivalent(found, optax.adamw(RATE, **adam), rtol=1e-9)
+    moments = repopt_adamw(RATE, mults("direction"), mu_dtype=jnp.bfloat16).init(make_params())[1]
+    assert moments.mu["a"]["kernel"].dtype == jnp.bfloat16

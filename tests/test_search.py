@@ -30,7 +30,7 @@ from repopt_jax import (
     target_network,
 )
 from repopt_jax.models import search_layers
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import layer_at, path_str
 
 FULL = {"full": Full()}
 
@@ -335,3 +335,43 @@ def test_a_step_that_donates_the_copy_leaves_the_given_model_intact(make):
     halve(nnx.state(copy(), nnx.Param))
     np.testing.assert_array_equal(model.layers[0].bias, before)
     halve(nnx.state(copy(), nnx.Param))
+
+
+class Holder(nnx.Pytree):
+    """A layer in an object that is no module."""
+
+    def __init__(self, layer):
+        self.conv = layer
+
+
+CONTAINERS = {
+    "list": lambda a, b: nnx.List([a, b]),
+    "data list": lambda a, b: nnx.data([a, b]),
+    "tuple": lambda a, b: nnx.data((a, b)),
+    "nested": lambda a, b: nnx.data([(a,), {"b": [b]}]),
+    "dict": lambda a, b: nnx.Dict({"0": a, "x": b}),
+    "data dict": lambda a, b: nnx.data({"0": a, "x": b}),
+    "holder": lambda a, b: nnx.data((Holder(a), Holder(b))),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_layers_in_any_container_are_searched(container):
+    """`find_blocks` names them; the search network and the target have them all."""
+
+    class Contained(nnx.Module):
+        def __init__(self):
+            convs = [nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(i)) for i in range(2)]
+            self.inside = CONTAINERS[container](*convs)
+
+    model = Contained()
+    blocks = find_blocks(model, repvgg_branches)
+    assert len(blocks) == 2
+    csla = search_network(model, blocks, kind="csla", rngs=nnx.Rngs(7))
+    scales = searched_scales(csla)
+    assert list(scales) == list(blocks)
+    target = target_network(model, scales, blocks=blocks, rngs=nnx.Rngs(7))
+    for path, layer in search_layers(csla).items():
+        kernel = layer_at(target.model, path).kernel
+        np.testing.assert_allclose(kernel[...], layer.kernel, rtol=1e-6, atol=1e-7)
+        assert isinstance(layer_at(model, path), nnx.Conv)

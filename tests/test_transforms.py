@@ -1,11 +1,13 @@
 """scale_by_grad_mult as a citizen of Optax, and the assembled optimizers."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import repopt_jax
@@ -347,3 +349,24 @@ def test_parameters_that_are_none_need_no_kernel_for_their_multiplier():
         updates = one_update(by_mult(mults), half)
         assert updates["conv"]["kernel"] is None
         assert updates["bn"]["scale"].tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("how", ["flax", "msgpack", "pickle"])
+@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
+def test_states_can_be_serialized(make, how):
+    """Into a state of other numbers, and with the same update afterwards."""
+    params = make_params()
+    rule = "linear" if make is repopt_sgd else "direction"
+    tx = make(1e-3, mults_of(params, rule))
+    _, state = tx.update(params, tx.init(params), params)
+    blank = jax.tree.map(jnp.zeros_like, state)
+    if how == "flax":
+        found = serialization.from_bytes(blank, serialization.to_bytes(state))
+    elif how == "msgpack":
+        data = serialization.msgpack_serialize(serialization.to_state_dict(state))
+        found = serialization.from_state_dict(blank, serialization.msgpack_restore(data))
+    else:
+        found = pickle.loads(pickle.dumps(state))
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    assert_trees_equal(found, state)
+    assert_trees_equal(tx.update(params, found, params), tx.update(params, state, params))

@@ -31,7 +31,15 @@ from repopt_jax.branches.branch import Branch, Full, Identity, is_known, uniform
 from repopt_jax.branches.frozen import frozen_uniform
 from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
 from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
-from repopt_jax.branches.multiplier import RULES, BranchMult, branch_mult, grad_mults
+from repopt_jax.branches.multiplier import (
+    RULES,
+    BranchMult,
+    as_layout,
+    branch_mult,
+    check_layout,
+    grad_mults,
+    outputs_last,
+)
 from repopt_jax.branches.sharding import in_auto_mode, placed_like, replicated_like
 
 __all__ = [
@@ -50,8 +58,10 @@ __all__ = [
     "LowRank",
     "PooledPointwise",
     "Window",
+    "as_layout",
     "branch_mult",
     "check_block",
+    "check_layout",
     "frozen_uniform",
     "grad_mults",
     "in_auto_mode",
@@ -59,6 +69,7 @@ __all__ = [
     "initial_scales",
     "is_known",
     "merge",
+    "outputs_last",
     "placed_like",
     "pull_back",
     "replicated_like",

@@ -23,8 +23,34 @@ Rule = Literal["linear", "direction", "mean"]
 RULES = get_args(Rule)
 
 
+def check_layout(layout: str) -> None:
+    """Refuse a layout that has not its outputs last, as in "HWIO", or first, as in "OIHW"."""
+    if not (isinstance(layout, str) and (layout.startswith("OI") or layout.endswith("IO"))):
+        raise ValueError(f"layout must end in 'IO' or begin with 'OI', got {layout!r}")
+
+
+def outputs_last(kernel: Array, layout: str) -> Array:
+    """A kernel of `layout` as ``(*window, in / groups, out)``.
+
+    >>> outputs_last(jnp.ones((8, 4, 3, 3)), "OIHW").shape
+    (3, 3, 4, 8)
+    """
+    return jnp.moveaxis(kernel, (0, 1), (-1, -2)) if layout.startswith("OI") else kernel
+
+
+def as_layout(kernel: Array, layout: str) -> Array:
+    """The inverse of `outputs_last`.
+
+    >>> as_layout(jnp.ones((4, 8)), "OI").shape
+    (8, 4)
+    """
+    return jnp.moveaxis(kernel, (-1, -2), (0, 1)) if layout.startswith("OI") else kernel
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["scales"], meta_fields=["block", "rule"]
+    jax.tree_util.register_dataclass,
+    data_fields=["scales"],
+    meta_fields=["block", "rule", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class BranchMult:
@@ -46,9 +72,11 @@ class BranchMult:
         have none.
       block: ``(name, branch)`` pairs.
       rule: "linear", "direction" or "mean".
+      layout: of the gradient: "IO" with outputs on the last axis, as Flax, Haiku and Keras have
+        it, or "OI" with outputs and inputs before the window, as Equinox and torch.
 
     Raises:
-      ValueError: unknown rule, or not "linear" for a branch that is not a 0/1 placement.
+      ValueError: unknown rule or layout, or not "linear" for a branch that is not a 0/1 placement.
 
     >>> from repopt_jax import Centre
     >>> mult = BranchMult({"conv1x1": jnp.array([3.0])}, (("conv1x1", Centre(1)),), "linear")
@@ -59,8 +87,10 @@ class BranchMult:
     scales: dict[str, Float[Array, " out"]]
     block: tuple[tuple[str, Branch], ...]
     rule: Rule
+    layout: str = "IO"
 
     def __post_init__(self):
+        check_layout(self.layout)
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
         if self.rule != "linear" and (names := self._other_than_placements()):
@@ -87,6 +117,8 @@ class BranchMult:
 
     def check_fits(self, kernel_shape: tuple[int, ...]) -> None:
         """Refuse a kernel that this multiplier does not fit."""
+        if self.layout.startswith("OI"):
+            kernel_shape = (*kernel_shape[2:], kernel_shape[1], kernel_shape[0])
         check_block(dict(self.block), kernel_shape)
         wrong = {n: s.shape for n, s in self.scales.items() if s.shape != kernel_shape[-1:]}
         if wrong:
@@ -96,7 +128,7 @@ class BranchMult:
             )
 
     def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        """The element-wise multiplier as an array of `kernel_shape`.
+        """The element-wise multiplier as an array of `kernel_shape`, which has its outputs last.
 
         Raises:
           ValueError: for a block with branches that are no placements, which has none.
@@ -121,17 +153,17 @@ class BranchMult:
     def __call__(self, gradient: Float[Array, "*kernel_shape"]) -> Float[Array, "*kernel_shape"]:
         """Multiply `gradient`, in at least float32, and return its own dtype."""
         dtype = wide_type(gradient.dtype)
-        wide = gradient.astype(dtype)
+        wide = outputs_last(gradient.astype(dtype), self.layout)
         if self.is_elementwise:
-            product = wide * self.dense(gradient.shape, dtype)
+            product = wide * self.dense(wide.shape, dtype)
         else:
             block = dict(self.block)
 
             def operator(scales, wide):
                 return merge(block, pull_back(block, scales, wide), scales, wide.shape)
 
-            product = in_auto_mode(operator, gradient, self.scales, wide)
-        return product.astype(gradient.dtype)
+            product = in_auto_mode(operator, wide, self.scales, wide)
+        return as_layout(product, self.layout).astype(gradient.dtype)
 
 
 def branch_mult(
@@ -168,6 +200,9 @@ def grad_mults(
     blocks: Mapping[str, Block],
     scales: Mapping[str, Mapping[str, Array]],
     rule: Rule = "linear",
+    *,
+    kernel: str = "kernel",
+    layout: str = "IO",
 ) -> PyTree:
     """The multipliers of a network: a tree like `params` with a `BranchMult` per block.
 
@@ -177,9 +212,12 @@ def grad_mults(
 
     Args:
       params: the parameters of the plain network, any pytree.
-      blocks: path of a layer -> its branches; the multiplier belongs to ``<path>/kernel``.
+      blocks: path of a layer -> its branches; the multiplier belongs to its parameter `kernel`.
       scales: path of a layer -> branch name -> ``(out,)``, such as a `Scales`.
       rule: "linear" for `repopt_sgd`, "direction" for `repopt_adamw`.
+      kernel: name of the kernels: "kernel" in Flax and Keras, "w" in Haiku, "weight" in Equinox.
+      layout: of the kernels: outputs last, such as "HWIO" or "IO" (Flax, Haiku, Keras), or first,
+        such as "OIHW" or "OI" (Equinox). It holds for kernels of any rank.
 
     Raises:
       ValueError: if a block has no kernel in `params`, or a branch no scales; for "direction", if a
@@ -193,7 +231,7 @@ def grad_mults(
     ([[1.0, 4.0], [1.0, 4.0]], None)
     """
     names = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    without_kernel = [path for path in blocks if f"{path}/kernel" not in names]
+    without_kernel = [path for path in blocks if f"{path}/{kernel}" not in names]
     without_scales = [
         f"{path}/{name}"
         for path, block in blocks.items()
@@ -205,5 +243,8 @@ def grad_mults(
             f"every block needs a kernel in params, and every branch scales; without a kernel: "
             f"{without_kernel or 'none'}, without scales: {without_scales or 'none'}"
         )
-    mults = {f"{path}/kernel": branch_mult(b, scales[path], rule) for path, b in blocks.items()}
+    mults = {
+        f"{path}/{kernel}": dataclasses.replace(branch_mult(b, scales[path], rule), layout=layout)
+        for path, b in blocks.items()
+    }
     return jax.tree_util.tree_map_with_path(lambda path, _: mults.get(path_str(path)), params)

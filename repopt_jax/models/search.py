@@ -93,12 +93,30 @@ class SearchLayer(nnx.Module):
         return layer(*args, **kwargs)
 
 
-def _swap(model: nnx.Module, layers: Mapping[int, tuple[Any, Any]]) -> None:
-    """Swap layers, ``id(old) -> (old, new)``, wherever `model` has them; shared ones stay so."""
-    for _, module in list(nnx.iter_modules(model)):
-        for name, value in list(vars(module).items()):
-            if id(value) in layers:
-                setattr(module, name, layers[id(value)][1])
+def _swapped(node: Any, layers: Mapping[int, tuple[Any, Any]], seen: set[int]) -> Any:
+    """`node` with layers swapped, ``id(old) -> (old, new)``, wherever it holds them.
+
+    Modules change in place, so that shared ones stay shared; lists, tuples and dicts are made anew
+    where something in them is another.
+    """
+    if id(node) in layers:
+        return layers[id(node)][1]
+    if isinstance(node, (dict, list, tuple)):
+        old = list(node.values() if isinstance(node, dict) else node)
+        new = [_swapped(item, layers, seen) for item in old]
+        if all(a is b for a, b in zip(old, new, strict=True)):
+            return node
+        if isinstance(node, dict):
+            return dict(zip(node, new, strict=True))
+        return type(node)(*new) if hasattr(node, "_fields") else type(node)(new)
+    if isinstance(node, nnx.Pytree) and id(node) not in seen:
+        seen.add(id(node))
+        for name, value in list(vars(node).items()):
+            new = _swapped(value, layers, seen)
+            if new is not value:
+                container = isinstance(new, (dict, list, tuple))
+                setattr(node, name, nnx.data(new) if container else new)
+    return node
 
 
 def search_network(
@@ -146,7 +164,12 @@ def search_network(
             raise ValueError(f"block {path!r}: its layer is that of another block")
         new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
         swapped[id(layer)] = layer, new  # both, so that no other object gets the same id
-    _swap(model, swapped)
+    _swapped(model, swapped, set())
+    missed = [path for path in blocks if not isinstance(layer_at(model, path), SearchLayer)]
+    if missed:
+        raise ValueError(
+            f"every layer of blocks must stand in modules, lists, tuples or dicts, got {missed}"
+        )
     return model
 
 
