@@ -79,7 +79,8 @@ def kill_until_done(
             moment["lines"] = max(lines, lines_written(workdir) + 1)
             both = start_joined(workdir, **options)
             status, other, said, seconds = kill_one(both, victim, workdir, **moment)
-            sentence = said.splitlines()[-1] if said else ""
+            # jax's own lines may come after it, where the first process has gone.
+            sentence = next((x for x in said.splitlines() if "another process" in x), "")
             kill = {"status": status, "victim": victim, "other": other, "seconds": seconds}
             kill |= {"said": sentence, "traceback": "Traceback" in said}
         found.append({"kill": number, "lines": lines_written(workdir)} | kill)

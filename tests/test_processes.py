@@ -114,7 +114,7 @@ def test_a_killed_process_ends_the_other_with_a_sentence(story, tmp_path, victim
     status, other, said, seconds = kill_one(both, victim, tmp_path, lines=3, delay=0.0)
     assert (status, other) == (-signal.SIGKILL, 1)
     assert seconds < 120
-    assert "another process of this run has ended" in said.splitlines()[-1]
+    assert "another process of this run has ended" in said  # jax's own lines may come after it
     assert "Traceback" not in said
 
 
