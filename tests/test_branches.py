@@ -295,6 +295,15 @@ def test_multiplier_keeps_the_type_of_the_gradient(dtype):
     assert product[0].tolist() == [9.0, 1.0]
 
 
+@pytest.mark.parametrize("block", [{"full": Full()}, {"average": Average()}], ids=["full", "op"])
+def test_half_precision_is_multiplied_in_float32(block):
+    """300^2 is infinite in float16; the product of the small gradient is not."""
+    mult = branch_mult(block, dict.fromkeys(block, jnp.array([300.0, 1.0])))
+    product = mult(jnp.full((2, 2, 2), 1e-3, jnp.float16))
+    assert product.dtype == jnp.float16
+    assert 40 < product[..., 0].max() < 100
+
+
 @pytest.mark.parametrize(
     ("branch", "shape"), [(b, s) for b, s, _ in BRANCHES.values() if b.by_channel], ids=str
 )
