@@ -228,6 +228,8 @@ def test_multiply_adds_of_every_layer(x64):
         "head": 16 * 6 * 7,
         "stem": 16 * 9 * 3 * 6,
     }
+    twice = nnx.Sequential(*[nnx.Linear(5, 5, rngs=nnx.Rngs(0))] * 2)
+    assert sum(multiply_adds(twice, (5,)).values()) == 2 * 25
 
 
 REFUSED = {
