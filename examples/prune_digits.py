@@ -61,7 +61,7 @@ def prune_by_resrep(model, fit):
     model = pruning.add_compactors(model, groups, list(groups))
     rule = pruning.scale_by_resrep(groups, list(groups), counts, keep=KEEP, lasso=0.02, every=2)
     fit(model, before=[rule])
-    return pruning.fold_compactors(model, groups)
+    return pruning.fold_compactors(model, groups, multiple=8)
 
 
 def exported(name, model):
