@@ -190,6 +190,16 @@ def test_a_layer_keeps_its_largest_channel_where_all_are_forgotten(x64):
     np.testing.assert_allclose(small.bn1.bias, 5e-6 * bias[2:3], rtol=1e-10)
 
 
+def test_folding_keeps_the_largest_channels_up_to_a_multiple(x64):
+    model = add_compactors(shaken(Own()), OWN, ["inner"])
+    norms = np.array([1e-7, 1e-6, 2.0, 1e-8, 3.0])
+    model.bn1.compactor[...] = jnp.diag(norms)
+    for multiple, kept in ((1, [2, 4]), (2, [2, 4]), (3, [1, 2, 4]), (4, [0, 1, 2, 4])):
+        small = fold_compactors(model, OWN, multiple=multiple)
+        np.testing.assert_array_equal(small.conv2.kernel, model.conv2.kernel[:, :, np.array(kept)])
+    assert fold_compactors(model, OWN, multiple=8).conv1.kernel.shape[-1] == 5
+
+
 def test_the_network_is_not_changed_and_shares_no_array(x64):
     model = shaken(Own())
     before = jax.tree.map(np.array, nnx.state(model))
@@ -228,6 +238,18 @@ def test_multiply_adds_of_every_layer(x64):
         "head": 16 * 6 * 7,
         "stem": 16 * 9 * 3 * 6,
     }
+
+
+class Twice(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(5, 5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_multiply_adds_of_a_layer_that_runs_twice():
+    assert multiply_adds(Twice(), (5,)) == {"layer": 2 * 25}
 
 
 REFUSED = {
@@ -282,5 +304,7 @@ def test_masks_and_clusters_that_do_not_fit_are_refused(x64):
     model.bn1.scale = None
     with pytest.raises(ValueError, match=r"targets.*'bn1'.*scale"):
         add_compactors(model, OWN, ["inner"])
+    with pytest.raises(ValueError, match=r"multiple.*0"):
+        fold_compactors(model, OWN, multiple=0)
     with pytest.raises(ValueError, match=r"compactors"):
         fold_compactors(model, OWN)

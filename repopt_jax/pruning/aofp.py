@@ -193,13 +193,13 @@ class Aofp:
         fields = {name: {} for name in ("base_masks", "search_sets", "damages", "draws")}
         for name, elapsed in self._elapsed(state).items():
             base, search_set = state.base_masks[name], state.search_sets[name]
-            off = base & ~state.score_masks[name]
+            off = ~state.score_masks[name]
             total = state.damages[name] + jnp.where(off, damages[name], 0.0)
             draws = state.draws[name] + off
             mean = jnp.where(search_set & (draws > 0), total / jnp.maximum(draws, 1), jnp.inf)
             size = search_set.sum() // 2
             half = _ranks(mean) < size
-            harmless = (size > 0) & (jnp.where(half, mean, 0.0).max() < self.threshold)
+            harmless = jnp.where(half, mean, 0.0).max() < self.threshold
             ends = (elapsed > 0) & (elapsed % self.steps == 0)
             masked = base & ~(half & harmless & ends)
             narrowed = jnp.where(harmless | (size <= 1), masked, half)

@@ -275,7 +275,11 @@ def _choose(
 
 
 def fold_compactors(
-    model: ModelT, groups: Mapping[str, ChannelGroup], *, threshold: float = 1e-5
+    model: ModelT,
+    groups: Mapping[str, ChannelGroup],
+    *,
+    threshold: float = 1e-5,
+    multiple: int = 1,
 ) -> ModelT:
     """A plain network without compactors and without the channels that they have forgotten.
 
@@ -292,10 +296,15 @@ def fold_compactors(
       model: a network of `add_compactors`; it is not changed.
       groups: name -> group of channels.
       threshold: the least norm of a column that stays. A layer keeps its largest in any case.
+      multiple: layers keep as many of the largest columns more as make their number a multiple of
+        this, such as 8, for which runtimes on CPUs have their fast convolutions.
 
     Raises:
-      ValueError: the network has no compactors, or the groups do not fit it.
+      ValueError: the network has no compactors, the groups do not fit it, or `multiple` is less
+        than 1.
     """
+    if multiple < 1:
+        raise ValueError(f"multiple must be at least 1, got {multiple}")
     model, masks = copied(model), {}
     for name, group in groups.items():
         for path, norm_path in group.layers.items():
@@ -304,7 +313,9 @@ def fold_compactors(
             compacted = layer_at(model, norm_path)
             q = compacted.compactor[...]
             norms = np.asarray(_column_norms(q)[0])
-            masks[name] = (norms >= threshold) | (np.arange(len(norms)) == norms.argmax())
+            left = max(1, int((norms >= threshold).sum()))
+            left = -(-left // multiple) * multiple
+            masks[name] = np.argsort(np.argsort(-norms, stable=True)) < left
             place(model, norm_path, compacted.layer)
             _fold(layer_at(model, path), compacted.layer, q)
     if not masks:
