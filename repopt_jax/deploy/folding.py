@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Centre, Identity
-from repopt_jax.models.layers import BatchNorm, conv
+from repopt_jax.models.layers import BatchNorm
 from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
 from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock
+from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -29,9 +30,16 @@ class FoldedBlock(nnx.Module):
     """3x3 convolution with bias, ReLU and, if the block had it, squeeze-excite."""
 
     def __init__(self, block: PlainBlock | RepVGGBlock):
-        kernel, bias = _folded(block)
-        first = block.conv3x3 if isinstance(block, RepVGGBlock) else _inner_conv(block.conv)
-        self.conv = _with_bias(first, kernel, bias)
+        if isinstance(block, PlainBlock):
+            self.conv = _folded(block.conv, (block.conv.kernel[...], block.bn))
+        else:
+            kernel = block.conv3x3.kernel[...]
+            centre = Centre(1).embed(block.conv1x1.kernel[...], kernel.shape)
+            branches = [(kernel, block.bn3x3), (centre, block.bn1x1)]
+            if block.bn_identity is not None:
+                unit = Identity().embed(jnp.ones(kernel.shape[-1], kernel.dtype), kernel.shape)
+                branches.append((unit, block.bn_identity))
+            self.conv = _folded(block.conv3x3, *branches)
         self.post_se = block.post_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
@@ -44,9 +52,16 @@ class FoldedGhost(nnx.Module):
     """Pointwise and depthwise convolution with bias, and ReLU after each if the module had it."""
 
     def __init__(self, module: PlainGhost | RepGhost):
-        primary = _fold_branch(module.primary_conv.kernel[...], module.primary_bn)
-        self.primary_conv = _with_bias(module.primary_conv, *primary)
-        self.cheap_conv = _with_bias(_inner_conv(module.cheap_conv), *_folded_ghost(module))
+        primary, cheap = module.primary_conv, module.cheap_conv
+        self.primary_conv = _folded(primary, (primary.kernel[...], module.primary_bn))
+        kernel = cheap.kernel[...]
+        if isinstance(module, PlainGhost):
+            branches = [(kernel, module.final_bn)]
+        else:
+            ones = jnp.ones(kernel.shape[-1], kernel.dtype)
+            unit = Identity(groups=kernel.shape[-1]).embed(ones, kernel.shape)
+            branches = [(kernel, module.cheap_bn), (unit, module.fusion_bn)]
+        self.cheap_conv = _folded(cheap, *branches)
         self.relu = module.relu
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
@@ -56,12 +71,10 @@ class FoldedGhost(nnx.Module):
         return x
 
 
-class Unchanged(nnx.Module):
-    """Takes the place of a folded BatchNorm."""
-
-    def __call__(self, x: Array) -> Array:
-        """`x`."""
-        return x
+FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock}
+FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
+# Layers outside such blocks, and the BatchNorm that follows each.
+PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
 
 def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
@@ -79,92 +92,32 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     >>> bool(abs(fold(model)(x) - model(x)).max() < 1e-6)
     True
     """
-    if isinstance(model, RepOptGhost):
-        return _fold_ghost(model)
-    if not isinstance(model.stage0, PlainBlock | RepVGGBlock):
-        raise ValueError(f"model must have blocks to fold, got {type(model.stage0).__name__}")
     folded = nnx.clone(model)
-    folded.stage0 = FoldedBlock(folded.stage0)
-    for stage in range(1, 5):
-        blocks = getattr(folded, f"stage{stage}")
-        setattr(folded, f"stage{stage}", nnx.List([FoldedBlock(block) for block in blocks]))
-    return folded
-
-
-# Layers of a GhostNet outside its modules, and the BatchNorm that follows each.
-GHOST_PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
-
-
-def _fold_ghost(model: RepOptGhost) -> RepOptGhost:
-    if isinstance(model.bn1, Unchanged):
-        raise ValueError("model must have blocks to fold, got a folded RepOptGhost")
-    folded = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(folded)):
-        for name in ("ghost1", "ghost2"):
-            if hasattr(module, name):
-                setattr(module, name, FoldedGhost(getattr(module, name)))
-        for name, norm in GHOST_PAIRS.items():
-            layer = getattr(module, name, None)
-            if isinstance(layer, nnx.Conv):
-                kernel, bias = _fold_branch(layer.kernel[...], getattr(module, norm))
-                setattr(module, name, _with_bias(layer, kernel, bias))
-                setattr(module, norm, Unchanged())
-    return folded
-
-
-def _folded_ghost(module: PlainGhost | RepGhost) -> tuple[Array, Array]:
-    kernel = jnp.asarray(module.cheap_conv.kernel[...])
-    if isinstance(module, PlainGhost):
-        return _fold_branch(kernel, module.final_bn)
-    channels = kernel.shape[-1]
-    unit = Identity(groups=channels).embed(jnp.ones(channels, kernel.dtype), kernel.shape)
-    return _sum([_fold_branch(kernel, module.cheap_bn), _fold_branch(unit, module.fusion_bn)])
-
-
-def _with_bias(layer: nnx.Conv, kernel: Array, bias: Array) -> nnx.Conv:
-    """A convolution like `layer` with other values."""
-    new = nnx.eval_shape(
-        lambda: conv(
-            layer.in_features,
-            layer.out_features,
-            layer.kernel_size[0],
-            layer.strides,
-            groups=layer.feature_group_count,
-            use_bias=True,
-            dtype=layer.dtype,
-            param_dtype=kernel.dtype,
-            rngs=nnx.Rngs(0),
+    modules = [module for _, module in nnx.iter_modules(folded)]
+    if not any(type(module) in FOLDED for module in modules):
+        raise ValueError(
+            f"model must have blocks to fold, got a folded {type(model).__name__}: "
+            "FoldedBlock and FoldedGhost have no BatchNorm"
         )
-    )
-    new.kernel, new.bias = nnx.Param(kernel), nnx.Param(bias)
-    return new
+    for module in modules:
+        for name, child in list(vars(module).items()):
+            if type(child) in FOLDED:
+                setattr(module, name, FOLDED[type(child)](child))
+            elif isinstance(child, nnx.Conv) and hasattr(module, PAIRS.get(name, "")):
+                norm = getattr(module, PAIRS[name])
+                setattr(module, name, _folded(child, (child.kernel[...], norm)))
+                setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
+    return folded
 
 
-def _inner_conv(layer: nnx.Module) -> nnx.Conv:
-    """The convolution itself, of a plain or of a search network."""
-    if isinstance(layer, nnx.Conv):
-        return layer
-    variables = {name: getattr(layer, name) for name in layer.others}
-    return nnx.merge(layer.layer_def, {"kernel": nnx.Param(layer.kernel), **variables})
-
-
-def _folded(block: PlainBlock | RepVGGBlock) -> tuple[Array, Array]:
-    if isinstance(block, PlainBlock):
-        return _fold_branch(jnp.asarray(block.conv.kernel[...]), block.bn)
-    kernel = block.conv3x3.kernel[...]
-    centre = Centre(1).embed(block.conv1x1.kernel[...], kernel.shape)
-    terms = [_fold_branch(kernel, block.bn3x3), _fold_branch(centre, block.bn1x1)]
-    if block.bn_identity is not None:
-        unit = Identity().embed(jnp.ones(kernel.shape[-1], kernel.dtype), kernel.shape)
-        terms.append(_fold_branch(unit, block.bn_identity))
-    return _sum(terms)
-
-
-def _sum(terms: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    return sum(k for k, _ in terms), sum(b for _, b in terms)
-
-
-def _fold_branch(kernel: Array, bn: BatchNorm) -> tuple[Array, Array]:
-    factor = bn.scale[...] * jax.lax.rsqrt(bn.var[...] + bn.epsilon)
-    bias = bn.bias[...] - bn.mean[...] * factor
-    return kernel * jnp.broadcast_to(factor, kernel.shape), bias
+def _folded(layer: nnx.Conv | SearchLayer, *branches: tuple[Array, BatchNorm]) -> nnx.Conv:
+    """`layer` with the sum of the branches, each a kernel and the BatchNorm after it."""
+    kernel = bias = 0
+    for branch, bn in branches:
+        factor = bn.scale[...] * jax.lax.rsqrt(bn.var[...] + bn.epsilon)
+        kernel += branch * jnp.broadcast_to(factor, branch.shape)
+        bias += bn.bias[...] - bn.mean[...] * factor
+    if isinstance(layer, SearchLayer):
+        layer = nnx.merge(layer.layer_def, {"kernel": nnx.Param(kernel)})
+    layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), nnx.Param(bias), True
+    return layer
