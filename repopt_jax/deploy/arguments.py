@@ -29,6 +29,27 @@ from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 PROGRAM = "repopt-deploy"
 
+# Flags by group: name -> options of `add_argument`.
+RUN = {
+    "workdir": {"metavar": "DIR"},
+    "config": {"metavar": "FILE", "help": "default: what the run has left in DIR"},
+    "part": {"help": "default: target"},
+}
+WEIGHTS = {
+    "weights": {"metavar": "FILE", "help": "a .pth or .safetensors file"},
+    "model": {"metavar": "NAME", "help": "that the file must hold"},
+    "kind": {"help": "that the file must hold"},
+    "strides": {"type": int, "nargs": 5, "help": "of the stages, default 2"},
+    "image_size": {"type": int, "help": "default 224"},
+    "mean": {"type": float, "nargs": 3, "help": "default ImageNet's"},
+    "std": {"type": float, "nargs": 3, "help": "default ImageNet's"},
+}
+IMAGES = {
+    "data": {"metavar": "NAME", "help": "digits, folder, or a TFDS set"},
+    **{name: {} for name in ("data_dir", "train_split", "eval_split")},
+    "resize": {"type": int, "help": "shorter side before the crop"},
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Answers wrong flags with one sentence instead of the usage."""
@@ -59,18 +80,19 @@ def make_parser() -> Parser:
         command.add_argument("graph", help="the float .onnx file")
         command.add_argument("--images", type=int, default=images, metavar="N", help="how many")
         command.add_argument("--seed", type=int, default=0, help="of the choice of images")
-    for command, endings in (
-        (export, ".onnx or .stablehlo"),
-        (quantize, ".onnx"),
-        (report, ".png or .pdf"),
-    ):
-        command.add_argument("output", help=f"file to write, {endings}")
+    endings = {export: ".onnx or .stablehlo", quantize: ".onnx", report: ".png or .pdf"}
+    for command, ending in endings.items():
+        command.add_argument("output", help=f"file to write, {ending}")
         command.add_argument("--force", action="store_true", help="replace an existing output")
     for command in (export, quantize, evaluate, report):
-        _add_run(command)
+        given = "what train.py was given; --config.FIELD=VALUE changes a field, such as a data_dir"
+        _add_group(command, "a run", RUN, given)
     for command in (quantize, evaluate, report):
-        _add_images(command)
-    _add_weights(export)
+        _add_group(command, "images", IMAGES, "in place of a run's")
+        command.add_argument(
+            "--skip-bad", action="store_true", default=None, help="leave out undecodable images"
+        )
+    _add_group(export, "a weights file", WEIGHTS, "in place of a run")
 
     export.add_argument("--checkpoint", choices=("best", "latest"), help="of a run, default best")
     export.add_argument(
@@ -92,35 +114,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def _add_run(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group(
-        "a run", "what train.py was given; --config.FIELD=VALUE changes a field, such as a data_dir"
-    )
-    group.add_argument("--workdir", metavar="DIR")
-    group.add_argument("--config", metavar="FILE", help="default: what the run has left in DIR")
-    group.add_argument("--part", help="default: target")
-
-
-def _add_weights(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("a weights file", "in place of a run")
-    group.add_argument("--weights", metavar="FILE", help="a .pth or .safetensors file")
-    group.add_argument("--model", metavar="NAME", help="that the file must hold")
-    group.add_argument("--kind", help="that the file must hold")
-    group.add_argument("--strides", type=int, nargs=5, help="of the stages, default 2")
-    group.add_argument("--image-size", type=int, help="default 224")
-    group.add_argument("--mean", type=float, nargs=3, help="default ImageNet's")
-    group.add_argument("--std", type=float, nargs=3, help="default ImageNet's")
-
-
-def _add_images(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--skip-bad", action="store_true", default=None, help="leave out undecodable images"
-    )
-    group = command.add_argument_group("images", "in place of a run's")
-    group.add_argument("--data", metavar="NAME", help="digits, folder, or a TFDS set")
-    for flag in ("--data-dir", "--train-split", "--eval-split"):
-        group.add_argument(flag)
-    group.add_argument("--resize", type=int, help="shorter side before the crop")
+def _add_group(command: Parser, title: str, group: dict[str, dict], description: str) -> None:
+    added = command.add_argument_group(title, description)
+    for name, options in group.items():
+        added.add_argument(f"--{name.replace('_', '-')}", **options)
 
 
 def check_output(arguments: argparse.Namespace, *endings: str) -> None:
@@ -165,7 +162,7 @@ def trained(arguments: argparse.Namespace) -> Trained:
     if (arguments.workdir is None) == (arguments.weights is None):
         raise ValueError("one of --workdir and --weights must be given")
     if arguments.weights is None:
-        refuse(arguments, "--weights", "model", "kind", "strides", "image_size", "mean", "std")
+        refuse(arguments, "--weights", *WEIGHTS)
         found = load_run(
             configuration(arguments),
             arguments.workdir,
@@ -174,7 +171,7 @@ def trained(arguments: argparse.Namespace) -> Trained:
             averaged=bool(arguments.averaged),
         )
     else:
-        refuse(arguments, "--workdir", "overrides", "config", "part", "checkpoint", "averaged")
+        refuse(arguments, "--workdir", "overrides", *RUN, "checkpoint", "averaged")
         side = arguments.image_size or 224
         mean, std = arguments.mean or IMAGENET_MEAN, arguments.std or IMAGENET_STD
         found = load_weights_file(
@@ -194,11 +191,11 @@ def images(arguments: argparse.Namespace, size: tuple[int, int]) -> ImageSet:
     if by_run == (arguments.data is not None):
         raise ValueError("images must be named by either --data or --workdir")
     if by_run:
-        refuse(arguments, "--data", "data_dir", "train_split", "eval_split", "resize")
+        refuse(arguments, "--data", *IMAGES)
         section = data_section(configuration(arguments), arguments.part or "target")
         found = configured_images(section)
     else:
-        refuse(arguments, "--workdir", "overrides", "part")
+        refuse(arguments, "--workdir", "overrides", *RUN)
         splits = {"train_split": arguments.train_split, "eval_split": arguments.eval_split}
         dataset = load_dataset(arguments.data, data_dir=arguments.data_dir, **splits)
         square = size[0] if (dataset.image_shape or ())[:2] != size else None

@@ -126,8 +126,8 @@ def report(arguments: argparse.Namespace) -> None:
             raise ValueError(f"int8 must be a graph that quantize wrote, got {arguments.int8}")
         images = np.concatenate(_calibration(arguments, metadata))
     else:
-        names = ("workdir", "config", "part", "data", "data_dir", "train_split", "eval_split")
-        flags.refuse(arguments, "--int8", *names, "resize", "skip_bad", "overrides")
+        names = (*flags.RUN, *flags.IMAGES, "skip_bad", "overrides")
+        flags.refuse(arguments, "--int8", *names)
     reports = layer_report.layer_reports(graph, int8, images)
     print(format_table(*layer_report.table(reports)))
     layer_report.plot(arguments.output, reports, metadata["model"])
