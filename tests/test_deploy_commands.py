@@ -214,7 +214,7 @@ def test_undecodable_images_are_left_out_as_in_the_run_or_by_a_flag(documented, 
 SECTION = "--config.target.data"
 WRONG = [
     ("export digits.onnx --workdir=runs/digits", "output must not exist unless --force is given"),
-    ("export a.txt --workdir=runs/digits", "output must end in one of ['.onnx', '.stablehlo']"),
+    ("export a.txt --workdir=runs/digits", "output must end in .onnx or .stablehlo, got a.txt"),
     ("export no/a.onnx --workdir=runs/digits", "output must lie in an existing folder"),
     ("export a.onnx", "one of --workdir and --weights must be given"),
     ("export a.onnx --workdir=nowhere", "workdir must hold a run with its config.json"),
@@ -234,10 +234,12 @@ WRONG = [
     (f"eval digits.onnx --workdir=runs/digits {SECTION}.image_size=9", "size (8, 8), got (9, 9)"),
     (f"eval digits.onnx --workdir=runs/digits '{SECTION}.classes=(3,8)'", "classes [10], got 2"),
     ("eval digits.onnx --data=digits --batch-size=0", "batch-size must be at least 1, got 0"),
-    ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD needs --workdir"),
+    ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD must be given with --w"),
     ("eval digits.onnx --data=digits --colour=red", "unknown arguments ['--colour=red']"),
     ("eval digits.onnx vgg.onnx --data=digits", "graphs must take images of one size, got"),
     ("eval digits.onnx --config=nowhere.py", "nowhere.py"),
+    ("benchmark digits.onnx --config.seed=3", "unknown arguments ['--config.seed=3']"),
+    ("report digits.onnx a.png --config.seed=3", "--config.FIELD must be given with --int8 only"),
     ("benchmark digits.onnx --batch-size=0", "batch-size must be at least 1, got 0"),
     ("report digits.onnx a.txt", "output must end in .png or .pdf, got a.txt"),
     (

@@ -19,8 +19,8 @@ def network_rows(steps: int) -> Iterator[Row]:
     """The published method on networks of RepVGG blocks."""
     for network, optimizer, mixed in networks.cases():
         found = networks.difference(network, optimizer, mixed, steps)
-        signs = "mixed" if mixed else "positive"
-        yield network, optimizer, signs, found, networks.OPTIMIZERS[optimizer][-1]
+        bound = networks.OPTIMIZERS[optimizer].bound
+        yield network, optimizer, "mixed" if mixed else "positive", found, bound
 
 
 def layer_rows(steps: int) -> Iterator[Row]:
@@ -37,11 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=check_equivalence.__doc__.split("\n\n")[1],
     )
     parser.add_argument("--all", action="store_true", help="every branch type and optimizer too")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help=f"default: {networks.STEPS} for networks, {layers.STEPS} for branch types",
-    )
+    default = f"default: {networks.STEPS} for networks, {layers.STEPS} for branch types"
+    parser.add_argument("--steps", type=int, help=default)
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")

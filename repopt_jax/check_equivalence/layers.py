@@ -8,7 +8,8 @@ the closed-form multipliers or with `reparameterize`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,13 +32,9 @@ from repopt_jax.branches import (
     LowRank,
     PooledPointwise,
     Window,
-    grad_mults,
 )
-from repopt_jax.check_equivalence.training import differences, random_scales, train
-from repopt_jax.models import search_layers, search_network
-from repopt_jax.reparameterization import reparameterize
+from repopt_jax.check_equivalence.training import Method, differences, start
 from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
-from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -62,71 +59,45 @@ class LayerType:
     options: dict[str, Any]
     block: Block
 
-    @property
-    def is_placement(self) -> bool:
-        """Whether the multiplier is element-wise."""
-        return all(branch.placement for branch in self.block.values())
 
-
-def conv(window: tuple[int, ...], block: Block, *, out: int = 4, groups: int = 1) -> LayerType:
-    """A convolution of 4 channels with `Full` and the branches of `block`."""
-    options = {"in_features": 4, "out_features": out, "kernel_size": window}
-    options["feature_group_count"] = groups
+def _conv(window: tuple[int, ...], block: Block, *, out: int = 4, groups: int = 1) -> LayerType:
+    size = {"in_features": 4, "out_features": out, "kernel_size": window}
+    options = {**size, "feature_group_count": groups}
     return LayerType(nnx.Conv, (*(5,) * len(window), 4), options, {"full": Full(), **block})
 
 
-def dense(block: Block, inputs: int = 6, outputs: int = 6) -> LayerType:
-    """A dense layer with `Full` and the branches of `block`."""
+def _dense(block: Block, inputs: int = 6, outputs: int = 6) -> LayerType:
     options = {"in_features": inputs, "out_features": outputs}
     return LayerType(nnx.Linear, (inputs,), options, {"full": Full(), **block})
 
 
-def transposed(block: Block) -> LayerType:
-    """A transposed convolution of stride 2 with `Full` and the branches of `block`."""
+def _transposed(block: Block) -> LayerType:
     options = {"in_features": 4, "out_features": 2, "kernel_size": (3, 3), "strides": (2, 2)}
     return LayerType(nnx.ConvTranspose, (3, 3, 4), options, {"full": Full(), **block})
 
 
 LAYERS: dict[str, LayerType] = {
-    "several full kernels": conv((3, 3), {"second": Full(), "third": Full()}),
-    "1x1 and identity": conv((3, 3), {"conv1x1": Centre(1), "identity": Identity()}),
-    "3x3 in 7x7": conv((7, 7), {"conv3x3": Centre(3)}, out=2),
-    "1x3 and 3x1": conv((3, 3), {"row": Window((1, 3)), "column": Window((3, 1))}),
-    "dilated 3x3 in 5x5": conv((5, 5), {"dilated": Dilated(3, 2)}, out=2),
-    "grouped identity": conv((3, 3), {"identity": Identity(groups=2)}, groups=2),
-    "depthwise identity": conv((3, 3), {"identity": Identity(groups=4)}, groups=4),
-    "1 in 3, one axis": conv((3,), {"conv1": Centre(1), "identity": Identity()}),
-    "1 in 3, three axes": conv((3, 3, 3), {"conv1": Centre(1)}, out=2),
-    "1x1 in transposed 3x3": transposed({"conv1x1": Centre(1)}),
-    "grouped in ordinary": conv((3, 3), {"grouped": BlockDiagonal(2)}),
-    "1x1, then pooling": conv((3, 3), {"pooled": PooledPointwise()}),
-    "frozen 1x1, then 3x3": conv((3, 3), {"frozen": FrozenPointwise(6, groups=2)}, groups=2),
-    "dense, diagonal": dense({"diagonal": Diagonal()}),
-    "dense, block-diagonal": dense({"blocks": BlockDiagonal(3)}),
-    "dense, identity": dense({"identity": Identity()}),
-    "dense, folded conv": dense({"conv": FoldedConv((3, 3), (3, 3), groups=2)}, 18, 36),
-    "dense, low rank": dense({"low_rank": LowRank(2)}, outputs=5),
-    "dense, frozen first": dense({"frozen": FrozenPointwise(3)}, outputs=5),
+    "several full kernels": _conv((3, 3), {"second": Full(), "third": Full()}),
+    "1x1 and identity": _conv((3, 3), {"conv1x1": Centre(1), "identity": Identity()}),
+    "3x3 in 7x7": _conv((7, 7), {"conv3x3": Centre(3)}, out=2),
+    "1x3 and 3x1": _conv((3, 3), {"row": Window((1, 3)), "column": Window((3, 1))}),
+    "dilated 3x3 in 5x5": _conv((5, 5), {"dilated": Dilated(3, 2)}, out=2),
+    "grouped identity": _conv((3, 3), {"identity": Identity(groups=2)}, groups=2),
+    "depthwise identity": _conv((3, 3), {"identity": Identity(groups=4)}, groups=4),
+    "1 in 3, one axis": _conv((3,), {"conv1": Centre(1), "identity": Identity()}),
+    "1 in 3, three axes": _conv((3, 3, 3), {"conv1": Centre(1)}, out=2),
+    "1x1 in transposed 3x3": _transposed({"conv1x1": Centre(1)}),
+    "grouped in ordinary": _conv((3, 3), {"grouped": BlockDiagonal(2)}),
+    "1x1, then pooling": _conv((3, 3), {"pooled": PooledPointwise()}),
+    "frozen 1x1, then 3x3": _conv((3, 3), {"frozen": FrozenPointwise(6, groups=2)}, groups=2),
+    "dense, diagonal": _dense({"diagonal": Diagonal()}),
+    "dense, block-diagonal": _dense({"blocks": BlockDiagonal(3)}),
+    "dense, identity": _dense({"identity": Identity()}),
+    "dense, folded conv": _dense({"conv": FoldedConv((3, 3), (3, 3), groups=2)}, 18, 36),
+    "dense, low rank": _dense({"low_rank": LowRank(2)}, outputs=5),
+    "dense, frozen first": _dense({"frozen": FrozenPointwise(3)}, outputs=5),
 }
 WITHOUT_BRANCHES = LayerType(nnx.Linear, (6,), {"in_features": 6, "out_features": 5}, {})
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How the network of branches and the plain one are trained.
-
-    Attributes:
-      csla: makes the optimizer of the network of branches.
-      rule: of the multipliers. None: the plain network trains under `reparameterize`.
-      repopt: makes the plain network's optimizer from multipliers; None with `reparameterize`.
-      bound: the largest relative difference that passes.
-    """
-
-    csla: Callable[[], optax.GradientTransformation]
-    rule: str | None = None
-    repopt: Callable[[Any], optax.GradientTransformation] | None = None
-    bound: float = 1e-11
-
 
 _DECAY = {"weight_decay": 1e-2, "mask": weight_decay_mask}
 _decayed = optax.add_decayed_weights(**_DECAY)
@@ -134,13 +105,13 @@ METHODS: dict[str, Method] = {
     "multiplier: SGD": Method(
         lambda: optax.chain(_decayed, optax.sgd(0.05, 0.9, nesterov=True)),
         "linear",
-        lambda mults: repopt_sgd(0.05, mults, **_DECAY),
+        functools.partial(repopt_sgd, 0.05, **_DECAY),
         1e-12,
     ),
     "multiplier: AdamW": Method(
         lambda: optax.adamw(1e-3, **_DECAY),
         "direction",
-        lambda mults: repopt_adamw(1e-3, mults, **_DECAY),
+        functools.partial(repopt_adamw, 1e-3, **_DECAY),
         1e-5,  # AdamW adds an epsilon that is not scale-free
     ),
     "Adam": Method(lambda: optax.adam(1e-3)),
@@ -165,13 +136,13 @@ METHODS: dict[str, Method] = {
 
 
 class Layers(nnx.Module):
-    """Layers side by side, and one without branches."""
+    """Layers side by side."""
 
     def __init__(self, types: Mapping[str, LayerType]):
         # The kernels are set afterwards.
         zeros = nnx.initializers.zeros_init()
         shared = {"param_dtype": jnp.float64, "kernel_init": zeros, "rngs": nnx.Rngs(0)}
-        for name, kind in {**types, "without branches": WITHOUT_BRANCHES}.items():
+        for name, kind in types.items():
             setattr(self, name, kind.layer(**kind.options, **shared))
 
     def loss(self, batch: Mapping[str, Array]) -> Array:
@@ -191,33 +162,17 @@ def layer_differences(
 
     Layers for which the method has no closed form are left out.
     """
-    if method.rule == "direction":
-        types = {name: kind for name, kind in types.items() if kind.is_placement}
+    if method.rule == "direction":  # element-wise multipliers only
+        types = {n: t for n, t in types.items() if all(b.placement for b in t.block.values())}
     blocks = {name: kind.block for name, kind in types.items()}
-    scales = random_scales(nnx.eval_shape(lambda: Layers(types)), blocks, mixed=True)
+    types = {**types, "without branches": WITHOUT_BRANCHES}
 
     @nnx.jit  # one compilation in place of hundreds
-    def start() -> tuple[Layers, Layers, dict[str, dict[str, Array]]]:
-        plain = Layers(types)
+    def started():
         rngs = nnx.Rngs(params=jax.random.key(1, impl="rbg"))  # the quickest to compile
-        csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=rngs)
-        weights = {}
-        for path, layer in search_layers(csla).items():
-            layer_at(plain, path).kernel[...] = layer.kernel
-            weights[path] = {name: w[...] for name, w in layer.branch_weights.items()}
-        return plain, csla, weights
-
-    plain, csla, weights = start()
-    if method.rule is None:
-        tx = reparameterize(method.csla(), blocks, scales, weights=weights)
-    else:
-        params = nnx.state(plain, nnx.Param)
-        tx = method.repopt(grad_mults(params, blocks, scales, method.rule))
+        return start(Layers(types), blocks, mixed=True, rngs=rngs)
 
     rng = np.random.default_rng(2)
-    shapes = {**types, "without branches": WITHOUT_BRANCHES}
-    batches = {name: rng.normal(size=(steps, BATCH, *kind.inputs)) for name, kind in shapes.items()}
-    plain = train(plain, tx, Layers.loss, batches)
-    csla = train(csla, method.csla(), Layers.loss, batches)
-    found = differences(plain, csla)
-    return {name: found[name] for name in types}
+    batches = {name: rng.normal(size=(steps, BATCH, *t.inputs)) for name, t in types.items()}
+    found = differences(*started(), method, Layers.loss, batches)
+    return {name: found[name] for name in blocks}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,75 +13,60 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.branches import Block, Centre, Full, Identity, grad_mults
-from repopt_jax.check_equivalence.training import differences, random_scales, train
-from repopt_jax.models import create_model, search_layers, search_network
-from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.branches import Block, Centre, Full, Identity
+from repopt_jax.check_equivalence.layers import METHODS
+from repopt_jax.check_equivalence.training import Method, differences, start
+from repopt_jax.models import create_model
+from repopt_jax.transforms import repopt_sgd
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array
 
 STEPS = 50
 BATCH = 8
 CLASSES = 5
 
-# Name -> (RepOptimizer, rule of its multipliers, options, the largest difference that passes).
+
+def _sgd(momentum: float, nesterov: bool) -> Method:
+    options = {"momentum": momentum, "nesterov": nesterov}
+    with_mults = functools.partial(repopt_sgd, 0.05, **options)
+    return Method(lambda: optax.sgd(0.05, **options), "linear", with_mults, 1e-12)
+
+
 OPTIMIZERS = {
-    "SGD": (repopt_sgd, "linear", {"momentum": 0.0, "nesterov": False}, 1e-12),
-    "SGD momentum": (repopt_sgd, "linear", {"nesterov": False}, 1e-12),
-    "SGD Nesterov": (repopt_sgd, "linear", {}, 1e-12),
-    "SGD Nesterov, decay": (repopt_sgd, "linear", {"weight_decay": 1e-2}, 1e-12),
-    # AdamW adds a constant epsilon to the root of the second moment, which is not scale-free.
-    "AdamW": (repopt_adamw, "direction", {"weight_decay": 1e-2}, 1e-5),
+    "SGD": _sgd(0.0, False),
+    "SGD momentum": _sgd(0.9, False),
+    "SGD Nesterov": _sgd(0.9, True),
+    "SGD Nesterov, decay": METHODS["multiplier: SGD"],
+    "AdamW": METHODS["multiplier: AdamW"],
 }
-LEARNING_RATES = {"linear": 0.05, "direction": 1e-3}
 
 
-class SingleBlock(nnx.Module):
+def _single_block(channels: int, stride: int) -> tuple[nnx.Module, dict[str, Block]]:
     """One convolution, ReLU and global average pooling."""
-
-    def __init__(self, in_features: int, stride: int):
-        self.conv = nnx.Conv(
-            in_features,
-            CLASSES,
-            (3, 3),
-            stride,
-            padding=((1, 1), (1, 1)),
-            use_bias=False,
-            param_dtype=jnp.float64,
-            rngs=nnx.Rngs(0),
-        )
-        self.has_identity = in_features == CLASSES and stride == 1
-
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out"]:
-        """Logits."""
-        return jax.nn.relu(self.conv(x)).mean((1, 2))
-
-    def blocks(self) -> dict[str, Block]:
-        """The branches of the convolution."""
-        block = {"conv3x3": Full(), "conv1x1": Centre(1)}
-        return {"conv": {**block, "identity": Identity()} if self.has_identity else block}
+    conv = nnx.Conv(channels, CLASSES, (3, 3), stride, padding=1, use_bias=False, **_drawn())
+    block = {"conv3x3": Full(), "conv1x1": Centre(1)}
+    if channels == CLASSES and stride == 1:
+        block["identity"] = Identity()
+    return nnx.Sequential(conv, jax.nn.relu, lambda x: x.mean((1, 2))), {"layers/0": block}
 
 
-def _small_network() -> nnx.Module:
-    return create_model(
-        "RepOpt-VGG",
-        num_classes=CLASSES,
-        num_blocks=(1, 2, 2, 1),
-        widths=(4, 4, 6, 8, 8),
-        strides=(1, 2, 2, 1, 1),
-        param_dtype=jnp.float64,
-        rngs=nnx.Rngs(0),
-    )
+def _seven_layers() -> tuple[nnx.Module, dict[str, Block]]:
+    size = {"num_blocks": (1, 2, 2, 1), "widths": (4, 4, 6, 8, 8), "strides": (1, 2, 2, 1, 1)}
+    model = create_model("RepOpt-VGG", num_classes=CLASSES, **size, **_drawn())
+    return model, model.blocks()
 
 
-# Name -> (network, input channels).
-NETWORKS: dict[str, tuple[Callable[[], nnx.Module], int]] = {
-    "block, identity": (lambda: SingleBlock(CLASSES, 1), CLASSES),
-    "block, no identity": (lambda: SingleBlock(3, 1), 3),
-    "block, stride 2": (lambda: SingleBlock(3, 2), 3),
-    "RepOpt-VGG, 7 layers": (_small_network, 3),
+def _drawn() -> dict[str, Any]:
+    return {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+
+
+# Name -> (makes a network and its blocks, input channels).
+NETWORKS = {
+    "block, identity": (lambda: _single_block(CLASSES, 1), CLASSES),
+    "block, no identity": (lambda: _single_block(3, 1), 3),
+    "block, stride 2": (lambda: _single_block(3, 2), 3),
+    "RepOpt-VGG, 7 layers": (_seven_layers, 3),
 }
 
 
@@ -89,42 +75,22 @@ def cases() -> Iterator[tuple[str, str, bool]]:
     return itertools.product(NETWORKS, OPTIMIZERS, (False, True))
 
 
-def cross_entropy(net: nnx.Module, batch: tuple[Array, Array]) -> Array:
-    """Mean loss of a batch of images and labels."""
+def _cross_entropy(net: nnx.Module, batch: tuple[Array, Array]) -> Array:
     images, labels = batch
     return optax.softmax_cross_entropy_with_integer_labels(net(images), labels).mean()
 
 
 def difference(network: str, optimizer: str, mixed: bool, steps: int = STEPS) -> float:
-    """Largest ``max|W_target - W_csla| / max|W_csla|`` over the kernels; needs float64.
+    """Largest relative difference of a kernel after `steps` updates; needs float64.
 
-    Args:
-      network: key of `NETWORKS`.
-      optimizer: key of `OPTIMIZERS`.
-      mixed: whether the scales have both signs.
-      steps: updates of both networks.
+    `network` and `optimizer` are keys of `NETWORKS` and `OPTIMIZERS`. `mixed` gives the scales both
+    signs.
     """
     make, channels = NETWORKS[network]
-    factory, rule, options, _ = OPTIMIZERS[optimizer]
-    plain = make()
-    blocks = plain.blocks()
-    scales = random_scales(plain, blocks, mixed=mixed)
-    csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(1))
-    for path, layer in search_layers(csla).items():
-        layer_at(plain, path).kernel[...] = layer.kernel
-    mults = grad_mults(nnx.state(plain, nnx.Param), blocks, scales, rule)
-    no_mults = jax.tree.map(lambda _: None, nnx.state(csla, nnx.Param))
-
+    plain, blocks = make()
+    started = start(plain, blocks, mixed=mixed, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(2)
     images = jnp.asarray(rng.normal(size=(steps, BATCH, 8, 8, channels)))
     labels = jnp.asarray(rng.integers(0, CLASSES, (steps, BATCH)))
-    trained = [
-        train(
-            model,
-            factory(LEARNING_RATES[rule], its_mults, mask=weight_decay_mask, **options),
-            cross_entropy,
-            (images, labels),
-        )
-        for model, its_mults in ((plain, mults), (csla, no_mults))
-    ]
-    return max(differences(*trained).values())
+    found = differences(*started, OPTIMIZERS[optimizer], _cross_entropy, (images, labels))
+    return max(found.values())

@@ -1,32 +1,37 @@
-"""The commands: each takes the parsed flags, writes its file and prints its results."""
+"""The command `repopt-deploy`: each subcommand writes its file and prints its results."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from repopt_jax.deploy import arguments as flags
-from repopt_jax.deploy import layer_report, onnx_export, quantization, runtime, stablehlo_export
-from repopt_jax.deploy.folding import fold
-from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.training.report import format_table
+from repopt_jax.extras import needs_extra
+
+with needs_extra("deploy", command="repopt-deploy"):
+    from repopt_jax.deploy import arguments as flags
+    from repopt_jax.deploy import layer_report, onnx_export, quantization, runtime
+    from repopt_jax.deploy.folding import fold
+    from repopt_jax.deploy.preprocessing import Preprocessing
+    from repopt_jax.deploy.stablehlo_export import export_stablehlo
+    from repopt_jax.training.report import format_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status, 2 for anything wrong with the flags or files."""
     parser = flags.make_parser()
     arguments, overrides = parser.parse_known_args(argv)
-    unknown = [text for text in overrides if not text.startswith("--config.")]
+    known = () if arguments.command == "benchmark" else "--config."
+    unknown = [text for text in overrides if not text.startswith(known)]
     if unknown:
         parser.error(f"unknown arguments {unknown}")
+    arguments.overrides = overrides or None
     try:
-        COMMANDS[arguments.command](arguments, overrides)
+        COMMANDS[arguments.command](arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"{flags.PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -36,31 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def export(arguments: argparse.Namespace) -> None:
     """Write a trained network to an ONNX or StableHLO file."""
-    writers = {
-        ".onnx": onnx_export.export_onnx,
-        ".stablehlo": stablehlo_export.export_stablehlo,
-    }
-    write = writers.get(pathlib.Path(arguments.output).suffix)
-    if write is None:
-        raise ValueError(f"output must end in one of {list(writers)}, got {arguments.output}")
-    flags.check_output(arguments.output, force=arguments.force)
-    trained = flags.trained(arguments, overrides)
+    flags.check_output(arguments, ".onnx", ".stablehlo")
+    trained = flags.trained(arguments)
+    write = onnx_export.export_onnx if arguments.output.endswith(".onnx") else export_stablehlo
     write(arguments.output, fold(trained.model), trained.preprocessing, name=trained.name)
     _print_written(arguments.output, trained.name)
 
 
-def quantize(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def quantize(arguments: argparse.Namespace) -> None:
     """Write the INT8 graph of a float one."""
-    _require(arguments.output, ".onnx")
-    flags.check_output(arguments.output, force=arguments.force)
+    flags.check_output(arguments, ".onnx")
     if arguments.calibration != "percentile":
         flags.refuse(arguments, "--calibration=percentile", "percentile")
     graph, metadata = runtime.read_onnx(arguments.graph)
     if os.path.exists(arguments.output) and os.path.samefile(arguments.output, arguments.graph):
         raise ValueError(f"output must be another file than the graph, got {arguments.output}")
-    batches = _calibration(arguments, overrides, metadata)
+    batches = _calibration(arguments, metadata)
     kept = quantization.PERCENTILE if arguments.percentile is None else arguments.percentile
     int8 = quantization.quantize(
         graph,
@@ -76,12 +74,10 @@ def quantize(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     _print_written(arguments.output, f"{metadata['model']}, INT8 {setting}")
 
 
-def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     """Print a table of accuracy and file size."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"batch-size must be at least 1, got {arguments.batch_size}")
-    networks = _networks(arguments.graphs)
-    images = flags.images(arguments, overrides, _image_size(networks))
+    networks, size = _networks(arguments)
+    images = flags.images(arguments, size)
     classes = {int(network.metadata["num_classes"]) for network in networks.values()}
     if classes != {images.dataset.num_classes}:
         raise ValueError(
@@ -89,61 +85,49 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             f"got {images.dataset.num_classes}"
         )
     count = -(-len(images.dataset.eval) // arguments.batch_size)
-    found, rows = {}, []
+    rows, first = [], None
     for path, network in networks.items():
         batches = flags.progress(path, images.evaluation(arguments.batch_size), count)
-        found[path] = runtime.evaluate(network, batches)
-        numbers = [found[path][k] for k in ("top1", "top5")]
-        numbers += [found[arguments.graphs[0]][k] - found[path][k] for k in ("top1", "top5")]
-        cells = [f"{number:.2f}" for number in numbers]
+        found = runtime.evaluate(network, batches)
+        first = first or found
+        accuracies = [found[k] for k in ("top1", "top5")]
+        drops = [first[k] - found[k] for k in ("top1", "top5")]
+        cells = [f"{number:.2f}" for number in accuracies + drops]
         setting = network.metadata.get("quantization", "float")
-        rows.append((path, *cells, found[path]["images"], _megabytes(path), setting))
+        rows.append((path, *cells, found["images"], _megabytes(path), setting))
     header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "images", "MB", "")
     print(format_table(rows, header))
 
 
-def benchmark(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def benchmark(arguments: argparse.Namespace) -> None:
     """Print a table of speeds, measured in turns."""
-    if overrides:
-        raise ValueError(f"benchmark takes no configuration, got {list(overrides)}")
-    if arguments.batch_size < 1:
-        raise ValueError(f"batch-size must be at least 1, got {arguments.batch_size}")
-    networks = _networks(arguments.graphs, threads=arguments.threads, saturating=True)
-    shape = (arguments.batch_size, *_image_size(networks), 3)
+    networks, size = _networks(arguments, threads=arguments.threads, saturating=True)
+    shape = (arguments.batch_size, *size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     speeds = runtime.images_per_second(networks, images, rounds=arguments.rounds)
-    rows = [
-        (
-            path,
-            f"{statistics.median(speeds[path]):.1f}",
-            f"{min(speeds[path]):.1f}",
-            f"{max(speeds[path]):.1f}",
-            f"{runtime.speedup(speeds, path, arguments.graphs[0]):.2f}",
-            _megabytes(path),
-        )
-        for path in networks
-    ]
+    rows = []
+    for path, found in speeds.items():
+        cells = [f"{number:.1f}" for number in (statistics.median(found), min(found), max(found))]
+        ratio = runtime.speedup(speeds, path, arguments.graphs[0])
+        rows.append((path, *cells, f"{ratio:.2f}", _megabytes(path)))
     print(format_table(rows, ("graph", "images/s", "least", "most", "speed-up", "MB")))
     threads = arguments.threads or "all"
     print(f"medians of {arguments.rounds} rounds, batch {arguments.batch_size}, {threads} threads")
 
 
-def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def report(arguments: argparse.Namespace) -> None:
     """Print a table by layer and draw it."""
-    _require(arguments.output, ".png", ".pdf")
-    flags.check_output(arguments.output, force=arguments.force)
+    flags.check_output(arguments, ".png", ".pdf")
     graph, metadata = runtime.read_onnx(arguments.graph)
     int8 = images = None
     if arguments.int8 is not None:
         int8, facts = runtime.read_onnx(arguments.int8)
         if "quantization" not in facts:
             raise ValueError(f"int8 must be a graph that quantize wrote, got {arguments.int8}")
-        images = np.concatenate(_calibration(arguments, overrides, metadata))
+        images = np.concatenate(_calibration(arguments, metadata))
     else:
-        names = ("workdir", "config", "part", "data", "data_dir", "train_split", "eval_split")
-        flags.refuse(arguments, "--int8", *names, "resize", "skip_bad")
-        if overrides:
-            raise ValueError(f"images are used with --int8 only, got {list(overrides)}")
+        names = (*flags.RUN, *flags.IMAGES, "skip_bad", "overrides")
+        flags.refuse(arguments, "--int8", *names)
     reports = layer_report.layer_reports(graph, int8, images)
     print(format_table(*layer_report.table(reports)))
     layer_report.plot(arguments.output, reports, metadata["model"])
@@ -159,29 +143,22 @@ COMMANDS = {
 }
 
 
-def _calibration(arguments, overrides, metadata) -> list[np.ndarray]:
-    expected = Preprocessing.from_metadata(metadata)
-    images = flags.images(arguments, overrides, (expected.height, expected.width))
+def _calibration(arguments, metadata) -> list[np.ndarray]:
+    images = flags.images(arguments, Preprocessing.from_metadata(metadata).size)
     return images.calibration(arguments.images, arguments.seed)
 
 
-def _networks(paths: Sequence[str], **options) -> dict:
-    """The graphs by path, which take images of one size."""
-    networks = {path: runtime.OnnxNetwork(path, **options) for path in paths}
-    sizes = {(n.preprocessing.height, n.preprocessing.width) for n in networks.values()}
+def _networks(
+    arguments: argparse.Namespace, **options
+) -> tuple[dict[str, runtime.OnnxNetwork], tuple[int, int]]:
+    """The graphs by path, and the size of images that they share."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch-size must be at least 1, got {arguments.batch_size}")
+    networks = {path: runtime.OnnxNetwork(path, **options) for path in arguments.graphs}
+    sizes = {network.preprocessing.size for network in networks.values()}
     if len(sizes) > 1:
         raise ValueError(f"graphs must take images of one size, got {sorted(sizes)}")
-    return networks
-
-
-def _image_size(networks: dict) -> tuple[int, int]:
-    first = next(iter(networks.values())).preprocessing
-    return first.height, first.width
-
-
-def _require(path: str, *endings: str) -> None:
-    if pathlib.Path(path).suffix not in endings:
-        raise ValueError(f"output must end in {' or '.join(endings)}, got {path}")
+    return networks, sizes.pop()
 
 
 def _megabytes(path: str) -> str:

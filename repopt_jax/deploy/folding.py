@@ -71,12 +71,10 @@ class FoldedGhost(nnx.Module):
         return x
 
 
-class Unchanged(nnx.Module):
-    """Takes the place of a folded BatchNorm."""
-
-    def __call__(self, x: Array) -> Array:
-        """`x`."""
-        return x
+FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock}
+FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
+# Layers outside such blocks, and the BatchNorm that follows each.
+PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
 
 def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
@@ -94,36 +92,21 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     >>> bool(abs(fold(model)(x) - model(x)).max() < 1e-6)
     True
     """
-    if isinstance(model, RepOptGhost):
-        return _fold_ghost(model)
-    if not isinstance(model.stage0, PlainBlock | RepVGGBlock):
-        raise ValueError(f"model must have blocks to fold, got {type(model.stage0).__name__}")
     folded = nnx.clone(model)
-    folded.stage0 = FoldedBlock(folded.stage0)
-    for stage in range(1, 5):
-        blocks = getattr(folded, f"stage{stage}")
-        setattr(folded, f"stage{stage}", nnx.List([FoldedBlock(block) for block in blocks]))
-    return folded
-
-
-# Layers of a GhostNet outside its modules, and the BatchNorm that follows each.
-GHOST_PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
-
-
-def _fold_ghost(model: RepOptGhost) -> RepOptGhost:
-    if isinstance(model.bn1, Unchanged):
-        raise ValueError("model must have blocks to fold, got a folded RepOptGhost")
-    folded = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(folded)):
-        for name in ("ghost1", "ghost2"):
-            if hasattr(module, name):
-                setattr(module, name, FoldedGhost(getattr(module, name)))
-        for name, norm in GHOST_PAIRS.items():
-            layer = getattr(module, name, None)
-            if isinstance(layer, nnx.Conv):
-                branch = layer.kernel[...], getattr(module, norm)
-                setattr(module, name, _folded(layer, branch))
-                setattr(module, norm, Unchanged())
+    modules = [module for _, module in nnx.iter_modules(folded)]
+    if not any(type(module) in FOLDED for module in modules):
+        raise ValueError(
+            f"model must have blocks to fold, got a folded {type(model).__name__}: "
+            "FoldedBlock and FoldedGhost have no BatchNorm"
+        )
+    for module in modules:
+        for name, child in list(vars(module).items()):
+            if type(child) in FOLDED:
+                setattr(module, name, FOLDED[type(child)](child))
+            elif isinstance(child, nnx.Conv) and hasattr(module, PAIRS.get(name, "")):
+                norm = getattr(module, PAIRS[name])
+                setattr(module, name, _folded(child, (child.kernel[...], norm)))
+                setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
     return folded
 
 

@@ -58,26 +58,31 @@ class GraphWriter:
         Raises:
           ValueError: its padding is not given by numbers.
         """
-        inputs = [x, self.weight(f"{path}/kernel", _oihw(layer))]
-        if layer.bias is not None:
-            inputs.append(self.weight(f"{path}/bias", layer.bias[...]))
+        if isinstance(layer.padding, str):
+            raise ValueError(f"padding of {path} must be given by numbers, got {layer.padding!r}")
+        oihw = np.asarray(layer.kernel[...]).transpose(3, 2, 0, 1)
         return self.node(
             "Conv",
-            inputs,
+            [x, *self._kernel_and_bias(layer, oihw, path)],
             path,
             kernel_shape=list(layer.kernel_size),
             strides=_pair(layer.strides),
             dilations=_pair(layer.kernel_dilation),
-            pads=_pads(layer, path),
+            # ONNX lists the starts of all axes before their ends.
+            pads=np.transpose([_pair(p) for p in _pair(layer.padding)]).ravel().tolist(),
             group=layer.feature_group_count,
         )
 
     def linear(self, x: str, layer: nnx.Linear, path: str) -> str:
         """A dense layer on ``(batch, features)``; its kernel is stored as ``(out, in)``."""
-        inputs = [x, self.weight(f"{path}/kernel", np.asarray(layer.kernel[...]).T)]
+        kernel = np.asarray(layer.kernel[...]).T
+        return self.node("Gemm", [x, *self._kernel_and_bias(layer, kernel, path)], path, transB=1)
+
+    def _kernel_and_bias(self, layer: nnx.Module, kernel: np.ndarray, path: str) -> list[str]:
+        names = [self.weight(f"{path}/kernel", kernel)]
         if layer.bias is not None:
-            inputs.append(self.weight(f"{path}/bias", layer.bias[...]))
-        return self.node("Gemm", inputs, path, transB=1)
+            names.append(self.weight(f"{path}/bias", layer.bias[...]))
+        return names
 
     def relu(self, x: str, path: str) -> str:
         """``max(x, 0)``."""
@@ -108,11 +113,7 @@ class GraphWriter:
     ) -> onnx.ModelProto:
         """The checked model, with the shapes of all tensors.
 
-        Args:
-          graph_input: name, type and shape of the input.
-          logits: the tensor that becomes the output "logits".
-          classes: its second dimension.
-          metadata: text by name.
+        The tensor `logits`, with `classes` columns, becomes the output "logits".
         """
         for node in self.nodes:
             node.output[:] = ["logits" if name == logits else name for name in node.output]
@@ -132,22 +133,8 @@ class GraphWriter:
         return model
 
 
-def _oihw(layer: nnx.Conv) -> np.ndarray:
-    return np.asarray(layer.kernel[...]).transpose(3, 2, 0, 1)
-
-
-def _pair(value: Any) -> list[int]:
+def _pair(value: Any) -> list[Any]:
+    """A setting by axis; Flax takes one number for both axes, and None for 1."""
     if value is None:
         return [1, 1]
     return [value, value] if isinstance(value, int) else list(value)
-
-
-def _pads(layer: nnx.Conv, path: str) -> list[int]:
-    """ONNX lists the starts of all axes before their ends."""
-    padding = layer.padding
-    if isinstance(padding, int):
-        padding = (padding, padding)
-    if isinstance(padding, str):
-        raise ValueError(f"padding of {path} must be given by numbers, got {padding!r}")
-    (top, bottom), (left, right) = [(p, p) if isinstance(p, int) else p for p in padding]
-    return [top, left, bottom, right]

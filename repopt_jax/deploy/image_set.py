@@ -27,7 +27,7 @@ class ImageSet:
       dataset: from `load_dataset`.
       image_size: side of the images. None: as they are, if they share one size.
       resize: length of the shorter side before the centre crop. None: `image_size`.
-      skip_bad: leave out images that cannot be decoded. False: the first is an error.
+      skip_bad: leave out images that cannot be decoded. False: they are errors.
 
     >>> from repopt_jax.data import load_dataset
     >>> images = ImageSet(load_dataset("digits"))
@@ -42,16 +42,12 @@ class ImageSet:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width.
-
-        Raises:
-          ValueError: images of several sizes and no `image_size`.
-        """
+        """Height and width; ValueError for images of several sizes without `image_size`."""
         return image_shape(self.dataset, self.image_size)[:2]
 
     def evaluation(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All evaluation images, uint8 NHWC, and their labels, in batches of at most that size."""
-        yield from self._batches(self.dataset, "eval", batch_size)
+        return self._batches(self.dataset, "eval", batch_size)
 
     def calibration(self, count: int, seed: int = 0) -> list[np.ndarray]:
         """Training images drawn by `seed`, prepared as for evaluation, in batches of uint8.
@@ -70,16 +66,11 @@ class ImageSet:
     def _batches(
         self, dataset: Dataset, split: str, batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for batch in eval_batches(
-            dataset,
-            batch_size=batch_size,
-            split=split,
-            image_size=self.image_size,
-            resize=self.resize,
-            skip_bad=self.skip_bad,
-        ):
-            if batch["mask"].any():
-                yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+        sizes = {"image_size": self.image_size, "resize": self.resize, "skip_bad": self.skip_bad}
+        for batch in eval_batches(dataset, batch_size=batch_size, split=split, **sizes):
+            there = batch["mask"]
+            if there.any():
+                yield batch["image"][there], batch["label"][there]
 
 
 def configured_images(data: ConfigDict) -> ImageSet:

@@ -6,6 +6,7 @@ that was merged from branches with BatchNorm, say) leave few of the 255 steps to
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -21,19 +22,17 @@ with needs_extra("deploy"):
     import onnx
     from onnx import numpy_helper
 
-# Of a table: header -> attribute of `LayerReport` and how to print it.
+# Header and form of a table's numbers, in the order of `LayerReport`.
 COLUMNS = {
-    "layer": ("name", ""),
-    "kernel": ("shape", ""),
-    "std": ("std", ".4f"),
-    "centre std": ("centre_std", ".4f"),
-    "surround std": ("surround_std", ".4f"),
-    "min": ("low", ".3f"),
-    "max": ("high", ".3f"),
-    "error": ("error", ".5f"),
-    "SNR dB": ("snr", ".1f"),
-    "per-channel SNR dB": ("channel_snr", ".1f"),
-    "output SNR dB": ("output_snr", ".1f"),
+    "std": ".4f",
+    "centre std": ".4f",
+    "surround std": ".4f",
+    "min": ".3f",
+    "max": ".3f",
+    "error": ".5f",
+    "SNR dB": ".1f",
+    "per-channel SNR dB": ".1f",
+    "output SNR dB": ".1f",
 }
 
 
@@ -77,8 +76,8 @@ def layer_reports(
 
     Args:
       graph: the float graph.
-      int8: the graph that `quantize` made of it. None: no output is compared.
-      images: uint8 NHWC images to compare outputs on; used with `int8` only.
+      int8: the graph that `quantize` made of it. None: no outputs are compared.
+      images: uint8 NHWC images to compare them on, with `int8` only.
 
     Raises:
       ValueError: `graph` has no float weights, or only one of `int8` and `images` is given.
@@ -94,19 +93,15 @@ def layer_reports(
     [('stage4/0/conv', (8, 8, 3, 3)), ('linear', (3, 8))]
     """
     if (int8 is None) != (images is None):
-        raise ValueError(
-            "int8 and images must be given together, got only "
-            f"{'images' if int8 is None else 'int8'}"
-        )
+        given = "images" if int8 is None else "int8"
+        raise ValueError(f"int8 and images must be given together, got only {given}")
     weights = {t.name: t for t in graph.graph.initializer}
     nodes = [n for n in graph.graph.node if n.op_type in ("Conv", "Gemm") and n.input[1] in weights]
     if not nodes:
         raise ValueError("graph must be a float one with Conv or Gemm nodes, got none")
-    snrs = _output_snrs(graph, int8, images) if int8 is not None else {}
-    return [
-        _report(node.name, numpy_helper.to_array(weights[node.input[1]]), snrs.get(node.name))
-        for node in nodes
-    ]
+    snrs = {} if int8 is None else _output_snrs(graph, int8, images)
+    kernels = {node.name: numpy_helper.to_array(weights[node.input[1]]) for node in nodes}
+    return [_report(name, kernel, snrs.get(name)) for name, kernel in kernels.items()]
 
 
 def _report(name: str, kernel: np.ndarray, output_snr: float | None) -> LayerReport:
@@ -117,18 +112,18 @@ def _report(name: str, kernel: np.ndarray, output_snr: float | None) -> LayerRep
         inside[kernel.shape[2] // 2, kernel.shape[3] // 2] = True
         centre_std = float(wide[:, :, inside].std())
         surround_std = float(wide[:, :, ~inside].std())
-    error = int8_error(wide, per_channel=False)
+    error, channel_error = (int8_error(wide, per_channel=each) for each in (False, True))
     return LayerReport(
-        name=name,
-        shape=kernel.shape,
-        std=float(wide.std()),
-        centre_std=centre_std,
-        surround_std=surround_std,
+        name,
+        kernel.shape,
+        float(wide.std()),
+        centre_std,
+        surround_std,
         low=float(wide.min()),
         high=float(wide.max()),
         error=math.sqrt(np.square(error).mean()),
         snr=decibel(wide, error),
-        channel_snr=decibel(wide, int8_error(wide, per_channel=True)),
+        channel_snr=decibel(wide, channel_error),
         output_snr=output_snr,
     )
 
@@ -136,9 +131,7 @@ def _report(name: str, kernel: np.ndarray, output_snr: float | None) -> LayerRep
 def int8_error(kernel: np.ndarray, *, per_channel: bool) -> np.ndarray:
     """The error that symmetric int8 rounding with scale ``max|w| / 127`` adds to the weights.
 
-    Args:
-      kernel: outputs first.
-      per_channel: a scale for every output. False: one for all.
+    The kernel has its outputs first; `per_channel` gives each of them a scale.
 
     >>> int8_error(np.array([[127.0, 0.4], [1.27, 0.4]]), per_channel=False).round(2).tolist()
     [[0.0, -0.4], [-0.27, -0.4]]
@@ -179,21 +172,25 @@ def _output_snrs(
     float_names, int8_names = zip(*tensors.values(), strict=True)
     exact = _outputs(graph, float_names, images)
     rounded = _outputs(int8, int8_names, images)
-    pairs = zip(tensors, exact, rounded, strict=True)
-    return {name: decibel(a, b - a) for name, a, b in pairs}
+    return {
+        name: decibel(exact[ours], rounded[theirs] - exact[ours])
+        for name, (ours, theirs) in tensors.items()
+    }
 
 
-def _outputs(model: onnx.ModelProto, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    present = {output.name for output in extended.graph.output}
-    for name in names:
-        if name not in present:
-            extended.graph.output.append(
-                onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-            )
-    network = OnnxNetwork(extended, outputs=names)
-    return network.run(network.prepare(images))
+def _outputs(
+    model: onnx.ModelProto, names: Sequence[str], images: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Values of the logits and of other tensors by name."""
+    extended = copy.deepcopy(model)
+    extended.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in names
+        if name != "logits"
+    )
+    network = OnnxNetwork(extended)
+    found = network.run(network.prepare(images))
+    return dict(zip((output.name for output in extended.graph.output), found, strict=True))
 
 
 def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
@@ -203,27 +200,21 @@ def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[
     >>> table([report])[0]
     [('linear', '3x8', '0.2000', '', '', '-0.400', '0.500', '0.00100', '45.0', '47.0')]
     """
-
     measured = any(report.output_snr is not None for report in reports)
-    header = list(COLUMNS) if measured else list(COLUMNS)[:-1]
-    return [tuple(_cell(report, title) for title in header) for report in reports], tuple(header)
-
-
-def _cell(report: LayerReport, title: str) -> str:
-    attribute, form = COLUMNS[title]
-    value = getattr(report, attribute)
-    if title == "kernel":
-        return "x".join(map(str, value))
-    return "" if value is None else format(value, form)
+    columns = list(COLUMNS.items())[: None if measured else -1]
+    rows = []
+    for report in reports:
+        name, shape, *numbers = dataclasses.astuple(report)
+        pairs = zip(numbers, columns, strict=False)
+        cells = ["" if number is None else format(number, form) for number, (_, form) in pairs]
+        rows.append((name, "x".join(map(str, shape)), *cells))
+    return rows, ("layer", "kernel", *(title for title, _ in columns))
 
 
 def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) -> None:
     """Draw the spread of the weights, their range and the signal-to-noise ratios by layer.
 
-    Args:
-      path: file to write, with the ending of a format that matplotlib knows (``.png``, ``.pdf``).
-      reports: from `layer_reports`.
-      title: of the figure.
+    `path` has the ending of a format that matplotlib knows, such as ``.png`` or ``.pdf``.
     """
     names = [report.name.removesuffix("/conv") for report in reports]
     places = np.arange(len(names))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +20,9 @@ class Preprocessing:
     """``(pixel / 255 - mean) / std`` for images of one size.
 
     Attributes:
-      height: pixels.
-      width: pixels.
-      mean: per channel, in units of a pixel of range 0 to 1.
+      height: of the images, in pixels.
+      width: likewise.
+      mean: per channel, of pixels of range 0 to 1.
       std: likewise.
       inside: whether the exported graph does it, and so takes uint8 NHWC images.
 
@@ -44,17 +48,22 @@ class Preprocessing:
             )
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    @property
     def shift(self) -> np.ndarray:
-        """Subtracted from a pixel of range 0 to 255, float32 ``(3,)``."""
-        return (255 * np.asarray(self.mean)).astype(np.float32)
+        """What is subtracted from pixels of range 0 to 255, float32 ``(1, 1, 1, 3)``."""
+        return (255 * np.asarray([[[self.mean]]])).astype(np.float32)
 
     @property
     def factor(self) -> np.ndarray:
-        """Multiplies the difference, float32 ``(3,)``."""
-        return (1 / (255 * np.asarray(self.std))).astype(np.float32)
+        """What multiplies the difference, float32 ``(1, 1, 1, 3)``."""
+        return (1 / (255 * np.asarray([[[self.std]]]))).astype(np.float32)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Normalize uint8 NHWC images."""
+    def __call__(self, images: np.ndarray | Array) -> np.ndarray | Array:
+        """Normalize uint8 NHWC images, of NumPy or of JAX."""
         return (images.astype(np.float32) - self.shift) * self.factor
 
     def metadata(self) -> dict[str, str]:
@@ -70,9 +79,8 @@ class Preprocessing:
         """
         names = [field.name for field in dataclasses.fields(cls)]
         try:
-            found = {name: json.loads(metadata[name]) for name in names}
-            found |= {name: tuple(found[name]) for name in ("mean", "std")}
-            return cls(**found)
+            height, width, mean, std, inside = (json.loads(metadata[name]) for name in names)
+            return cls(height, width, tuple(mean), tuple(std), inside)
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"file must be one that repopt_jax exported, with the metadata {names}, "

@@ -31,7 +31,7 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -74,13 +74,13 @@ def quantize(
       batches: calibration images, uint8 NHWC, such as those of `ImageSet.calibration`.
       per_channel: one weight scale per output channel. False: one per layer.
       calibration: how the ranges of activations are found.
-      percentile: share of the values in percent that is kept; used by "percentile" only.
+      percentile: percent of the values that are kept, with the calibration "percentile".
       reduce_range: weights of 7 bits.
       float_layers: names of Conv and Gemm nodes to leave as they are, such as "stage0/conv".
 
     Raises:
-      ValueError: the graph is not this project's or already quantized, there are no images,
-        or another argument is out of its range.
+      ValueError: the graph is not this project's or quantized already, there are no images, or
+        another argument is out of its range.
 
     >>> import repopt_jax
     >>> from flax import nnx
@@ -133,12 +133,11 @@ def quantize(
             },
         )
         model = onnx.load(target)
-    setting = ["per channel" if per_channel else "per tensor", calibration]
-    setting[-1] += f" {percentile:g}" if calibration == "percentile" else ""
-    setting.append(f"{reader.count} images")
-    setting += ["7-bit weights"] if reduce_range else []
-    setting += [f"float: {' '.join(float_layers)}"] if float_layers else []
-    helper.set_model_props(model, metadata_of(graph) | {"quantization": ", ".join(setting)})
+    setting = "per channel" if per_channel else "per tensor"
+    setting += f", {calibration}" + (f" {percentile:g}" if calibration == "percentile" else "")
+    setting += f", {reader.count} images" + (", 7-bit weights" if reduce_range else "")
+    setting += f", float: {' '.join(float_layers)}" if float_layers else ""
+    helper.set_model_props(model, metadata_of(graph) | {"quantization": setting})
     model.producer_name, model.producer_version = graph.producer_name, graph.producer_version
     onnx.checker.check_model(model)
     return model
@@ -158,10 +157,8 @@ class _Reader:
 
     def __init__(self, network: OnnxNetwork, batches: Collection[np.ndarray]):
         self._prepare = network.prepare
-        self._batches: Iterator[np.ndarray] = iter(batches)
-        self._length = len(batches)
-        self._due = 0
-        self.count = 0
+        self._batches, self._length = iter(batches), len(batches)
+        self._due = self.count = 0
 
     def __len__(self) -> int:
         return self._length

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -23,8 +24,8 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
     """An ONNX model that this project exported, and its metadata.
 
     Raises:
-      ValueError: it is no such file.
-      FileNotFoundError: there is no such file.
+      ValueError: the file is no such model.
+      FileNotFoundError: there is no file.
     """
     try:
         model = onnx.load(path)
@@ -33,9 +34,9 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
     metadata = metadata_of(model)
     try:
         Preprocessing.from_metadata(metadata)
-        missing = [name for name in ("model", "num_classes") if name not in metadata]
+        missing = {"model", "num_classes"} - metadata.keys()
         if missing:
-            raise ValueError(f"its metadata lack {missing}, which every exported graph has")
+            raise ValueError(f"its metadata lack {sorted(missing)}")
     except ValueError as error:
         raise ValueError(f"graph {os.fspath(path)!r} cannot be used: {error}") from None
     return model, metadata
@@ -47,7 +48,7 @@ def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
 
 
 class OnnxNetwork:
-    """A graph with its preprocessing, from uint8 images to outputs.
+    """A graph with its preprocessing, from uint8 images to logits.
 
     Attributes:
       metadata: text by name.
@@ -55,12 +56,10 @@ class OnnxNetwork:
 
     Args:
       graph: the file, or the model in memory.
-      threads: how many one call may use. None: onnxruntime's choice, one per core.
-      outputs: tensors to return. None: the logits alone.
-      saturating: leave onnxruntime its default kernels for INT8 graphs, for measuring speed. On x86
-        without VNNI their sums of two products saturate at 16 bits, which can cost ten points of
-        accuracy. False asks for exact sums there (its option ``session.x64quantprecision``), at
-        about half the speed; on other processors nothing changes.
+      threads: how many one call may use. None: one per core.
+      saturating: keep onnxruntime's default kernels for INT8 graphs, for measuring speed. On x86
+        without VNNI their sums saturate at 16 bits, which can cost ten points of accuracy. False:
+        exact sums there (``session.x64quantprecision``), at about half the speed.
 
     Raises:
       ValueError: the graph is not this project's, or onnxruntime cannot run it.
@@ -71,7 +70,6 @@ class OnnxNetwork:
         graph: str | os.PathLike | onnx.ModelProto,
         *,
         threads: int | None = None,
-        outputs: Sequence[str] | None = None,
         saturating: bool = False,
     ):
         if isinstance(graph, (str, os.PathLike)):
@@ -87,19 +85,17 @@ class OnnxNetwork:
                 raise ValueError(f"threads must be None or at least 1, got {threads}")
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-        providers = ["CPUExecutionProvider"]
         try:
             self._session = onnxruntime.InferenceSession(
-                graph.SerializeToString(), options, providers
+                graph.SerializeToString(), options, ["CPUExecutionProvider"]
             )
         except Exception as error:  # its exceptions have no class of their own in common
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"graph must be one that onnxruntime can run: {reason}") from None
-        self._outputs = list(outputs) if outputs is not None else ["logits"]
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
         """The graph's input for uint8 NHWC images."""
-        expected = (self.preprocessing.height, self.preprocessing.width, 3)
+        expected = (*self.preprocessing.size, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"images must have the shape {expected} each, got {images.shape[1:]}")
         if self.preprocessing.inside:
@@ -107,11 +103,11 @@ class OnnxNetwork:
         return np.ascontiguousarray(self.preprocessing(images).transpose(0, 3, 1, 2))
 
     def run(self, prepared: np.ndarray) -> list[np.ndarray]:
-        """The outputs for an input of `prepare`."""
-        return self._session.run(self._outputs, {INPUT: prepared})
+        """All outputs of the graph, the logits first, for an input of `prepare`."""
+        return self._session.run(None, {INPUT: prepared})
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """The first output, normally the logits, for uint8 NHWC images."""
+        """The logits for uint8 NHWC images."""
         return self.run(self.prepare(images))[0]
 
 
@@ -120,8 +116,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and the number of images.
 
-    Of equal logits the first counts as the larger, as in `jax.lax.top_k`. The logits of an INT8
-    graph are often equal, and a tie must not count as a hit.
+    Of equal logits, which INT8 graphs often give, the first counts as the largest.
 
     Args:
       network: from uint8 images to logits.
@@ -148,18 +143,15 @@ def evaluate(
 def images_per_second(
     networks: Mapping[str, OnnxNetwork], images: np.ndarray, *, rounds: int = 20
 ) -> dict[str, list[float]]:
-    """Images per second of several graphs, in turns on the same cores.
+    """Images per second of several graphs by label, one value per round.
 
-    They take turns so that other work on the machine disturbs all of them alike, and the order
-    changes with every round. Compare the medians, or the ratios within a round.
+    The graphs take turns, in an order that changes with every round, so that other work on the
+    machine disturbs all of them alike. Compare the medians, or the ratios within a round.
 
     Args:
       networks: graph by label.
       images: one batch of uint8 NHWC images.
-      rounds: measurements of each, after two runs that do not count.
-
-    Returns:
-      Label -> images per second, one value per round.
+      rounds: measurements of each graph, after two runs that do not count.
 
     Raises:
       ValueError: `rounds` is below 1.
@@ -167,16 +159,17 @@ def images_per_second(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     inputs = {label: network.prepare(images) for label, network in networks.items()}
-    for label, network in networks.items():
-        for _ in range(2):
-            network.run(inputs[label])
     found = {label: [] for label in networks}
-    labels = list(networks)
-    for turn in range(rounds):
-        for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
+    for label, network in networks.items():
+        network.run(inputs[label])
+        network.run(inputs[label])
+    labels = collections.deque(networks)
+    for _ in range(rounds):
+        for label in labels:
             start = time.perf_counter()
             networks[label].run(inputs[label])
             found[label].append(len(images) / (time.perf_counter() - start))
+        labels.rotate(-1)
     return found
 
 

@@ -34,8 +34,8 @@ class StableHLO:
     """A network read from a file.
 
     Attributes:
-      call: from a batch of images, uint8 or normalized as `preprocessing` says, NHWC, to logits.
-      preprocessing: what it expects of its images.
+      call: from NHWC images, uint8 or normalized as `preprocessing` says, to logits.
+      preprocessing: of the images.
       metadata: text by name.
     """
 
@@ -56,11 +56,11 @@ def export_stablehlo(
 
     Args:
       path: file to write.
-      model: any network from NHWC images to logits; it is exported as it is in evaluation, so
-        `fold` it first where that makes it faster.
-      preprocessing: what it expects of its images.
+      model: any network from NHWC images to logits, exported in evaluation mode; `fold` it first
+        where that makes it faster.
+      preprocessing: of its images.
       name: of the model, for the metadata.
-      platforms: the platforms that the file is to run on.
+      platforms: where the file is to run.
 
     >>> import tempfile
     >>> model = nnx.Sequential(lambda x: x.mean((1, 2)), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
@@ -75,18 +75,11 @@ def export_stablehlo(
     graphdef, state = nnx.split(model)
 
     def run(images):
-        if preprocessing.inside:
-            vectors = (preprocessing.shift, preprocessing.factor)
-            shift, factor = (jnp.asarray(v).reshape(1, 1, 1, 3) for v in vectors)
-            images = (images.astype(jnp.float32) - shift) * factor
-        return nnx.merge(graphdef, state)(images)
+        return nnx.merge(graphdef, state)(preprocessing(images) if preprocessing.inside else images)
 
-    (batch,) = jax.export.symbolic_shape("batch")
-    shape = (batch, preprocessing.height, preprocessing.width, 3)
-    dtype = jnp.uint8 if preprocessing.inside else jnp.float32
-    exported = jax.export.export(jax.jit(run), platforms=tuple(platforms))(
-        jax.ShapeDtypeStruct(shape, dtype)
-    )
+    shape = (*jax.export.symbolic_shape("batch"), *preprocessing.size, 3)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8 if preprocessing.inside else jnp.float32)
+    exported = jax.export.export(jax.jit(run), platforms=tuple(platforms))(images)
     metadata = {
         "format_version": FORMAT_VERSION,
         "repopt_jax_version": repopt_jax.__version__,
@@ -105,24 +98,25 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
     """Read what `export_stablehlo` wrote.
 
     Raises:
-      ValueError: it is no such file, is damaged, or has another version of the format.
+      ValueError: the file is another, damaged, or of another version of the format.
       FileNotFoundError: there is no file.
     """
+    where = repr(os.fspath(path))
     try:
         with zipfile.ZipFile(path) as archive:
             metadata = json.loads(archive.read("metadata.json"))
             network = archive.read("network.bin")
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ValueError(
-            f"path must be a file written by export_stablehlo, {os.fspath(path)!r} is not ({error})"
+            f"path must be a file written by export_stablehlo, {where} is not ({error})"
         ) from None
-    if metadata.get("format_version") != FORMAT_VERSION:
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"path must have the format version {FORMAT_VERSION}, {os.fspath(path)!r} has "
-            f"{metadata.get('format_version')}"
+            f"path must have the format version {FORMAT_VERSION}, {where} has {version}"
         )
     try:
         exported = jax.export.deserialize(bytearray(network))
     except Exception as error:  # JAX raises errors of many classes, such as struct.error
-        raise ValueError(f"path must be an undamaged file, {os.fspath(path)!r} is not") from error
+        raise ValueError(f"path must be an undamaged file, {where} is not") from error
     return StableHLO(jax.jit(exported.call), Preprocessing.from_metadata(metadata), metadata)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 from etils import epath
@@ -15,12 +16,13 @@ from flax import nnx
 
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from repopt_jax.files import has_torch_names, load_weights, read_weights
+from repopt_jax.torch_files import read_state_dict, recognize
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config, default_config
 from repopt_jax.training.parts import draw_network
 from repopt_jax.training.workdir import CONFIG, stored_classes
-from repopt_jax.tree_paths import by_path
+from repopt_jax.tree_paths import path_str
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -45,11 +47,7 @@ class Trained:
 
 
 def run_config(workdir: epath.PathLike) -> ConfigDict:
-    """The configuration that a run has left in its working directory.
-
-    Raises:
-      ValueError: there is none, or this version cannot read it.
-    """
+    """The configuration that a run has left in its workdir; ValueError where there is none."""
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise ValueError(f"workdir must hold a run with its config.json, got {workdir}")
@@ -74,20 +72,17 @@ def load_run(
     part: str = "target",
     checkpoint: Literal["latest", "best"] = "best",
     averaged: bool = False,
-    preprocess: bool = True,
 ) -> Trained:
-    """The network of a run's checkpoint.
+    """The network of a checkpoint of the run in `workdir`, local or ``gs://``.
 
-    The images it was trained on need not be there, unless the configuration leaves them their own
-    size (`image_size` of None).
+    The run's images are read only if `config` leaves them their own size (`image_size` of None).
 
     Args:
       config: the run's configuration.
-      workdir: the run's directory, local or ``gs://``.
+      workdir: the run's folder.
       part: the part whose network is wanted.
       checkpoint: "latest", or "best" by top-1 accuracy.
       averaged: take the moving averages of the weights.
-      preprocess: whether an exported file is to normalize uint8 images itself.
 
     Raises:
       ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
@@ -97,27 +92,23 @@ def load_run(
     if part not in PARTS or not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
     check_config(config)
-    checkpoints = Checkpoints(folder, read_only=True)
-    try:
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         restored = checkpoints.restore(step=checkpoint)
-    finally:
-        checkpoints.close()
     if restored is None:
         raise ValueError(f"part must have a checkpoint in {workdir}, got {part!r} without one")
     _, arrays = restored
     if averaged and not any(path.startswith("ema/") for path in arrays):
         raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    # Known without the data, which need not be there.
     classes = stored_classes(workdir, part)
     if classes is None:
         classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
     model = _filled(config, part, classes, arrays, averaged)
     data = data_section(config, part)
-    height, width = _image_size(data)
-    preprocessing = Preprocessing(
-        height, width, tuple(data.mean), tuple(data.std), inside=preprocess
+    side = data.image_size
+    size = configured_images(data).size if side is None else (side, side)
+    return Trained(
+        model, config.model.name, Preprocessing(*size, tuple(data.mean), tuple(data.std))
     )
-    return Trained(model, config.model.name, preprocessing)
 
 
 def _filled(
@@ -128,66 +119,45 @@ def _filled(
     model = nnx.eval_shape(functools.partial(draw, num_classes=classes, bn_group=1))
     model.eval()
     graphdef, *states = nnx.split(model, nnx.Param, ...)
+
+    def stored(path, leaf):
+        path = path_str(path)
+        shape = arrays[path].shape if path in arrays else None
+        if shape != leaf.shape:
+            raise ValueError(
+                f"model must be that of the checkpoint of {part!r}, where {path} has the shape "
+                f"{shape}, got one with {leaf.shape}"
+            )
+        return arrays[path]
+
     places = ("ema/0", "ema/1") if averaged else ("params", "stats")
-    filled = []
-    for place, state in zip(places, states, strict=True):
-        wanted = {f"{place}/{path}": leaf for path, leaf in by_path(state).items()}
-        for path, leaf in wanted.items():
-            shape = arrays[path].shape if path in arrays else None
-            if shape != leaf.shape:
-                raise ValueError(
-                    f"model must be that of the checkpoint of {part!r}, where {path} has the shape "
-                    f"{shape}, got one with {leaf.shape}"
-                )
-        filled.append(
-            jax.tree.unflatten(jax.tree.structure(state), [arrays[path] for path in wanted])
-        )
-    return nnx.merge(graphdef, *filled)
-
-
-def _image_size(data: ConfigDict) -> tuple[int, int]:
-    """Height and width; only where images keep their own size is the data set opened."""
-    if data.image_size is not None:
-        return data.image_size, data.image_size
-    return configured_images(data).size
+    filled = jax.tree_util.tree_map_with_path(stored, dict(zip(places, states, strict=True)))
+    return nnx.merge(graphdef, *(filled[place] for place in places))
 
 
 def load_weights_file(
     path: str | os.PathLike,
+    preprocessing: Preprocessing,
     *,
     name: str | None = None,
     kind: str | None = None,
     strides: Sequence[int] | None = None,
-    image_size: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    preprocess: bool = True,
 ) -> Trained:
     """The network of a PyTorch file, or of a safetensors file of converted weights.
 
     Args:
       path: the file.
+      preprocessing: what the network expects of its images, which files do not state.
       name: of the model that it must hold. None: any.
       kind: of the network that it must hold. None: any.
       strides: of the stages, which files do not state. None: the published ones, 2 each.
-      image_size: height and width of the images.
-      mean: per channel, in units of a pixel of range 0 to 1.
-      std: likewise.
-      preprocess: whether an exported file is to normalize uint8 images itself.
 
     Raises:
       ValueError: the file is no such file, or holds another model or kind.
     """
-    from repopt_jax.files import has_torch_names, load_weights, read_weights
-    from repopt_jax.torch_files import read_state_dict, recognize
-
-    preprocessing = Preprocessing(
-        image_size, image_size, tuple(mean), tuple(std), inside=preprocess
-    )
-    options: dict[str, Any] = {} if strides is None else {"strides": tuple(strides)}
     from_torch = has_torch_names(path, what="weights")
     facts = recognize(read_state_dict(path)) if from_torch else read_weights(path)[1]
-    model = load_weights(path, **options)
+    model = load_weights(path, **({} if strides is None else {"strides": tuple(strides)}))
     if name not in (None, facts["name"]):
         raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")
     # A search's network and one with constant scales have the same weights.
