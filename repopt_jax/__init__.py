@@ -30,6 +30,7 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.branches import initial_scales as initial_scales
     from repopt_jax.branches import merge as merge
     from repopt_jax.branches import pull_back as pull_back
+    from repopt_jax.branches import split_kernel as split_kernel
     from repopt_jax.files import load_scales as load_scales
     from repopt_jax.files import load_weights as load_weights
     from repopt_jax.models import RepOptGhost as RepOptGhost

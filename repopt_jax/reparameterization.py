@@ -73,6 +73,26 @@ def _inner_tree(
     return tree
 
 
+def _pulled_back(block: Block, weights: Mapping, scales: Mapping, gradient: Array) -> dict:
+    """The branches' gradients, in the types of their weights and split as these are."""
+    wide = gradient.astype(wide_type(gradient.dtype))
+    back = in_auto_mode(functools.partial(pull_back, block), weights, scales, wide)
+    return {name: back[name].astype(w.dtype) for name, w in weights.items()}
+
+
+def _check_complete(what: str, given: Mapping[str, Mapping], blocks: Mapping[str, Block]) -> None:
+    """Refuse scales or weights that lack a branch."""
+    missing = [path for path in blocks if path not in given]
+    missing += [
+        f"{path}/{name}"
+        for path in blocks.keys() - set(missing)
+        for name, branch in blocks[path].items()
+        if name not in given[path] and (branch.scaled or what == "weights")
+    ]
+    if missing:
+        raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
+
+
 def _check_shapes(block: Block, weights: Mapping[str, Array], kernel_shape: tuple) -> None:
     for name, branch in block.items():
         wanted = branch.weight_shape(kernel_shape)
@@ -193,16 +213,8 @@ def reparameterize(
     check_layout(layout)
     inner = optax.with_extra_args_support(optimizer)
     places = {path: f"{path}/{kernel}" for path in blocks}
-    for what, given in (("scales", scales), ("weights", weights)):
-        missing = [path for path in blocks if path not in given]
-        missing += [
-            f"{path}/{name}"
-            for path in blocks.keys() - set(missing)
-            for name, branch in blocks[path].items()
-            if name not in given[path] and (branch.scaled or what == "weights")
-        ]
-        if missing:
-            raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
+    _check_complete("scales", scales, blocks)
+    _check_complete("weights", weights, blocks)
     # NumPy arrays: they take no device memory, and donating the state does not delete them.
     starts = {
         path: {n: w if not is_known(w) else np.asarray(w) for n, w in weights[path].items()}
@@ -238,14 +250,12 @@ def reparameterize(
         if params is None:
             raise ValueError("params must be given to update: the kernels follow the branches")
         gradients, leaves = by_path(updates), by_path(params)
-        pulled = {}
-        for path, own in state.weights.items():
-            gradient = outputs_last(gradients[places[path]], layout)
-            wide = gradient.astype(wide_type(gradient.dtype))
-            back = in_auto_mode(
-                functools.partial(pull_back, blocks[path]), own, state.scales[path], wide
+        pulled = {
+            path: _pulled_back(
+                blocks[path], own, state.scales[path], outputs_last(gradients[places[path]], layout)
             )
-            pulled[path] = {name: back[name].astype(w.dtype) for name, w in own.items()}
+            for path, own in state.weights.items()
+        }
         moves, inner_state = inner.update(
             _inner_tree(gradients, pulled, places),
             state.inner,

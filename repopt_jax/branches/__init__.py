@@ -39,6 +39,7 @@ from repopt_jax.branches.multiplier import (
     check_layout,
     grad_mults,
     outputs_last,
+    split_kernel,
 )
 from repopt_jax.branches.sharding import in_auto_mode, placed_like, replicated_like
 
@@ -73,6 +74,7 @@ __all__ = [
     "placed_like",
     "pull_back",
     "replicated_like",
+    "split_kernel",
     "uniform_fan_in",
     "wide_type",
 ]
