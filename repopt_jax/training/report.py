@@ -27,19 +27,10 @@ from repopt_jax.atomic_write import atomic_write
 _log = logging.getLogger("repopt_jax")
 
 
-def _jsonable(value: Any) -> Any:
+def _json(content: Any, indent: int | None = None) -> str:
     """JSON has no NaN and no arrays: those become null and lists."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _jsonable(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
+    text = json.dumps(content, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent) + "\n"
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
@@ -60,7 +51,7 @@ def write_json(path: epath.PathLike, content: Any) -> None:
     }
     <BLANKLINE>
     """
-    _replace(epath.Path(path), json.dumps(_jsonable(content), indent=2) + "\n")
+    _replace(epath.Path(path), _json(content, indent=2))
 
 
 def _replace(path: epath.Path, text: str) -> None:
@@ -88,18 +79,12 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
       path: the file; an absent one gives an empty list.
     """
     path = epath.Path(path)
-    records: list[dict[str, Any]] = []
+    records: dict[int, dict[str, Any]] = {}  # by step
     for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        record = {k: math.nan if v is None else v for k, v in record.items()}
-        if records and records[-1]["step"] == record["step"]:
-            records[-1] |= record
-        else:
-            records.append(record)
-    return records
+        with contextlib.suppress(ValueError):
+            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            records.setdefault(record["step"], {}).update(record)
+    return list(records.values())
 
 
 class MetricsWriter:
@@ -133,7 +118,7 @@ class MetricsWriter:
 
         kept = [] if resumed_at is None else read_metrics(self.path)
         kept = [record for record in kept if record["step"] <= resumed_at]
-        _replace(self.path, "".join(_line(record) for record in kept))
+        _replace(self.path, "".join(map(_json, kept)))
         folder = self.path.parent / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard leaves out what an interrupted run wrote from this step on. It also keeps two
@@ -167,7 +152,7 @@ class MetricsWriter:
             return
         from tensorboardX.summary import scalar
 
-        _append(self.path, _line({"step": int(step)} | scalars))
+        _append(self.path, _json({"step": int(step)} | scalars))
         for name, value in scalars.items():
             self._write_event(step=int(step), summary=scalar(name, value))
         self._events.flush()
@@ -182,10 +167,6 @@ class MetricsWriter:
         if self._events is not None:
             with contextlib.suppress(OSError):  # a `write` that failed has raised already
                 self._events.close()
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(_jsonable(record)) + "\n"
 
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
