@@ -92,14 +92,12 @@ def make_optimizer(
             "kernels' gradient breaks the equivalence with the branches, "
             f"got {config.clip_norm}"
         )
-    update_rule(config.name)
-    shared = {"weight_decay": config.weight_decay, "mask": weight_decay_mask}
-    if config.name == "sgd":
-        own = {key: config[key] for key in ("momentum", "nesterov")}
-        tx = repopt_sgd(schedule, grad_mults, **own, **shared)
+    if update_rule(config.name) == "linear":
+        optimizer, fields = repopt_sgd, ("momentum", "nesterov", "weight_decay")
     else:
-        own = {key: config[key] for key in ("b1", "b2", "eps")}
-        tx = repopt_adamw(schedule, grad_mults, **own, **shared)
+        optimizer, fields = repopt_adamw, ("b1", "b2", "eps", "weight_decay")
+    options = {field: config[field] for field in fields}
+    tx = optimizer(schedule, grad_mults, mask=weight_decay_mask, **options)
     if config.clip_norm:
         return optax.chain(clip_by_global_norm(config.clip_norm), tx)
     return tx
