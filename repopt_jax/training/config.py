@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -215,15 +215,6 @@ def _are_sizes(value: tuple | None) -> bool:
 
 def _are_channels(value: tuple) -> bool:
     return len(value) == 3 and all(isinstance(x, float | int) for x in value)
-
-
-def sections_of(parts: tuple[str, ...]) -> Iterator[str]:
-    """The names of the sections that these parts read, each once.
-
-    >>> list(sections_of(("search", "target", "plain")))
-    ['search', 'target']
-    """
-    return iter(dict.fromkeys(PARTS[name].section for name in parts))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
