@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from repopt_jax.atomic_write import atomic_write
 
@@ -228,11 +229,8 @@ class _Lines(logging.Handler):
     def emit(self, record):
         line = self.format(record) + "\n"
         _append(self.path, line)
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
-            if self.bar is None:
-                sys.stderr.write(line)
-                sys.stderr.flush()
-            elif not getattr(record, "on_bar", False):
+        if self.bar.disable or not getattr(record, "on_bar", False):
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
                 self.bar.write(line, file=sys.stderr, end="")
 
 
@@ -274,20 +272,20 @@ class Progress:
     ):
         self._total, self._batch_size, self._label = total, batch_size, label
         self._reported, self._since = resumed_at, time.perf_counter()
-        self._bar = self._lines = None
-        if jax.process_index() != 0:
+        self._lines = None
+        silent = jax.process_index() != 0
+        self._bar = tqdm(
+            desc=label,
+            total=total,
+            initial=resumed_at,
+            file=sys.stderr,
+            # None lets tqdm see whether that is a terminal.
+            disable=True if silent else None if terminal is None else not terminal,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f} % |{bar}| {n}/{total}{postfix}",
+        )
+        if silent:
             return
-        if sys.stderr.isatty() if terminal is None else terminal:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                desc=label,
-                total=total,
-                initial=resumed_at,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f} % |{bar}| {n}/{total}{postfix}",
-            )
         path = epath.Path(workdir) / "train.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = _Lines(path, self._bar)
@@ -300,18 +298,15 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         if self._lines is not None:
             _log.removeHandler(self._lines)
             level, _log.propagate = self._before
             _log.setLevel(level)
-        self._bar = self._lines = None
 
     def step(self, step: int) -> None:
         """Move the bar to ``step``; cheap enough for every update."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        self._bar.update(step - self._bar.n)
 
     def report(self, step: int, *, loss: float, lr: float) -> float:
         """Show the loss, the learning rate, images per second and the time left.
@@ -325,9 +320,8 @@ class Progress:
         speed, left = self._batch_size / seconds, seconds * (self._total - step)
         facts = f"loss {float(loss):.4f}, lr {float(lr):.3g}, {speed:,.0f} images/s, "
         facts += f"{format_seconds(left)} left"
-        if self._bar is not None:
-            self._bar.set_postfix_str(facts, refresh=False)
-            self.step(step)
+        self._bar.set_postfix_str(facts, refresh=False)
+        self.step(step)
         done = f"{self._label} {step}/{self._total} ({100 * step / self._total:.0f} %)"
         _log.info("%s, %s", done, facts, extra={"on_bar": True})
         return speed
