@@ -35,8 +35,8 @@ def _nothing_is_trained(monkeypatch):
 
 
 CONFIGS = [
-    ({"parts": ()}, "parts must name at least one part, got none"),
-    ({"parts": ("search", "nope")}, "parts must be among .* got .*'nope'"),
+    ({"parts": ()}, r"^parts must .*, got \(\)$"),
+    ({"parts": ("search", "nope")}, "^parts must .* got .*'nope'"),
     ({"parts": ("target",)}, "the part 'target' needs scales: .* got parts .'target',."),
     ({"parts": ("plain", "csla")}, "the part 'csla' needs scales"),
     ({"seed": -1}, "seed must be .* got -1"),

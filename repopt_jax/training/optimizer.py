@@ -72,7 +72,7 @@ def make_optimizer(
     """SGD or AdamW with multipliers, clipping first if wanted.
 
     Args:
-      config: the section `optimizer` of a part.
+      config: the section `optimizer` of a part, as `check_section` accepts it.
       schedule: the learning rate by update.
       grad_mults: a tree like the parameters; all None for the plain optimizer.
 
@@ -81,11 +81,6 @@ def make_optimizer(
         the norm of the merged kernels' gradient is not that of the branches', so the equivalence
         would be lost.
     """
-    if not config.clip_norm >= 0:
-        raise ValueError(f"optimizer.clip_norm must be at least 0, got {config.clip_norm}")
-    for key in ("b1", "b2"):
-        if not 0 <= config[key] < 1:
-            raise ValueError(f"optimizer.{key} must be in [0, 1), got {config[key]}")
     if config.clip_norm and jax.tree.leaves(grad_mults):
         raise ValueError(
             "optimizer.clip_norm must be 0 for the part 'target', because clipping the merged "
