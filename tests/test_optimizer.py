@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repopt_jax.training.config import default_config
+from repopt_jax.training.config import check_section, default_config
 from repopt_jax.training.optimizer import make_optimizer, update_rule
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "bias": jnp.array([0.5, 1.5])}
@@ -97,10 +97,6 @@ def test_clipping_with_multipliers_is_refused():
     ("field", "value"),
     [
         ("name", "lion"),
-        ("clip_norm", -1.0),
-        ("clip_norm", float("nan")),
-        ("b1", 1.0),
-        ("b2", -0.1),
         ("momentum", 1.0),
         ("weight_decay", -1e-4),
     ],
@@ -108,6 +104,17 @@ def test_clipping_with_multipliers_is_refused():
 def test_a_field_out_of_its_range_is_named(field, value):
     with pytest.raises(ValueError, match=rf"{field} must .*{value}"):
         make_optimizer(section(**{field: value}), lambda _: 0.1, NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("clip_norm", -1.0), ("clip_norm", float("nan")), ("b1", 1.0), ("b2", -0.1)],
+)
+def test_a_field_is_refused_even_where_the_optimizer_does_not_use_it(field, value):
+    changed = default_config().target
+    changed.optimizer[field] = value
+    with pytest.raises(ValueError, match=rf"^optimizer\.{field} must .*{value}$"):
+        check_section(changed)
 
 
 def test_the_rule_of_the_multipliers_is_that_of_the_optimizer():

@@ -35,8 +35,8 @@ def _nothing_is_trained(monkeypatch):
 
 
 CONFIGS = [
-    ({"parts": ()}, "parts must name at least one part, got none"),
-    ({"parts": ("search", "nope")}, "parts must be among .* got .*'nope'"),
+    ({"parts": ()}, r"^parts must .*, got \(\)$"),
+    ({"parts": ("search", "nope")}, "^parts must .* got .*'nope'"),
     ({"parts": ("target",)}, "the part 'target' needs scales: .* got parts .'target',."),
     ({"parts": ("plain", "csla")}, "the part 'csla' needs scales"),
     ({"seed": -1}, "seed must be .* got -1"),
@@ -87,7 +87,7 @@ SECTIONS = [
     ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
     ({"ema_decay": 1.5}, r"ema_decay must be in \[0, 1\), got 1.5"),
     ({"optimizer.name": "lars"}, "optimizer.name must be one of .* got 'lars'"),
-    ({"optimizer.momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    ({"optimizer.momentum": 1.0}, r"momentum must .*, got 1\.0$"),
     ({"optimizer.weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
     ({"optimizer.clip_norm": 5.0}, "optimizer.clip_norm must be 0 for the part 'target'"),
     ({"schedule.name": "exponential"}, "target.schedule: name must be .* got 'exponential'"),

@@ -9,20 +9,29 @@ import numpy as np
 import optax
 import pytest
 
+from repopt_jax.training.config import default_config
 from repopt_jax.training.optimizer import SCHEDULES, make_schedule
 
-RUN = dict(base_lr=0.1, batch_size=256, steps_per_epoch=10, epochs=40, warmup_epochs=5)
+RUN = dict(base_lr=0.1, batch_size=256, steps_per_epoch=10, epochs=40, warmup_epochs=5.0)
+
+
+def schedule_of(name, **changes):
+    """The default schedule and `RUN`, with changes of both."""
+    config, fields = default_config().target.schedule, RUN | changes
+    lengths = {key: fields.pop(key) for key in ("batch_size", "steps_per_epoch", "epochs")}
+    config.update(fields, name=name)
+    return make_schedule(config, **lengths)
 
 
 def rates(name, counts=400, **changes):
-    return np.asarray(make_schedule(name, **(RUN | changes))(jnp.arange(counts)))
+    return np.asarray(schedule_of(name, **changes)(jnp.arange(counts)))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_equals_the_official_schedule_at_every_update(golden, x64, name):
     official = json.loads((golden / "summary.json").read_text())["lr"]
     setup = official["setup"]
-    schedule = make_schedule(
+    schedule = schedule_of(
         name,
         base_lr=setup["base_lr"],
         batch_size=256,
@@ -44,9 +53,9 @@ def test_equals_the_official_schedule_at_every_update(golden, x64, name):
 def test_float32_keeps_five_digits_up_to_the_last_update(x64, name):
     count = jnp.arange(600_000, dtype=jnp.int32)
     long = dict(steps_per_epoch=5000, epochs=120, step_epochs=30)
-    exact = make_schedule(name, **(RUN | long))(count)
+    exact = schedule_of(name, **long)(count)
     with jax.enable_x64(False):
-        single = jax.jit(make_schedule(name, **(RUN | long)))(count)
+        single = jax.jit(schedule_of(name, **long))(count)
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(single), np.asarray(exact), rtol=1e-5)
 
@@ -100,7 +109,7 @@ def test_run_may_consist_of_the_warmup_alone():
 
 
 def test_optax_applies_it_inside_a_jitted_update():
-    schedule = make_schedule("cosine", **(RUN | dict(warmup_lr=0.03)))
+    schedule = schedule_of("cosine", warmup_lr=0.03)
     tx = optax.sgd(schedule)
     update = jax.jit(tx.update)
     state = tx.init(jnp.zeros(()))
@@ -127,4 +136,4 @@ def test_optax_applies_it_inside_a_jitted_update():
 )
 def test_wrong_arguments_are_named(name, changes, words):
     with pytest.raises(ValueError, match=words):
-        make_schedule(name, **(RUN | changes))
+        schedule_of(name, **changes)

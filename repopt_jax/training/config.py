@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -174,9 +174,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       ValueError: names the field, its rule and its value.
     """
-    if not config.parts:
-        raise ValueError("parts must name at least one part, got none")
-    _require(config, ["parts"], f"among {tuple(PARTS)}", lambda names: set(names) <= set(PARTS))
+    some = f"one or more of {tuple(PARTS)}"
+    _require(config, ["parts"], some, lambda names: names and set(names) <= set(PARTS))
     _require(config, ["identity"], "'searched' or 'one'", lambda x: x in ("searched", "one"))
     sizes = ["model.num_blocks", "model.widths", "model.strides"]
     _require(config, sizes, "whole numbers above 0", _are_sizes)
@@ -192,7 +191,9 @@ def check_section(section: ConfigDict) -> None:
     Raises:
       ValueError: names the field, its rule and its value.
     """
-    _require(section, ["ema_decay", "label_smoothing"], "in [0, 1)", lambda x: 0 <= x < 1)
+    shares = ["ema_decay", "label_smoothing", "optimizer.b1", "optimizer.b2"]
+    _require(section, shares, "in [0, 1)", lambda x: 0 <= x < 1)
+    _require(section, ["optimizer.clip_norm"], "at least 0", lambda x: x >= 0)
     alphas = ["mix.mixup", "mix.cutmix"]
     _require(section, alphas, "a number of at least 0", lambda x: 0 <= x < math.inf)
     _require(section, ["random_erasing"], "in [0, 1]", lambda x: 0 <= x <= 1)
@@ -215,15 +216,6 @@ def _are_sizes(value: tuple | None) -> bool:
 
 def _are_channels(value: tuple) -> bool:
     return len(value) == 3 and all(isinstance(x, float | int) for x in value)
-
-
-def sections_of(parts: tuple[str, ...]) -> Iterator[str]:
-    """The names of the sections that these parts read, each once.
-
-    >>> list(sections_of(("search", "target", "plain")))
-    ['search', 'target']
-    """
-    return iter(dict.fromkeys(PARTS[name].section for name in parts))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ and `pjit` became.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +93,11 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     """`tree` whole on every device, so that every process can read it."""
-    return _replicator(mesh)(tree)
+    return jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
 
 
-@functools.cache
-def _replicator(mesh: Mesh):
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _identity(x):  # one function, so that jax compiles it once
+    return x
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

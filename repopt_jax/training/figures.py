@@ -219,9 +219,7 @@ def _branches(scales: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _range(scales, block: str, branch: str) -> tuple[float, float, float]:
     """Smallest, mean and largest absolute value; NaN, which draws nothing, without a vector."""
-    if branch not in scales[block]:
-        return (math.nan,) * 3
-    sizes = np.abs(np.asarray(scales[block][branch], np.float64).ravel())
+    sizes = np.abs(np.asarray(scales[block].get(branch, 0.0), np.float64).ravel())
     if not sizes.size:
         raise ValueError(f"scales must not be empty, got a vector of size 0 for {block}/{branch}")
     sizes = sizes[sizes > 0]

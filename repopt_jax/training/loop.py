@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -82,15 +82,6 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     return loop.state, _summary(part, read_metrics(workdir / "metrics.jsonl"))
 
 
-class _Due(NamedTuple):
-    """What is due after a step, in this order."""
-
-    report: bool
-    save: bool
-    stop: bool
-    evaluation: bool
-
-
 class _Loop:
     """The steps of a part from where its state is; `state` and `step` move on.
 
@@ -123,20 +114,20 @@ class _Loop:
             return
         while self.step < self.part.steps:
             self._train_step()
-            due = self._due()
-            if due.report:
+            report, save, stop, evaluation = self._due()
+            if report:
                 self._report()
-            if due.save:
+            if save:
                 self._save()
-            if due.stop:
+            if stop:
                 return
-            if due.evaluation and not self._evaluate(saved=due.save):
-                if not due.save:
+            if evaluation and not self._evaluate(saved=save):
+                if not save:
                     self._save()
                 return
 
-    def _due(self) -> _Due:
-        """What is due after the last step; the same in all processes."""
+    def _due(self) -> tuple[bool, bool, bool, bool]:
+        """Whether a report, a save, an end and an evaluation are due; the same in all processes."""
         config = self.part.config
         evaluation, save = self._ends(config.eval_every), self._ends(config.checkpoint.every)
         report, stop = evaluation or save or self.step % config.log_every == 0, False
@@ -144,7 +135,7 @@ class _Loop:
             overdue = 0 < 60 * config.checkpoint.minutes < time.perf_counter() - self.saved_at
             stop, overdue = map(bool, agreed([self.stop.received is not None, overdue]))
             save = save or stop or overdue
-        return _Due(report or save, save, stop, evaluation)
+        return report or save, save, stop, evaluation
 
     def _ends(self, epochs: float) -> bool:
         """Whether the last step ends a period of `epochs`, or the training."""

@@ -72,7 +72,7 @@ def make_optimizer(
     """SGD or AdamW with multipliers, clipping first if wanted.
 
     Args:
-      config: the section `optimizer` of a part.
+      config: the section `optimizer` of a part, as `check_section` accepts it.
       schedule: the learning rate by update.
       grad_mults: a tree like the parameters; all None for the plain optimizer.
 
@@ -81,43 +81,25 @@ def make_optimizer(
         the norm of the merged kernels' gradient is not that of the branches', so the equivalence
         would be lost.
     """
-    if not config.clip_norm >= 0:
-        raise ValueError(f"optimizer.clip_norm must be at least 0, got {config.clip_norm}")
-    for key in ("b1", "b2"):
-        if not 0 <= config[key] < 1:
-            raise ValueError(f"optimizer.{key} must be in [0, 1), got {config[key]}")
     if config.clip_norm and jax.tree.leaves(grad_mults):
         raise ValueError(
             "optimizer.clip_norm must be 0 for the part 'target', because clipping the merged "
             "kernels' gradient breaks the equivalence with the branches, "
             f"got {config.clip_norm}"
         )
-    update_rule(config.name)
-    shared = {"weight_decay": config.weight_decay, "mask": weight_decay_mask}
-    if config.name == "sgd":
-        own = {key: config[key] for key in ("momentum", "nesterov")}
-        tx = repopt_sgd(schedule, grad_mults, **own, **shared)
+    if update_rule(config.name) == "linear":
+        optimizer, fields = repopt_sgd, ("momentum", "nesterov", "weight_decay")
     else:
-        own = {key: config[key] for key in ("b1", "b2", "eps")}
-        tx = repopt_adamw(schedule, grad_mults, **own, **shared)
+        optimizer, fields = repopt_adamw, ("b1", "b2", "eps", "weight_decay")
+    options = {field: config[field] for field in fields}
+    tx = optimizer(schedule, grad_mults, mask=weight_decay_mask, **options)
     if config.clip_norm:
         return optax.chain(clip_by_global_norm(config.clip_norm), tx)
     return tx
 
 
 def make_schedule(
-    name: str,
-    *,
-    base_lr: float,
-    batch_size: int,
-    steps_per_epoch: int,
-    epochs: float,
-    warmup_epochs: float = 0.0,
-    warmup_lr: float = 0.0,
-    min_lr: float = 0.0,
-    linear_end: float = 0.01,
-    step_epochs: float = 30.0,
-    step_rate: float = 0.1,
+    config: Any, *, batch_size: int, steps_per_epoch: int, epochs: float
 ) -> optax.Schedule:
     """Return a learning rate schedule: a pure function of the number of updates done so far.
 
@@ -130,17 +112,11 @@ def make_schedule(
         step     base_lr * step_rate ** ((t - W) // step_updates)
 
     Args:
-      name: ``"cosine"``, ``"linear"`` or ``"step"``.
-      base_lr: highest rate, for a batch of 256 images.
+      config: the section `schedule` of a part: the name of the formula, its rates, and lengths in
+        epochs (``warmup_epochs``, at most ``epochs``, and ``step_epochs``), fractions allowed.
       batch_size: images per update, over all devices.
       steps_per_epoch: updates per epoch.
-      epochs: length of the run, warm-up included; may be a fraction, as all lengths here.
-      warmup_epochs: length of the warm-up, at most ``epochs``; 0 means none.
-      warmup_lr: the rate at the start of the warm-up, for a batch of 256 images.
-      min_lr: the rate at the end of the cosine, for a batch of 256 images.
-      linear_end: the rate at the end of the linear schedule, as a fraction of ``base_lr``.
-      step_epochs: epochs between two drops of the step schedule.
-      step_rate: factor of each drop of the step schedule.
+      epochs: length of the run, warm-up included; may be a fraction.
 
     Returns:
       A function of an integer count (an array gives an array), to be traced or not. It computes in
@@ -150,36 +126,39 @@ def make_schedule(
       ValueError: for an unknown name, a negative or non-finite number, a length of no update, a
         warm-up longer than the run, or a ``min_lr`` that the schedule would ignore.
 
-    >>> schedule = make_schedule("cosine", base_lr=0.1, batch_size=512, steps_per_epoch=10,
-    ...                          epochs=10, warmup_epochs=1)
+    >>> from repopt_jax.training.config import default_config
+    >>> config = default_config().target.schedule
+    >>> config.warmup_epochs = 1
+    >>> schedule = make_schedule(config, batch_size=512, steps_per_epoch=10, epochs=10)
     >>> [round(float(schedule(count)), 4) for count in (0, 1, 6, 11, 51, 100)]
     [0.0, 0.0, 0.1, 0.1951, 0.1, 0.0]
     """
-    rates = {"base_lr": base_lr, "warmup_lr": warmup_lr, "min_lr": min_lr}
-    rates |= {"linear_end": linear_end, "step_rate": step_rate}
+    name = config.name
     lengths = {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
-    lengths["step_epochs"] = step_epochs
-
+    lengths["step_epochs"] = config.step_epochs
     if name not in SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(SCHEDULES)}; got {name!r}")
-    for argument, value in (rates | {"warmup_epochs": warmup_epochs}).items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{argument} must be a finite number of at least 0; got {value}")
-    for argument, value in lengths.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{argument} must be a finite number above 0; got {value}")
-    if warmup_epochs > epochs:
-        raise ValueError(f"warmup_epochs must be at most epochs ({epochs}); got {warmup_epochs}")
-    if min_lr and name != "cosine":
+    for field in ("base_lr", "warmup_lr", "min_lr", "linear_end", "step_rate", "warmup_epochs"):
+        if not 0 <= config[field] < math.inf:
+            raise ValueError(f"{field} must be a finite number of at least 0; got {config[field]}")
+    for field, value in lengths.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{field} must be a finite number above 0; got {value}")
+    if config.warmup_epochs > epochs:
         raise ValueError(
-            f"min_lr is the end of the cosine, not of {name!r}, which needs 0; got {min_lr}"
+            f"warmup_epochs must be at most epochs ({epochs}); got {config.warmup_epochs}"
+        )
+    if config.min_lr and name != "cosine":
+        raise ValueError(
+            f"min_lr is the end of the cosine, not of {name!r}, which needs 0; got {config.min_lr}"
         )
 
     scale = batch_size / REFERENCE_BATCH
-    base, start, end = base_lr * scale, warmup_lr * scale, min_lr * scale
+    base, start, end = (scale * config[rate] for rate in ("base_lr", "warmup_lr", "min_lr"))
+    linear_end, step_rate = config.linear_end, config.step_rate
     total = steps_in(epochs, steps_per_epoch)
-    warmup = round(warmup_epochs * steps_per_epoch)
-    step_updates = steps_in(step_epochs, steps_per_epoch)
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    step_updates = steps_in(config.step_epochs, steps_per_epoch)
     decaying = max(total - warmup, 1)  # a run that is all warm-up never gets to decay
 
     def schedule(count):

@@ -217,12 +217,8 @@ def prepare(
     with _named(spec.section):
         steps_per_epoch = data_lib.steps_per_epoch(dataset, section.batch_size)
     with _named(f"{spec.section}.schedule"):
-        schedule = make_schedule(
-            batch_size=section.batch_size,
-            steps_per_epoch=steps_per_epoch,
-            epochs=section.epochs,
-            **section.schedule,
-        )
+        lengths = {"steps_per_epoch": steps_per_epoch, "epochs": section.epochs}
+        schedule = make_schedule(section.schedule, batch_size=section.batch_size, **lengths)
     draw = functools.partial(draw_network, num_classes=dataset.num_classes, bn_group=group)
     model = nnx.eval_shape(lambda: draw(config, spec, scales))
     model.eval()

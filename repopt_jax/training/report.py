@@ -21,25 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from repopt_jax.atomic_write import atomic_write
 
 _log = logging.getLogger("repopt_jax")
 
 
-def _jsonable(value: Any) -> Any:
+def _json(content: Any, indent: int | None = None) -> str:
     """JSON has no NaN and no arrays: those become null and lists."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _jsonable(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
+    text = json.dumps(content, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=indent) + "\n"
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
@@ -60,7 +52,7 @@ def write_json(path: epath.PathLike, content: Any) -> None:
     }
     <BLANKLINE>
     """
-    _replace(epath.Path(path), json.dumps(_jsonable(content), indent=2) + "\n")
+    _replace(epath.Path(path), _json(content, indent=2))
 
 
 def _replace(path: epath.Path, text: str) -> None:
@@ -88,18 +80,12 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
       path: the file; an absent one gives an empty list.
     """
     path = epath.Path(path)
-    records: list[dict[str, Any]] = []
+    records: dict[int, dict[str, Any]] = {}  # by step
     for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        record = {k: math.nan if v is None else v for k, v in record.items()}
-        if records and records[-1]["step"] == record["step"]:
-            records[-1] |= record
-        else:
-            records.append(record)
-    return records
+        with contextlib.suppress(ValueError):
+            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            records.setdefault(record["step"], {}).update(record)
+    return list(records.values())
 
 
 class MetricsWriter:
@@ -133,7 +119,7 @@ class MetricsWriter:
 
         kept = [] if resumed_at is None else read_metrics(self.path)
         kept = [record for record in kept if record["step"] <= resumed_at]
-        _replace(self.path, "".join(_line(record) for record in kept))
+        _replace(self.path, "".join(map(_json, kept)))
         folder = self.path.parent / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard leaves out what an interrupted run wrote from this step on. It also keeps two
@@ -167,7 +153,7 @@ class MetricsWriter:
             return
         from tensorboardX.summary import scalar
 
-        _append(self.path, _line({"step": int(step)} | scalars))
+        _append(self.path, _json({"step": int(step)} | scalars))
         for name, value in scalars.items():
             self._write_event(step=int(step), summary=scalar(name, value))
         self._events.flush()
@@ -182,10 +168,6 @@ class MetricsWriter:
         if self._events is not None:
             with contextlib.suppress(OSError):  # a `write` that failed has raised already
                 self._events.close()
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(_jsonable(record)) + "\n"
 
 
 def format_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -247,11 +229,8 @@ class _Lines(logging.Handler):
     def emit(self, record):
         line = self.format(record) + "\n"
         _append(self.path, line)
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
-            if self.bar is None:
-                sys.stderr.write(line)
-                sys.stderr.flush()
-            elif not getattr(record, "on_bar", False):
+        if self.bar.disable or not getattr(record, "on_bar", False):
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe
                 self.bar.write(line, file=sys.stderr, end="")
 
 
@@ -293,20 +272,20 @@ class Progress:
     ):
         self._total, self._batch_size, self._label = total, batch_size, label
         self._reported, self._since = resumed_at, time.perf_counter()
-        self._bar = self._lines = None
-        if jax.process_index() != 0:
+        self._lines = None
+        silent = jax.process_index() != 0
+        self._bar = tqdm(
+            desc=label,
+            total=total,
+            initial=resumed_at,
+            file=sys.stderr,
+            # None lets tqdm see whether that is a terminal.
+            disable=True if silent else None if terminal is None else not terminal,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f} % |{bar}| {n}/{total}{postfix}",
+        )
+        if silent:
             return
-        if sys.stderr.isatty() if terminal is None else terminal:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                desc=label,
-                total=total,
-                initial=resumed_at,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f} % |{bar}| {n}/{total}{postfix}",
-            )
         path = epath.Path(workdir) / "train.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = _Lines(path, self._bar)
@@ -319,18 +298,15 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         if self._lines is not None:
             _log.removeHandler(self._lines)
             level, _log.propagate = self._before
             _log.setLevel(level)
-        self._bar = self._lines = None
 
     def step(self, step: int) -> None:
         """Move the bar to ``step``; cheap enough for every update."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        self._bar.update(step - self._bar.n)
 
     def report(self, step: int, *, loss: float, lr: float) -> float:
         """Show the loss, the learning rate, images per second and the time left.
@@ -344,9 +320,8 @@ class Progress:
         speed, left = self._batch_size / seconds, seconds * (self._total - step)
         facts = f"loss {float(loss):.4f}, lr {float(lr):.3g}, {speed:,.0f} images/s, "
         facts += f"{format_seconds(left)} left"
-        if self._bar is not None:
-            self._bar.set_postfix_str(facts, refresh=False)
-            self.step(step)
+        self._bar.set_postfix_str(facts, refresh=False)
+        self.step(step)
         done = f"{self._label} {step}/{self._total} ({100 * step / self._total:.0f} %)"
         _log.info("%s, %s", done, facts, extra={"on_bar": True})
         return speed

@@ -104,8 +104,7 @@ def normalize(
     2.0
     """
     wide = jnp.promote_types(options.dtype, jnp.float32)
-    mean = jnp.asarray(options.mean, wide).reshape(1, 1, 1, -1)
-    std = jnp.asarray(options.std, wide).reshape(1, 1, 1, -1)
+    mean, std = (jnp.asarray(x, wide).reshape(1, 1, 1, -1) for x in (options.mean, options.std))
     return ((images.astype(wide) / 255 - mean) / std).astype(options.dtype)
 
 

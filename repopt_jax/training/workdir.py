@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from repopt_jax.training.checkpoints import checkpoint_directory
-from repopt_jax.training.config import PARTS, default_config, flat, sections_of
+from repopt_jax.training.config import PARTS, default_config, flat
 from repopt_jax.training.devices import samples_per_group
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import write_json
@@ -66,7 +66,7 @@ def with_bn_groups(
     """
     config = config.copy_and_resolve_references()
     begun = _read(workdir / CONFIG)
-    for name in sections_of(names):
+    for name in dict.fromkeys(PARTS[part].section for part in names):
         if config[name].bn_group is None:
             remembered = begun.get(name, {}).get("bn_group")
             config[name].bn_group = _group(name, config[name], mesh, remembered, workdir)
@@ -153,17 +153,17 @@ def stored_classes(workdir: epath.PathLike, part: str) -> int | None:
 
 def _require_same_images(present: dict, wanted: dict, workdir: epath.Path) -> None:
     """Refuse other images: the steps of an epoch or the meaning of the labels would change."""
-    for section, images in wanted.items():
-        for key, value in images.items():
-            before = present.get(section, {}).get(key)  # None: not known
-            if before != value and before is not None and value is not None:
-                changed = f"{before!r} there, {value!r} here"
-                if isinstance(value, list):
-                    changed = f"{sorted(set(before) ^ set(value))[:3] or 'the order'} differ"
-                raise ValueError(
-                    f"{section}.data must be the images that the run in {workdir} began with: "
-                    f"{key} ({changed})"
-                )
+    present = flat(present)
+    for field, value in flat(wanted).items():
+        before, (section, key) = present.get(field), field.split(".")
+        if None not in (before, value) and before != value:  # None: not known
+            changed = f"{before!r} there, {value!r} here"
+            if isinstance(value, list):
+                changed = f"{sorted(set(before) ^ set(value))[:3] or 'the order'} differ"
+            raise ValueError(
+                f"{section}.data must be the images that the run in {workdir} began with: "
+                f"{key} ({changed})"
+            )
 
 
 def _require_same(present: dict[str, Any], wanted: dict[str, Any], workdir: epath.Path) -> None:
