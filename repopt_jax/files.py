@@ -19,6 +19,7 @@ from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.models import RepOptGhost, RepOptVGG
+from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import Scales, parse_safetensors, parse_scales
 from repopt_jax.torch_files import load_torch_scales, load_torch_weights
 from repopt_jax.torch_files.weights import unfilled_model
@@ -119,7 +120,8 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
       **options: of `create_model`, such as bn_group; they take the place of those in the file.
 
     Raises:
-      ValueError: it is no such file, or does not fit the network that it names.
+      ValueError: it is no such file, does not fit the network that it names, or has numbers that
+        are not finite.
       FileNotFoundError: there is no such file.
     """
     if has_torch_names(path, what="weights"):
@@ -137,6 +139,10 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
         lambda p, old: jax.numpy.asarray(tensors[path_str(p)], old.dtype), state
     )
     nnx.update(model, new)
+    try:
+        check_numbers(model)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} cannot be used: {error}") from None
     return model
 
 

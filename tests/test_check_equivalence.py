@@ -1,5 +1,7 @@
 """The check itself: what it measures, and that it fails when it should."""
 
+import math
+
 import pytest
 
 from repopt_jax.check_equivalence import layers, networks
@@ -49,6 +51,12 @@ def test_exit_status_past_a_bound(monkeypatch, capsys):
     assert "2 of 2 cases failed" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--steps", "0"])
+
+
+def test_a_layer_that_is_nan_is_the_largest_difference(monkeypatch, x64):
+    """Wherever it stands among the layers."""
+    monkeypatch.setattr(networks, "differences", lambda *_: {"a": 1e-16, "b": float("nan")})
+    assert math.isnan(networks.difference(*CASE, steps=1))
 
 
 def test_forty_cases_without_all():

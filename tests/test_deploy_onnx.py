@@ -22,7 +22,7 @@ from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
 from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
 from repopt_jax.models import repopt_ghost
 from repopt_jax.models.layers import BatchNorm
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import layer_at, path_str
 
 IMAGES = load_dataset("digits").eval.images[:32]
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
@@ -142,6 +142,30 @@ def test_a_network_without_a_writer_is_refused():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear$"):
         onnx_model(model, Preprocessing(8, 8), name="x")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("linear/bias", np.nan), ("stage1/0/conv/kernel", np.inf), ("stage0/bn/var", -1.0)],
+)
+@pytest.mark.parametrize("how", ["fold", "onnx", "stablehlo"])
+def test_a_network_with_numbers_that_none_has_is_refused_by_path(tmp_path, how, path, value):
+    """Its logits would be NaN, and folding would move a negative variance to another tensor."""
+    model = nnx.clone(network())
+    if how == "onnx" and "bn" not in path:
+        model = fold(model)  # which is then not done again
+    layer, name = path.rsplit("/", 1)
+    variable = getattr(layer_at(model, layer), name)
+    variable[...] = variable[...].at[0].set(value)
+    file, preprocessing = tmp_path / "net", Preprocessing(8, 8)
+    use = {
+        "fold": lambda: fold(model),
+        "onnx": lambda: export_onnx(file, model, preprocessing, name="tiny"),
+        "stablehlo": lambda: export_stablehlo(file, model, preprocessing, name="tiny"),
+    }[how]
+    with pytest.raises(ValueError, match=f"{path} must "):
+        use()
+    assert not file.exists()
 
 
 def test_the_package_loads_without_onnx():

@@ -1,6 +1,7 @@
 """INT8 graphs are what the recipe says, and their accuracy, speed and noise are measured."""
 
 import collections
+import copy
 import math
 
 import numpy as np
@@ -162,6 +163,15 @@ def test_evaluation_counts_every_image_once_and_no_tie_as_a_hit():
     assert [flat(label) for label in (0, 4, 5, 9)] == [(100, 100), (0, 100), (0, 0), (0, 0)]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_no_hits_and_are_counted(bad):
+    """NaN would else be a hit of a class that comes first, and infinity one of its own."""
+    logits = np.eye(10)
+    logits[3, 3] = logits[5, 0] = bad
+    found = evaluate(lambda images: logits, [(np.zeros((10, 1, 1, 3)), np.arange(10))])
+    assert found == {"top1": 80.0, "top5": 80.0, "images": 10, "not_finite": 2}
+
+
 def test_speeds_are_measured_in_turns(graph, int8):
     order = []
 
@@ -232,6 +242,31 @@ def test_a_report_becomes_a_table_and_a_figure(graph, int8, tmp_path):
 def test_what_cannot_be_quantized_is_refused(graph, calibration, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(**{"graph": graph, "batches": calibration} | options)
+
+
+def with_weight(graph, name, value):
+    """`graph` with other numbers in one tensor."""
+    other = copy.deepcopy(graph)
+    tensor = next(t for t in other.graph.initializer if t.name == name)
+    array = np.full_like(numpy_helper.to_array(tensor), value)
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return other
+
+
+def test_a_graph_with_weights_that_are_not_finite_is_refused_by_the_tensors_name(
+    graph, int8, calibration
+):
+    broken = with_weight(graph, "stage1/0/conv/bias", np.nan)
+    for use in (lambda: quantize(broken, calibration), lambda: layer_reports(broken)):
+        with pytest.raises(ValueError, match=r"finite weights, .* in stage1/0/conv/bias"):
+            use()
+
+
+@pytest.mark.parametrize("calibration_method", CALIBRATIONS)
+def test_a_graph_whose_logits_overflow_is_not_quantized(graph, calibration, calibration_method):
+    huge = with_weight(with_weight(graph, "stage0/conv/bias", 3e38), "stage1/0/conv/kernel", 3e38)
+    with pytest.raises(ValueError, match="finite logits for the calibration images"):
+        quantize(huge, calibration, calibration=calibration_method)
 
 
 def test_other_wrong_arguments_are_refused(graph, int8, calibration, tmp_path):

@@ -12,6 +12,7 @@ import repopt_jax
 from repopt_jax import Scales, load_scales, load_weights, save_scales
 from repopt_jax.files import save_arrays, save_weights, variables
 from repopt_jax.torch_files import export_weights, official_names
+from repopt_jax.tree_paths import layer_at
 
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (2, 2, 4, 4, 4), "num_classes": 3}
 GHOST = {"name": "RepOpt-GhostNet", "width": 0.1, "kind": "target", "num_classes": 3}
@@ -61,6 +62,17 @@ def test_weights_are_opened_by_their_content(tmp_path):
         assert found.keys() == variables(model).keys()
         for path, value in variables(model).items():
             np.testing.assert_array_equal(found[path], value)
+
+
+@pytest.mark.parametrize(("path", "value"), [("linear/bias", np.nan), ("stage0/bn/var", -1.0)])
+def test_weights_that_no_network_has_are_refused_by_path(tmp_path, path, value):
+    model = network("target")
+    layer, name = path.rsplit("/", 1)
+    getattr(layer_at(model, layer), name)[...] = value
+    arguments = {"name": "RepOpt-VGG", "kind": "target", "se": False, **SIZE}
+    save_weights(tmp_path / "broken", model, arguments)
+    with pytest.raises(ValueError, match=f"broken.*{path} must"):
+        load_weights(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("load", [load_scales, load_weights])

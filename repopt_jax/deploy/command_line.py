@@ -85,7 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"got {images.dataset.num_classes}"
         )
     count = -(-len(images.dataset.eval) // arguments.batch_size)
-    rows, first = [], None
+    rows, warnings, first = [], [], None
     for path, network in networks.items():
         batches = flags.progress(path, images.evaluation(arguments.batch_size), count)
         found = runtime.evaluate(network, batches)
@@ -93,10 +93,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         accuracies = [found[k] for k in ("top1", "top5")]
         drops = [first[k] - found[k] for k in ("top1", "top5")]
         cells = [f"{number:.2f}" for number in accuracies + drops]
+        if "not_finite" in found:
+            warnings.append(f"{path}: {found['not_finite']} images had logits that are not finite")
         setting = network.metadata.get("quantization", "float")
         rows.append((path, *cells, found["images"], _megabytes(path), setting))
     header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "images", "MB", "")
-    print(format_table(rows, header))
+    print("\n".join([format_table(rows, header), *warnings]))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:

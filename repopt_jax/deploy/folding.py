@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Centre, Identity
-from repopt_jax.models.layers import BatchNorm
+from repopt_jax.models.layers import BatchNorm, check_numbers
 from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
 from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock
 from repopt_jax.models.search import SearchLayer
@@ -81,7 +81,8 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
 
     Raises:
-      ValueError: `model` has blocks that cannot be folded, such as folded ones.
+      ValueError: `model` has blocks that cannot be folded, such as folded ones, or numbers that are
+        not finite.
 
     >>> import repopt_jax
     >>> from flax import nnx
@@ -92,6 +93,7 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     >>> bool(abs(fold(model)(x) - model(x)).max() < 1e-6)
     True
     """
+    check_numbers(model)
     folded = nnx.clone(model)
     modules = [module for _, module in nnx.iter_modules(folded)]
     if not any(type(module) in FOLDED for module in modules):

@@ -133,6 +133,16 @@ class GraphWriter:
         return model
 
 
+def check_weights(model: onnx.ModelProto) -> None:
+    """Raise ValueError for weights that are not finite, which no table or INT8 graph can state."""
+    for tensor in model.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError(
+                f"graph must have finite weights, got NaN or infinity in {tensor.name}"
+            )
+
+
 def _pair(value: Any) -> list[Any]:
     """A setting by axis; Flax takes one number for both axes, and None for 1."""
     if value is None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from repopt_jax.deploy.graph import check_weights
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.extras import needs_extra
 from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
@@ -80,7 +81,8 @@ def layer_reports(
       images: uint8 NHWC images to compare them on, with `int8` only.
 
     Raises:
-      ValueError: `graph` has no float weights, or only one of `int8` and `images` is given.
+      ValueError: `graph` has no float weights or ones that are not finite, or only one of
+        `int8` and `images` is given.
 
     >>> import repopt_jax
     >>> from flax import nnx
@@ -99,6 +101,7 @@ def layer_reports(
     nodes = [n for n in graph.graph.node if n.op_type in ("Conv", "Gemm") and n.input[1] in weights]
     if not nodes:
         raise ValueError("graph must be a float one with Conv or Gemm nodes, got none")
+    check_weights(graph)
     snrs = {} if int8 is None else _output_snrs(graph, int8, images)
     kernels = {node.name: numpy_helper.to_array(weights[node.input[1]]) for node in nodes}
     return [_report(name, kernel, snrs.get(name)) for name, kernel in kernels.items()]

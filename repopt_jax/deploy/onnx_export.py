@@ -21,7 +21,7 @@ from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.extras import needs_extra
-from repopt_jax.models.layers import SqueezeExcite
+from repopt_jax.models.layers import SqueezeExcite, check_numbers
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
 
@@ -44,7 +44,7 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
       name: of the model, for the metadata.
 
     Raises:
-      ValueError: there is no writer for the network's type.
+      ValueError: there is no writer for the network's type, or it has numbers that are not finite.
 
     >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
     >>> model = repopt_jax.create_model("RepOpt-VGG", "repvgg", **size, rngs=nnx.Rngs(0))
@@ -57,6 +57,7 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
         raise ValueError(
             f"model must be one of {[t.__name__ for t in WRITERS]}, got a {type(model).__name__}"
         )
+    check_numbers(model)
     graph, x = GraphWriter(), INPUT
     element, shape = onnx.TensorProto.FLOAT, ["batch", 3, *preprocessing.size]
     if preprocessing.inside:

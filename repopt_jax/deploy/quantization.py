@@ -36,6 +36,7 @@ from typing import Literal
 
 import numpy as np
 
+from repopt_jax.deploy.graph import check_weights
 from repopt_jax.deploy.onnx_export import INPUT
 from repopt_jax.deploy.runtime import OnnxNetwork, metadata_of, read_onnx
 from repopt_jax.extras import needs_extra
@@ -79,8 +80,8 @@ def quantize(
       float_layers: names of Conv and Gemm nodes to leave as they are, such as "stage0/conv".
 
     Raises:
-      ValueError: the graph is not this project's or quantized already, there are no images, or
-        another argument is out of its range.
+      ValueError: the graph is not this project's, quantized already or not finite, there are no
+        images, or another argument is out of its range.
 
     >>> import repopt_jax
     >>> from flax import nnx
@@ -102,7 +103,9 @@ def quantize(
     if isinstance(graph, (str, os.PathLike)):
         graph, _ = read_onnx(graph)
     _check_graph(graph, float_layers)
-    reader = _Reader(OnnxNetwork(graph, threads=1), batches)
+    check_weights(graph)
+    network = OnnxNetwork(graph, threads=1)
+    reader = _Reader(network, batches)
     unquantized = [n.name for n in graph.graph.node if n.name.startswith("preprocess/")]
     prepared = copy.deepcopy(graph)
     # Says that shapes are inferred and BatchNorm is folded; else onnxruntime asks for both.
@@ -110,7 +113,7 @@ def quantize(
     entry.key, entry.value = "onnx.quant.pre_process", "onnxruntime.quant"
     # onnxruntime prints several lines for every batch.
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, quiet:
+    with tempfile.TemporaryDirectory() as folder, quiet, _finite_logits(network, batches):
         target = pathlib.Path(folder) / "int8.onnx"
         ort.quantize_static(
             prepared,
@@ -141,6 +144,21 @@ def quantize(
     model.producer_name, model.producer_version = graph.producer_name, graph.producer_version
     onnx.checker.check_model(model)
     return model
+
+
+@contextlib.contextmanager
+def _finite_logits(
+    network: OnnxNetwork, batches: Collection[np.ndarray]
+) -> contextlib.AbstractContextManager[None]:
+    """Explain an error inside by logits that are not finite, where calibration finds no range."""
+    try:
+        yield
+    except Exception:  # of the kinds AssertionError and ValueError, by calibration
+        if all(np.isfinite(network(images)).all() for images in batches):
+            raise
+        raise ValueError(
+            "graph must have finite logits for the calibration images, got NaN or infinity"
+        ) from None
 
 
 def _check_graph(graph: onnx.ModelProto, float_layers: Sequence[str]) -> None:

@@ -116,7 +116,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and the number of images.
 
-    Of equal logits, which INT8 graphs often give, the first counts as the largest.
+    Of equal logits, which INT8 graphs often give, the first counts as the largest. Images whose
+    logits are not finite are no hits; where there are any, "not_finite" says how many.
 
     Args:
       network: from uint8 images to logits.
@@ -128,16 +129,20 @@ def evaluate(
     >>> evaluate(lambda images: np.eye(6)[[0, 1]], [(np.zeros((2, 1, 1, 3)), np.array([0, 2]))])
     {'top1': 50.0, 'top5': 100.0, 'images': 2}
     """
-    hits, count = np.zeros(5), 0
+    hits, count, not_finite = np.zeros(5), 0, 0
     for images, labels in batches:
-        best = np.argsort(-network(images), axis=-1, kind="stable")[:, :5]
-        found = best == labels[:, None]
+        logits = network(images)
+        finite = np.isfinite(logits).all(-1)
+        best = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
+        found = (best == labels[:, None]) & finite[:, None]
         hits[: found.shape[1]] += found.sum(0)
         count += len(labels)
+        not_finite += int((~finite).sum())
     if count == 0:
         raise ValueError("batches must hold at least one image, got none")
     top1, top5 = (100 * float(hits[:k].sum()) / count for k in (1, 5))
-    return {"top1": top1, "top5": top5, "images": count}
+    numbers = {"top1": top1, "top5": top5, "images": count}
+    return numbers | ({"not_finite": not_finite} if not_finite else {})
 
 
 def images_per_second(

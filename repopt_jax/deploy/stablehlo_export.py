@@ -21,6 +21,7 @@ from flax import nnx
 import repopt_jax
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.models.layers import check_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -62,6 +63,9 @@ def export_stablehlo(
       name: of the model, for the metadata.
       platforms: where the file is to run.
 
+    Raises:
+      ValueError: the network has numbers that are not finite.
+
     >>> import tempfile
     >>> model = nnx.Sequential(lambda x: x.mean((1, 2)), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +74,7 @@ def export_stablehlo(
     >>> loaded.call(jnp.zeros((5, 8, 8, 3), jnp.uint8)).shape, loaded.metadata["model"]
     ((5, 2), 'mine')
     """
+    check_numbers(model)
     model = nnx.clone(model)
     model.eval()
     graphdef, state = nnx.split(model)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from repopt_jax.branches import uniform_fan_in, wide_type
+from repopt_jax.branches import is_known, uniform_fan_in, wide_type
 from repopt_jax.models.small_maps import conv_general_dilated
 
 if TYPE_CHECKING:
@@ -282,3 +283,44 @@ def check_lengths(**sequences: tuple[Sequence, int]) -> None:
     for name, (sequence, length) in sequences.items():
         if len(sequence) != length:
             raise ValueError(f"{name} must have {length} entries, got {tuple(sequence)}")
+
+
+def bad_numbers(value: np.ndarray, *, variance: bool) -> str | None:
+    """What is wrong with the numbers of a variable, which no trained network has; None: nothing.
+
+    >>> bad_numbers(np.array([1.0, np.inf]), variance=False)
+    'must be finite, got NaN or infinity'
+    >>> bad_numbers(np.array([1.0, -2.0]), variance=True)
+    'must not be negative, got -2.0'
+    """
+    if not np.isfinite(value).all():
+        return "must be finite, got NaN or infinity"
+    if variance and (value < 0).any():
+        return f"must not be negative, got {value.min()}"
+    return None
+
+
+def check_numbers(model: nnx.Module) -> None:
+    """Refuse a network with numbers that no trained one has, whose outputs would mean nothing.
+
+    Variables that are shapes only, or that `jax` traces, are passed over.
+
+    Raises:
+      ValueError: every variable with NaN or infinity, and every negative running variance, by path.
+
+    >>> bn = BatchNorm(2)
+    >>> bn.var[...] = bn.var[...].at[0].set(-1)
+    >>> check_numbers(bn)
+    Traceback (most recent call last):
+    ValueError: model must have finite numbers: var must not be negative, got -1.0
+    """
+    problems = []
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable.get_value()
+        if not is_known(value) or not jnp.issubdtype(value.dtype, jnp.inexact):
+            continue
+        variance = isinstance(variable, nnx.BatchStat) and path[-1] == "var"
+        if problem := bad_numbers(np.asarray(value), variance=variance):
+            problems.append(f"{'/'.join(map(str, path))} {problem}")
+    if problems:
+        raise ValueError(f"model must have finite numbers: {'; '.join(problems)}")

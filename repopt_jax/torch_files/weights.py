@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.models import RepOptGhost, RepOptVGG, create_model
+from repopt_jax.models.layers import bad_numbers
 from repopt_jax.torch_files.modules import read_state_dict
 from repopt_jax.torch_files.names import from_torch, to_torch, torch_name
 from repopt_jax.torch_files.pickles import TorchFileError
@@ -65,11 +66,9 @@ def _bad_numbers(name: str, value: np.ndarray, dtype: np.dtype) -> list[str]:
     """What is wrong with the numbers of a tensor that is to be cast to `dtype`."""
     if not jax.numpy.issubdtype(value.dtype, np.floating):
         return [f"{name} must hold floats, got {value.dtype}"]
-    if not np.isfinite(value).all():
-        return [f"{name} must be finite, got NaN or infinity"]
     is_variance = name.endswith(".running_var")
-    if is_variance and (value < 0).any():
-        return [f"{name} must not be negative, got {value.min()}"]
+    if problem := bad_numbers(value, variance=is_variance):
+        return [f"{name} {problem}"]
     with np.errstate(over="ignore", under="ignore"):
         cast = value.astype(dtype)
     # A variance of 0 divides by nearly nothing; other numbers so small make no difference.
