@@ -97,6 +97,19 @@ def _check_shape(mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_updates(updates: PyTree, params: PyTree | None) -> None:
+    """Refuse updates of other shapes than their parameters', such as one per sample."""
+    if params is None:
+        return
+    shapes = {path: jnp.shape(param) for path, param in by_path(params).items()}
+    for path, update in by_path(updates).items():
+        if path in shapes and jnp.shape(update) != shapes[path]:
+            raise ValueError(
+                f"updates[{path!r}] must have its parameter's shape {shapes[path]}, got "
+                f"{jnp.shape(update)}"
+            )
+
+
 class ScaleByGradMultState(NamedTuple):
     """State of `scale_by_grad_mult`: the constants, by path of their parameter."""
 
@@ -138,7 +151,8 @@ def scale_by_grad_mult(
     Raises:
       ValueError: here, for an unknown rule, a multiplier that is not finite, is negative, or is a
         `BranchMult` of another rule; by ``init``, for a tree or shape that does not match the
-        parameters.
+        parameters; by ``update``, for updates of other shapes than the parameters, where these
+        are given.
 
     >>> import jax.numpy as jnp, optax, repopt_jax
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -181,7 +195,8 @@ def scale_by_grad_mult(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        _check_updates(updates, params)
 
         def scale(path, update):
             mult = state.grad_mults.get(path_str(path))
