@@ -28,7 +28,7 @@ import optax
 from flax import serialization
 
 from repopt_jax.branches import RULES, BranchMult, is_known, placed_like, replicated_like, wide_type
-from repopt_jax.tree_paths import by_path, errors_at, path_str
+from repopt_jax.tree_paths import by_path, check_updates, errors_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, PyTree
@@ -95,19 +95,6 @@ def _check_shape(mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
             f"a multiplier must broadcast against its parameter of shape {shape}, got shape "
             f"{np.shape(mult)}"
         )
-
-
-def _check_updates(updates: PyTree, params: PyTree | None) -> None:
-    """Refuse updates of other shapes than their parameters', such as one per sample."""
-    if params is None:
-        return
-    shapes = {path: jnp.shape(param) for path, param in by_path(params).items()}
-    for path, update in by_path(updates).items():
-        if path in shapes and jnp.shape(update) != shapes[path]:
-            raise ValueError(
-                f"updates[{path!r}] must have its parameter's shape {shapes[path]}, got "
-                f"{jnp.shape(update)}"
-            )
 
 
 class ScaleByGradMultState(NamedTuple):
@@ -196,7 +183,7 @@ def scale_by_grad_mult(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_updates(updates, params)
+        check_updates(updates, params)
 
         def scale(path, update):
             mult = state.grad_mults.get(path_str(path))
