@@ -77,7 +77,7 @@ def test_tensors_must_lie_in_their_storage(tmp_path, write):
     refuse(path, forged((2**40,), (0,)), "repeats its storage without end")
     refuse(path, forged(numel=2**61), "does not fit in the file")
     refuse(path, forged(numel=-1), "has -1 elements")
-    refuse(path, forged(numel=5), "where its tensors say|the length that its tensors")
+    refuse(path, forged((5,), numel=5), "where its tensors say|the length that its tensors")
     refuse(path, forged(kind="Odd"), "unknown type 'torch.OddStorage'")
 
 
