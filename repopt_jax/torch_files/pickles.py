@@ -7,7 +7,7 @@ What is left can make numbers, text, bytes, lists, tuples, dicts, arrays and `St
 
 import itertools
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 # Each limit is far above what torch writes, and low enough that reading ends soon.
@@ -17,22 +17,18 @@ MAX_KEY = 4096  # characters of a dict's key: comparing equal keys takes their l
 MAX_RARE_KEYS = 10_000  # keys of which a file can choose the hash, so that all of them collide
 MAX_DEPTH = 100  # dicts, lists and tuples inside each other
 
-# The instructions that are allowed -> about the bytes of memory that each takes, but for the text
-# that it holds: 16 for its place on the stack and in what it ends up in, and its object.
+# Bytes of memory -> the allowed instructions that take about so many, but for the text that they
+# hold: 16 for its place on the stack and in what it ends up in, and its object.
 # LONG4 is not among them: operations on integers above 255 bytes are slow.
 _COSTS = {
-    name: cost
-    for cost, names in {
-        600: "EMPTY_DICT DICT EMPTY_SET FROZENSET REDUCE NEWOBJ NEWOBJ_EX OBJ INST BINPERSID",
-        100: "EMPTY_LIST LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND SETITEM "
-        "PUT BINPUT LONG_BINPUT MEMOIZE",
-        80: "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 STRING BINSTRING SHORT_BINSTRING "
-        "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8",
-        64: "INT LONG LONG1 FLOAT BININT BININT2 BINFLOAT",
-        16: "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT1 MARK EMPTY_TUPLE APPENDS SETITEMS "
-        "ADDITEMS BUILD GLOBAL STACK_GLOBAL POP POP_MARK DUP GET BINGET LONG_BINGET",
-    }.items()
-    for name in names.split()
+    600: "EMPTY_DICT DICT EMPTY_SET FROZENSET REDUCE NEWOBJ NEWOBJ_EX OBJ INST BINPERSID "
+    "GLOBAL STACK_GLOBAL",
+    100: "EMPTY_LIST LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND SETITEM PUT BINPUT LONG_BINPUT MEMOIZE",
+    80: "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 STRING BINSTRING SHORT_BINSTRING "
+    "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8",
+    64: "INT LONG LONG1 FLOAT BININT BININT2 BINFLOAT",
+    16: "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT1 MARK EMPTY_TUPLE APPENDS SETITEMS ADDITEMS "
+    "BUILD POP POP_MARK DUP GET BINGET LONG_BINGET",
 }
 
 
@@ -154,7 +150,6 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(source)
         self.budget = source.budget
         self.persistent_load = load_storage
-        self.names: dict[str, Standin] = {}
         self.functions = {
             "builtins.dict": self._dict,
             "__builtin__.dict": self._dict,
@@ -171,11 +166,8 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Standin:
         if len(module) + len(name) > MAX_LINE:
             raise TorchFileError("its pickle holds a class name of absurd length")
-        full = f"{module}.{name}"
-        if full not in self.names:
-            self.budget.spend(500 + 4 * len(full))
-            self.names[full] = Standin(full)
-        return self.names[full]
+        self.budget.spend(4 * (len(module) + len(name)))
+        return Standin(f"{module}.{name}")
 
     def _call(self, function: Standin, args: tuple) -> Any:
         """What a call of the named function makes: most often a stand-in."""
@@ -192,15 +184,18 @@ class _Unpickler(pickle._Unpickler):
 
     def _dict(self, pairs: list | tuple = ()) -> dict:
         self.budget.spend(100 * len(pairs))
-        result = {}
+        return self._update({}, pairs)
+
+    def _update(self, mapping: dict, pairs: Iterable[tuple]) -> dict:
         for key, value in pairs:
             self.budget.check_key(key)
-            result[key] = value
-        return result
+            mapping[key] = value
+        return mapping
 
-    def _encode(self, text: str, encoding: str) -> Any:
+    def _encode(self, text: str, encoding: str) -> bytes:
+        # Protocols before 3 write bytes as a call of this function.
         if encoding != "latin1":
-            return Standin("_codecs.encode", (text, encoding))
+            raise TorchFileError(f"it holds bytes encoded as {quote(encoding)}, not 'latin1'")
         self.budget.spend(len(text))
         return text.encode("latin1")
 
@@ -240,41 +235,45 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(self.stack[-1], Standin):  # else a dict or an array, whose notes are dropped
             self.stack[-1].state = state
 
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self._set(items[::2], items[1::2])
-
     def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set([key], [value])
+        value = self.stack.pop()
+        self._set([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
 
     def load_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        self._set(items[::2], items[1::2])
+        self._set(items)
 
-    def _set(self, keys: list, values: list) -> None:
+    def _set(self, items: list) -> None:
         target = self.stack[-1]
         mapping = target if isinstance(target, dict) else target.mapping
-        for key, value in zip(keys, values, strict=True):
-            self.budget.check_key(key)
-            mapping[key] = value
+        self._update(mapping, zip(items[::2], items[1::2], strict=True))
+
+    def load_append(self) -> None:
+        self._extend([self.stack.pop()])
 
     def load_appends(self) -> None:
-        items = self.pop_mark()
-        self._sequence().extend(items)
+        self._extend(self.pop_mark())
 
     load_additems = load_appends  # the elements of a set are never hashed
 
-    def load_append(self) -> None:
-        value = self.stack.pop()
-        self._sequence().append(value)
-
-    def _sequence(self) -> list:
+    def _extend(self, items: list) -> None:
         target = self.stack[-1]
-        return target if isinstance(target, list) else target.sequence
+        (target if isinstance(target, list) else target.sequence).extend(items)
 
     load_bytearray8 = pickle._Unpickler.load_binbytes8
+
+
+class _Instructions(dict):
+    """Code of an instruction -> what carries it out, for those that are allowed."""
+
+    def __missing__(self, code: int) -> None:
+        raise TorchFileError(
+            f"its pickle has the instruction {code:#x}, which torch does not write"
+        )
 
 
 def _charged(name: str, cost: int) -> Callable[[_Unpickler], None]:
@@ -289,17 +288,10 @@ def _charged(name: str, cost: int) -> Callable[[_Unpickler], None]:
     return carry_out
 
 
-class _Instructions(dict):
-    """Code of an instruction -> what carries it out, for those that are allowed."""
-
-    def __missing__(self, code: int) -> None:
-        raise TorchFileError(
-            f"its pickle has the instruction {code:#x}, which torch does not write"
-        )
-
-
 _Unpickler.dispatch = _Instructions(
-    (getattr(pickle, name)[0], _charged(name, cost)) for name, cost in _COSTS.items()
+    (getattr(pickle, name)[0], _charged(name, cost))
+    for cost, names in _COSTS.items()
+    for name in names.split()
 )
 
 
@@ -317,10 +309,7 @@ def unpickle(
       left: bytes of the pickle at most.
       budget: what the objects may cost.
       load_storage: persistent id -> value. The id is whatever the file says.
-      functions: name of a function -> what takes the place of a call of it.
-
-    Returns:
-      Numbers, text, bytes, lists, tuples, dicts, `Standin`s, and what `functions` return.
+      functions: name of a function -> what makes its result in its place.
     """
     start = stream.tell()
     try:
