@@ -304,12 +304,8 @@ def unpickle(
 ) -> Any:
     """Read one pickle, of at most `left` bytes; the stream is then just behind it.
 
-    Args:
-      stream: at the pickle's first byte.
-      left: bytes of the pickle at most.
-      budget: what the objects may cost.
-      load_storage: persistent id -> value. The id is whatever the file says.
-      functions: name of a function -> what makes its result in its place.
+    `load_storage` makes a value of a persistent id, which is whatever the file says. `functions`
+    has what is called in the place of a function of that name.
     """
     start = stream.tell()
     try:
