@@ -72,7 +72,7 @@ def test_tensors_must_lie_in_their_storage(tmp_path, write):
     for view in [((-1,), (1,), 0), ((6,), (-1,), 5), ((6,), (1,), -1), ((1.5,), (1,), 0)]:
         refuse(path, forged(*view), "are no counts")
     refuse(path, forged((1,), (1, 1)), "are no counts")
-    refuse(path, forged((1,) * 99, (1,) * 99), "proper shape")
+    refuse(path, forged((1,) * 99, (1,) * 99), "are no counts")
     refuse(path, forged((0, 2**40), (1, 1)), "absurd shape")
     refuse(path, forged((2**40,), (0,)), "repeats its storage without end")
     refuse(path, forged(numel=2**61), "does not fit in the file")

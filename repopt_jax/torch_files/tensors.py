@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from repopt_jax.torch_files.pickles import MAX_LINE, Standin, TorchFileError, quote
+from repopt_jax.torch_files.pickles import Standin, TorchFileError, quote
 
 MAX_EXPANSION = 1 << 26  # bytes by which all broadcast tensors may exceed their storages
 MAX_DIMENSIONS = 32
@@ -110,9 +110,7 @@ class Storages(dict):
         name = kind.name if isinstance(kind, Standin) and kind.args is None else kind
         if not isinstance(name, str) or name not in _STORAGES:
             raise TorchFileError(f"it holds a storage of the unknown type {quote(name)}")
-        if not isinstance(key, str) or len(key) > MAX_LINE:
-            raise TorchFileError(f"the key of a storage is {quote(key)}")
-        if type(numel) is not int or numel < 0:
+        if not isinstance(key, str) or type(numel) is not int or numel < 0:
             raise TorchFileError(f"storage {quote(key)} has {quote(numel)} elements")
         dtype = _STORAGES[name]
         size = numel * dtype.itemsize
@@ -170,12 +168,9 @@ class Storages(dict):
             memory.set_unit(dtype)
             array = array.view(np.uint8)
             array = array[: array.size // dtype.itemsize * dtype.itemsize].view(dtype)
-        for values in (size, stride):
-            if not (isinstance(values, tuple) and len(values) <= MAX_DIMENSIONS):
-                raise TorchFileError("it holds a tensor without a proper shape")
-        shape = "(" + ", ".join(map(quote, size)) + ")"
-        numbers = (*size, *stride, offset)
-        if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+        shape = "(" + ", ".join(map(quote, size[:8])) + ")"
+        paired = type(size) is type(stride) is tuple and len(size) == len(stride) <= MAX_DIMENSIONS
+        if not paired or any(type(n) is not int or n < 0 for n in (*size, *stride, offset)):
             raise TorchFileError(
                 f"it holds a tensor of shape {shape} whose sizes, strides or offset are no counts"
             )
