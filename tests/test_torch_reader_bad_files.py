@@ -92,6 +92,13 @@ def test_many_broadcast_tensors_share_one_allowance(tmp_path):
     refuse(path, build.archive_of(views), "repeats its storage")
 
 
+def test_a_storage_has_numbers_of_one_width(tmp_path):
+    """Else no one could tell which bytes change places on a machine of the other byte order."""
+    first, second = build.untyped(np.zeros(4, np.uint16)), build.untyped(np.zeros(2, np.uint32))
+    second.args = (first.args[0], *second.args[1:])
+    refuse(tmp_path / "file.pth", build.archive_of([first, second]), "different types")
+
+
 def test_lazy_and_unknown_tensors_are_refused(tmp_path):
     path = tmp_path / "file.pth"
     tensor = build.tensor(np.ones(2, np.complex64))

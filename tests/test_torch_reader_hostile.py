@@ -96,6 +96,9 @@ def test_containers_must_not_hold_themselves(tmp_path, packed):
     path = tmp_path / "file.pth"
     for pickled in (b"]q\0h\0a.", b"}q\0K\1h\0s.", b"]q\0h\0\x85a.", b"]q\0}K\1h\0sa."):
         refuse(path, packed(b"\x80\x02" + pickled), "contains itself")
+    # What an object holds is looked at, too: its arguments, state, elements and items.
+    for end in (b"]q\0h\0a\x85\x81.", b")\x81]q\0h\0ab.", b")\x81]q\0h\0aa.", b")\x81N]q\0h\0as."):
+        refuse(path, packed(b"\x80\x02cmy\nNet\n" + end), "contains itself")
 
 
 def test_cycles_through_objects_are_kept(tmp_path, packed):
