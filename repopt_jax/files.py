@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -22,8 +21,8 @@ from repopt_jax.models import RepOptGhost, RepOptVGG
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import Scales, parse_safetensors, parse_scales
 from repopt_jax.torch_files import load_torch_scales, load_torch_weights
-from repopt_jax.torch_files.weights import unfilled_model
-from repopt_jax.tree_paths import current_path, path_str
+from repopt_jax.torch_files.weights import fill, unfilled_model, variables
+from repopt_jax.tree_paths import current_path, errors_at
 
 FORMAT_VERSION = "1"
 
@@ -47,12 +46,12 @@ def has_torch_names(path: str | os.PathLike, *, what: str = "path") -> bool:
         raise FileNotFoundError(f"{what} must be an existing file, got {os.fspath(path)}")
     with source.open("rb") as file:
         head = file.read(262)
-        if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
-            return True
-        if head[8:9] == b"{":
+        if head[8:9] == b"{":  # after its length, the header of a safetensors file is JSON
             file.seek(8)
             header = file.read(min(int.from_bytes(head[:8], "little"), 100 << 20))
             return b'"format_version"' not in header
+        if head.startswith((b"PK", b"\x80")) or head[257:] == b"ustar":
+            return True
     raise ValueError(
         f"{os.fspath(path)!r} must be a safetensors or a torch file, got one that starts with "
         f"{head[:16]!r}"
@@ -79,12 +78,6 @@ def load_scales(path: str | os.PathLike) -> Scales:
     if has_torch_names(path, what="scales"):
         return load_torch_scales(path)
     return parse_scales(epath.Path(path).read_bytes(), os.fspath(path))
-
-
-def variables(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Every variable of `model` by its path, as a weights file holds them."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
-    return {path_str(path): np.asarray(value) for path, value in leaves}
 
 
 def save_weights(path: str | os.PathLike, model: nnx.Module, arguments: Mapping[str, Any]) -> None:
@@ -129,20 +122,13 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
     tensors, arguments = read_weights(path)
     dtype = next(iter(tensors.values())).dtype
     model = unfilled_model(**{"param_dtype": dtype} | arguments | options)
-    state = nnx.state(model)
-    wanted = {path_str(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(state)}
+    wanted = {name: variable.shape for name, variable in variables(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wanted != found:
         different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
         raise ValueError(f"{os.fspath(path)!r} does not fit its network, in {different}")
-    new = jax.tree_util.tree_map_with_path(
-        lambda p, old: jax.numpy.asarray(tensors[path_str(p)], old.dtype), state
-    )
-    nnx.update(model, new)
-    try:
-        check_numbers(model)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r} cannot be used: {error}") from None
+    with errors_at(f"{os.fspath(path)!r} cannot be used"):
+        check_numbers(fill(model, tensors))
     return model
 
 

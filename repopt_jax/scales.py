@@ -87,18 +87,11 @@ class Scales(Mapping):
         from repopt_jax.branches import initial_scales
         from repopt_jax.tree_paths import layer_at
 
-        return cls(
-            {
-                path: {
-                    name: np.asarray(vector)
-                    for name, vector in initial_scales(
-                        block, layer_at(model, path).kernel.shape
-                    ).items()
-                }
-                for path, block in blocks_of(model, blocks).items()
-            },
-            {"source": "initial values of the search"},
-        )
+        vectors = {
+            path: initial_scales(block, layer_at(model, path).kernel.shape)
+            for path, block in blocks_of(model, blocks).items()
+        }
+        return cls(vectors, {})._map(np.asarray, "initial values of the search")
 
     def ones(self) -> Scales:
         """The same blocks with every value 1 (an ablation of the paper)."""
@@ -130,11 +123,12 @@ class Scales(Mapping):
         """
         from repopt_jax.tree_paths import layer_at
 
-        wanted = {}
         blocks = blocks_of(model, blocks)
-        for path, block in blocks.items():
-            width = layer_at(model, path).kernel.shape[-1]
-            wanted.update({f"{path}/{name}": width for name in block})
+        wanted = {
+            f"{path}/{name}": layer_at(model, path).kernel.shape[-1]
+            for path, block in blocks.items()
+            for name in block
+        }
         found = self.flat()
         problems = [f"missing {key}" for key in wanted.keys() - found.keys()]
         problems += [f"surplus {key}" for key in found.keys() - wanted.keys()]

@@ -231,7 +231,9 @@ def test_pickles_grown_at_random_do_no_harm(tmp_path, pickles, seed):
         for _ in range(rng.choice([20, 60, 120])):
             longer = grown + rng.choice(_PIECES)
             try:
-                unpickle(io.BytesIO(longer + b"N."), 9999, Budget(9999), Storages(9999).load)
+                storages = Storages(9999)
+                source = io.BytesIO(longer + b"N.")
+                unpickle(source, 9999, Budget(9999), storages.load, storages.functions)
             except TorchFileError:
                 continue
             grown = longer

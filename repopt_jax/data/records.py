@@ -79,7 +79,9 @@ def load_records(folder: pathlib.Path, train_split: str | None, eval_split: str 
                 f"got {len(sources[-1])}"
             )
     shape, names = facts["image_shape"], tuple(facts["classes"])
-    return Dataset("folder", len(names), *sources, tuple(shape) if shape else None, names)
+    return Dataset(
+        "folder", len(names), *sources, tuple(shape) if shape else None, class_names=names
+    )
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from repopt_jax.scales import parse_safetensors
-from repopt_jax.torch_files.pickles import Standin, TorchFileError, quote
+from repopt_jax.torch_files.pickles import MAX_DEPTH, Standin, TorchFileError, quote
 from repopt_jax.torch_files.reader import read_torch_file
 
 # Keys under which checkpoints keep their weights, the likeliest first, averages last.
@@ -36,8 +36,8 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
       module: stand-in of an object of any subclass of `torch.nn.Module`.
 
     Raises:
-      TorchFileError: that is no module, it contains itself, its submodules do not end, or it
-        holds a parameter that is no plain (say, a quantized or sparse) tensor.
+      TorchFileError: that is no module, its submodules do not end, or it holds a parameter that
+        is no plain (say, a quantized or sparse) tensor.
 
     >>> layer = Standin("torch.nn.modules.linear.Linear", ())
     >>> layer.state = {"_parameters": {"weight": np.ones((2, 3)), "bias": None}}
@@ -48,20 +48,14 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
     {'fc.weight': (2, 3)}
     """
     result: dict[str, np.ndarray] = {}
-    size = 0
-    above: set[int] = set()  # modules between the root and the one at hand
-    pending: list[tuple[str, Any, bool]] = [("", module, True)]  # last-in first-out
-    while pending:
-        prefix, current, entering = pending.pop()
-        if not entering:
-            above.remove(id(current))
-            continue
-        if id(current) in above:
-            raise TorchFileError(f"module {quote(prefix)} contains itself")
+    room = MAX_SIZE
+
+    def visit(prefix: str, current: Any) -> None:
+        nonlocal room
         tables = _tables(prefix, current)
-        size += (60 + len(prefix)) * (1 + sum(map(len, tables)))
-        if size > MAX_SIZE:
-            raise TorchFileError("the module has submodules without end")
+        room -= (60 + len(prefix)) * (1 + sum(map(len, tables)))
+        if room < 0 or prefix.count(".") > MAX_DEPTH:
+            raise TorchFileError(f"module {quote(prefix)} is one of submodules without end")
         parameters, buffers, modules, hidden = tables
         kept = {name: value for name, value in buffers.items() if name not in hidden}
         for name, value in (*parameters.items(), *kept.items()):
@@ -70,24 +64,23 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
             elif value is not None:
                 found = f"{quote(prefix + name)} is {quote(value)}"
                 raise TorchFileError(f"{found} and no plain tensor")
-        above.add(id(current))
-        pending.append((prefix, current, False))
-        children = [(f"{prefix}{name}.", child, True) for name, child in modules.items()]
-        pending.extend(child for child in reversed(children) if child[1] is not None)
+        for name, child in modules.items():
+            if child is not None:
+                visit(f"{prefix}{name}.", child)
+
+    visit("", module)
     return result
 
 
 def _tables(prefix: str, module: Any) -> tuple[dict, dict, dict, set]:
     """A module's parameters, buffers, submodules, and names of buffers that do not persist."""
     state = module.state if isinstance(module, Standin) else None
-    tables = [
-        state.get(key, {}) if isinstance(state, dict) and "_modules" in state else None
-        for key in ("_parameters", "_buffers", "_modules")
-    ]
+    state = state if isinstance(state, dict) and "_modules" in state else {"_modules": None}
+    tables = [state.get(key, {}) for key in ("_parameters", "_buffers", "_modules")]
     if not all(isinstance(table, dict) for table in tables):
-        where = f"{quote(prefix)} is" if prefix else "state_dict needs a pickled module, not"
+        where = f"{quote(prefix)} must be a module" if prefix else "state_dict needs a module"
         kind = repr(module) if isinstance(module, Standin) else quote(module)
-        raise TorchFileError(f"{where} {kind}" + (", which is no module" if prefix else ""))
+        raise TorchFileError(f"{where}, got {kind}")
     if not all(isinstance(name, str) for table in tables for name in table):
         raise TorchFileError(f"module {quote(prefix)} has names that are no text")
     hidden = getattr(state.get("_non_persistent_buffers_set"), "sequence", ())

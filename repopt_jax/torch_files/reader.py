@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from repopt_jax.torch_files.pickles import Budget, Standin, TorchFileError, quote, unpickle
-from repopt_jax.torch_files.tensors import Rebuilder, Storages
+from repopt_jax.torch_files.pickles import Budget, TorchFileError, check_nesting, quote, unpickle
+from repopt_jax.torch_files.tensors import Storages
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _CHUNK = 1 << 24
@@ -102,9 +102,9 @@ def _read(stream: BinaryIO) -> Any:
         )
     else:
         raise TorchFileError(f"it is no torch file, as it starts with {quote(head[:16])}")
-    result = Rebuilder(storages, budget).rebuild(root)
-    storages.swap_bytes(order)  # only the tensors know the type of some
-    return result
+    check_nesting(root)
+    storages.swap_bytes(order)
+    return root
 
 
 def _read_archive(stream: BinaryIO, storages: Storages, budget: Budget) -> tuple[Any, str]:
@@ -122,40 +122,41 @@ def _read_archive(stream: BinaryIO, storages: Storages, budget: Budget) -> tuple
     if f"{roots[0]}constants.pkl" in records:
         raise TorchFileError("it is a TorchScript program, not a checkpoint")
 
-    def read(name: str, size: int | None = None) -> bytearray:
+    def read(name: str, data: np.ndarray | None = None) -> np.ndarray:
         info = records.get(roots[0] + name)
         if info is None:
             raise TorchFileError(f"its zip archive lacks the record {quote(name)}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x2041:
             raise TorchFileError(f"its record {quote(name)} is compressed or encrypted")
-        if info.file_size != info.compress_size or info.file_size > storages.file_size:
-            raise TorchFileError(f"its record {quote(name)} claims {info.file_size} bytes")
-        if size not in (None, info.file_size):
+        if data is None:
+            data = np.zeros(info.file_size, np.uint8)
+        if data.size != info.file_size:
             raise TorchFileError(
-                f"record {quote(name)} has {info.file_size} bytes where its tensors say {size}"
+                f"record {quote(name)} has {info.file_size} bytes where its tensors say {data.size}"
             )
         if info.CRC == 0:  # what torch writes when its users switch the checksums off
             del info.CRC
-        data = bytearray(info.file_size)
         with archive.open(info) as record:
-            for at in range(0, len(data), _CHUNK):
-                _fill(record, memoryview(data)[at : at + _CHUNK], name)
+            _fill(record, data, name)
         return data
 
     # Absent before torch 2.1, which read and wrote little-endian files only.
-    order = bytes(read("byteorder")) if f"{roots[0]}byteorder" in records else b"little"
+    order = read("byteorder").tobytes() if f"{roots[0]}byteorder" in records else b"little"
     if order not in (b"little", b"big"):
         raise TorchFileError(f"its byte order is {quote(order)}, not b'little' or b'big'")
     pickled = read("data.pkl")
-    root = unpickle(io.BytesIO(pickled), len(pickled), budget, storages.load)
+    stream = io.BytesIO(pickled)
+    root = unpickle(stream, pickled.size, budget, storages.load, storages.functions)
     for key, storage in storages.items():
-        storage.data = np.frombuffer(read(f"data/{key}", storage.size), np.uint8)
+        read(f"data/{key}", storage.data)
     return root, order.decode()
 
 
-def _fill(stream: BinaryIO, buffer: memoryview, key: str) -> None:
-    if stream.readinto(buffer) != len(buffer):
-        raise TorchFileError(f"it is cut off inside {quote(key)}")
+def _fill(stream: BinaryIO, data: np.ndarray, name: str) -> None:
+    for at in range(0, data.size, _CHUNK):
+        chunk = data[at : at + _CHUNK]
+        if stream.readinto(chunk) != chunk.size:
+            raise TorchFileError(f"it is cut off inside {quote(name)}")
 
 
 def _read_legacy(stream: BinaryIO, storages: Storages, budget: Budget) -> Any:
@@ -166,7 +167,8 @@ def _read_legacy(stream: BinaryIO, storages: Storages, budget: Budget) -> Any:
     """
 
     def load() -> Any:
-        return unpickle(stream, storages.file_size - stream.tell(), budget, storages.load)
+        left = storages.file_size - stream.tell()
+        return unpickle(stream, left, budget, storages.load, storages.functions)
 
     magic = load()
     if type(magic) is not int or magic != _LEGACY_MAGIC:
@@ -175,21 +177,17 @@ def _read_legacy(stream: BinaryIO, storages: Storages, budget: Budget) -> Any:
     if type(version) is not int or version != _LEGACY_VERSION:
         raise TorchFileError(f"it has version {quote(version)} of the old format, not 1001")
     machine = load()
-    if not isinstance(machine, Standin):
-        raise TorchFileError("it does not describe the machine that wrote it")
     root, keys = load(), load()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise TorchFileError("its list of storages is damaged")
-    if len(set(keys)) != len(keys) or set(keys) != set(storages):
+    if not isinstance(keys, list) or sorted(keys) != sorted(storages):
         raise TorchFileError("its list of storages does not match the tensors")
     # Big-endian machines wrote the count, and only the count, in their own order for a while.
-    orders = ["little", "big"] if machine.mapping.get("little_endian") is False else ["little"]
+    is_big = isinstance(machine, dict) and machine.get("little_endian") is False
     for key in keys:
         storage, count = storages[key], stream.read(8)
-        if storage.numel not in (int.from_bytes(count, order, signed=True) for order in orders):
+        counts = [int.from_bytes(count, order) for order in ("little", "big")[: 1 + is_big]]
+        if storage.data.size not in [storage.dtype.itemsize * n for n in counts]:
             raise TorchFileError(
                 f"storage {quote(key)} does not have the length that its tensors say"
             )
-        storage.data = np.empty(storage.size, np.uint8)
-        _fill(stream, memoryview(storage.data), key)
+        _fill(stream, storage.data, key)
     return root

@@ -34,6 +34,9 @@ _KINDS = {
 def recognize_size(weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
     """Name and size of the network, as arguments of `create_model`; None for no network of ours.
 
+    No file holds strides: a stage of which the first block has an identity has a stride of 1, all
+    others are taken for 2, as published.
+
     >>> recognize_size({"stage0.conv.weight": np.ones((4, 3, 3, 3))}) is None
     True
     """
@@ -49,20 +52,22 @@ def recognize_size(weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
         if names:
             return {"name": names[0]}
         return None if width is None else {"name": GHOST, "width": width}
+    firsts = ("stage0", *(f"stage{i}.0" for i in range(1, 5)))
     num_blocks = tuple(sum(key.startswith(f"stage{i}/") for key in rows) for i in range(1, 5))
-    widths = tuple(rows.get(key) for key in ("stage0", *(f"stage{i}/0" for i in range(1, 5))))
+    widths = tuple(rows.get(block_path(first)) for first in firsts)
     if None in widths:
         return None
     name = size_name(num_blocks, widths) or VGG
-    return {"name": name, "num_blocks": num_blocks, "widths": widths}
+    size = {"name": name, "num_blocks": num_blocks, "widths": widths}
+    identities = ("scale_identity.weight", "bn_identity.weight")
+    strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in firsts)
+    return {**size, "strides": strides} if 1 in strides else size
 
 
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Arguments of `create_model` for the network whose state dict this is.
 
-    Search checkpoints are taken for kind "hs"; "csla" has the same names. No file holds strides:
-    a stage of which the first block has an identity has a stride of 1, all others are taken for 2,
-    as published.
+    Search checkpoints are taken for kind "hs"; "csla" has the same names.
 
     Raises:
       TorchFileError: it is no network of ours.
@@ -79,9 +84,4 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
             else f"it is no {VGG}: stages 0 to 4 and linear are not all there"
         )
     found = {**size, "kind": kinds[0], "num_classes": classes[0]}
-    identities = ("scale_identity.weight", "bn_identity.weight")
-    firsts = ("stage0", *(f"stage{i}.0" for i in range(1, 5)))
-    strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in firsts)
-    if 1 in strides:
-        found["strides"] = strides
     return found if is_ghost else {**found, "se": any(".post_se." in name for name in weights)}

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
-from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_modules
-from repopt_jax.models.repopt_vgg import scale_widths
+from repopt_jax.models.repopt_ghost import ghost_modules
 from repopt_jax.scales import Scales
 from repopt_jax.torch_files.modules import read_torch_weights
 from repopt_jax.torch_files.names import SCALES, block_path, torch_block
 from repopt_jax.torch_files.pickles import TorchFileError
 from repopt_jax.torch_files.recognition import recognize_size
+from repopt_jax.torch_files.weights import unfilled_model
 
 
 def load_torch_scales(path: str | os.PathLike, key: str | None = None) -> Scales:
@@ -73,34 +73,21 @@ def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:
         path: {branch: block[branch] for _, branch in SCALES.values() if branch in block}
         for path, block in blocks.items()
     }
-    return Scales(vectors, {"source": "converted from torch", "model": _model(vectors)})
+    model = _model(Scales(vectors))
+    return Scales(vectors, {"source": "converted from torch", "model": model})
 
 
-def _model(vectors: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+def _model(scales: Scales) -> str:
     """The network's name, or "unknown"; refuses blocks that are not all of one network of ours."""
-    found = {f"{path}/{b}": len(v) for path, block in vectors.items() for b, v in block.items()}
-    size = recognize_size(official_names(Scales(vectors)))
+    size = recognize_size(official_names(scales))
     if size is None:
-        if vectors.keys() <= ghost_modules(1.0).keys():
+        if scales.keys() <= ghost_modules(1.0).keys():
             raise TorchFileError(f"its blocks are not those of a {GHOST}, of any width")
         return "unknown"
-    if "widths" in size:
-        wanted = scale_widths(size["num_blocks"], size["widths"])
-    else:
-        modules = ghost_modules(size.get("width") or GHOST_SIZES[size["name"]])
-        wanted = {f"{path}/{b}": n for path, n in modules.items() for b in ("conv", "identity")}
-    problems = [f"missing {key}" for key in wanted.keys() - found.keys()]
-    # With a stride of 1 the first block of a stage may have an identity, too.
-    optional = {f"stage{i}/0/conv/identity" for i in range(1, 5)}
-    problems += [f"surplus {key}" for key in found.keys() - wanted.keys() - optional]
-    problems += [
-        f"{key} has {found[key]} channels, not {wanted[key]}"
-        for key in wanted.keys() & found.keys()
-        if found[key] != wanted[key]
-    ]
-    if problems:
-        problems = "; ".join(sorted(problems))
-        raise TorchFileError(f"its blocks are not one {size['name']}: {problems}")
+    try:
+        scales.check(unfilled_model(**size))
+    except ValueError as error:
+        raise TorchFileError(f"its blocks are not one {size['name']}: {error}") from None
     return size["name"]
 
 

@@ -19,6 +19,21 @@ from repopt_jax.torch_files.recognition import recognize
 from repopt_jax.tree_paths import path_str
 
 
+def variables(model: nnx.Module) -> dict[str, jax.Array]:
+    """Every variable of `model` by its path, as a weights file holds them."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
+    return {path_str(path): value for path, value in leaves}
+
+
+def fill(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> nnx.Module:
+    """Give every variable of `model` the array of its path, cast to its type; returns `model`."""
+    new = jax.tree_util.tree_map_with_path(
+        lambda path, old: jax.numpy.asarray(arrays[path_str(path)], old.dtype), nnx.state(model)
+    )
+    nnx.update(model, new)
+    return model
+
+
 def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.Module:
     """Fill every variable of `model` from a torch state dict, in place.
 
@@ -34,10 +49,8 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
         variable, every wrong shape and every tensor with numbers that no network has, or that
         the cast would lose. `model` is unchanged then.
     """
-    problems, filled, used = [], {}, set()
-    state = nnx.state(model)
-    for key_path, variable in jax.tree_util.tree_leaves_with_path(state):
-        path = path_str(key_path)
+    problems, arrays, used = [], {}, set()
+    for path, variable in variables(model).items():
         name = torch_name(path)
         used.add(name)
         if name is None:
@@ -45,7 +58,7 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
         elif name not in weights:
             problems.append(f"missing {name} for {path}")
         else:
-            filled[path] = value = from_torch(weights[name])
+            arrays[path] = value = from_torch(weights[name])
             if value.shape != variable.shape:
                 shapes = f"{variable.shape}, got {value.shape}"
                 problems.append(f"{name} must give {path} the shape {shapes}")
@@ -55,11 +68,7 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
     problems += [f"surplus {name}" for name in weights.keys() - used - counts]
     if problems:
         raise ValueError("weights do not fit the model: " + "; ".join(sorted(problems)))
-    new = jax.tree_util.tree_map_with_path(
-        lambda key_path, old: jax.numpy.asarray(filled[path_str(key_path)], old.dtype), state
-    )
-    nnx.update(model, new)
-    return model
+    return fill(model, arrays)
 
 
 def _bad_numbers(name: str, value: np.ndarray, dtype: np.dtype) -> list[str]:
@@ -89,8 +98,7 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
       ValueError: a variable without a name in torch.
     """
     exported = {}
-    for key_path, value in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
-        path = path_str(key_path)
+    for path, value in variables(model).items():
         name = torch_name(path)
         if name is None:
             raise ValueError(f"the official code has no name for the variable {path!r}")
