@@ -152,6 +152,12 @@ class BranchMult:
 
     def __call__(self, gradient: Float[Array, "*kernel_shape"]) -> Float[Array, "*kernel_shape"]:
         """Multiply `gradient`, in at least float32, and return its own dtype."""
+        if gradient.ndim == 0:
+            raise ValueError(
+                f"gradient must have the shape of a kernel, got a number of type {gradient.dtype}; "
+                "optax.inject_hyperparams takes a BranchMult for a schedule unless its static_args "
+                'have "grad_mults"'
+            )
         dtype = wide_type(gradient.dtype)
         wide = outputs_last(gradient.astype(dtype), self.layout)
         if self.is_elementwise:
