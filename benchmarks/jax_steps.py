@@ -50,7 +50,6 @@ def build(name, kind, multiplied, dtype):
 def multiply_adds(name, size):
     """Multiply-adds of the plain network's forward pass for one image."""
     model = nnx.eval_shape(lambda: repopt_jax.create_model(name, rngs=nnx.Rngs(0)))
-    model.eval()
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
     return forward_flops(graphdef, params, stats, (size, size, 3)) // 2
 

@@ -8,8 +8,9 @@ optimizer runs on the branches themselves, which live in its state, and the netw
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from repopt_jax.branches import (
     replicated_like,
     wide_type,
 )
-from repopt_jax.tree_paths import by_path, errors_at, path_str
+from repopt_jax.tree_paths import by_path, check_updates, errors_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -55,22 +56,83 @@ def _is_absent(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _inner_tree(
-    leaves: Mapping[str, Any], branches: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]
-) -> dict:
-    """What the optimizer sees: a nested dict with a search network's names of parameters."""
-    kernels = {places[path] for path in branches}
-    named = {path: leaf for path, leaf in leaves.items() if path not in kernels}
-    for path, by_name in branches.items():
-        named.update({f"{path}/branch_weights/{name}": leaf for name, leaf in by_name.items()})
-    tree: dict = {}
-    for path, leaf in named.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """Where the kernels of blocks lie among the parameters, and the tree of their branches.
+
+    Attributes:
+      blocks: path of a layer -> its branches.
+      kernel: name of the kernels.
+      layout: of the kernels.
+    """
+
+    blocks: Mapping[str, Block]
+    kernel: str
+    layout: str
+
+    def place(self, path: str) -> str:
+        """The path of a layer's kernel."""
+        return f"{path}/{self.kernel}"
+
+    def hidden_scales(self) -> dict[str, dict[str, Array]]:
+        """Empty arrays in place of scales: a state has one structure whatever wrappers hide."""
+        return {
+            path: {name: jnp.zeros(0) for name, branch in block.items() if branch.scaled}
+            for path, block in self.blocks.items()
+        }
+
+    def inner_tree(self, leaves: Mapping[str, Any], branches: Mapping[str, Mapping]) -> dict:
+        """What the optimizer sees: a nested dict with a search network's names of parameters."""
+        kernels = {self.place(path) for path in branches}
+        named = {path: leaf for path, leaf in leaves.items() if path not in kernels}
+        for path, by_name in branches.items():
+            named.update({f"{path}/branch_weights/{name}": leaf for name, leaf in by_name.items()})
+        tree: dict = {}
+        for path, leaf in named.items():
+            *parents, name = path.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = leaf
+        return tree
+
+    def pulled_back(self, gradients: Any, state: ReparameterizeState) -> dict:
+        """The gradients that the optimizer sees, from those of the plain network."""
+        leaves, pulled = by_path(gradients), {}
+        for path, own in state.weights.items():
+            gradient = outputs_last(leaves[self.place(path)], self.layout)
+            pulled[path] = _pulled_back(self.blocks[path], own, state.scales[path], gradient)
+        return self.inner_tree(leaves, pulled)
+
+    def of_branches(self, extra_args: dict, params: Any, state: ReparameterizeState) -> dict:
+        """Arguments of line searches and of Sophia for what the optimizer sees."""
+        own = dict(extra_args)
+        if own.get("grad") is not None:
+            own["grad"] = self.pulled_back(own["grad"], state)
+        for name in ("value_fn", "obj_fn"):
+            if own.get(name) is not None:
+                own[name] = self._function_of_branches(own[name], params, state)
+        return own
+
+    def _function_of_branches(
+        self, function: Callable, params: Any, state: ReparameterizeState
+    ) -> Callable:
+        """`function` of the plain network's parameters, as one of what the optimizer sees."""
+        plain = by_path(params)
+
+        @functools.wraps(function)  # line searches read its signature
+        def of_branches(tree, *args, **kwargs):
+            leaves = by_path(tree)
+            for path in state.weights:
+                kernel = outputs_last(plain[self.place(path)], self.layout)
+                block = self.blocks[path]
+                weights = {name: leaves[f"{path}/branch_weights/{name}"] for name in block}
+                merged = _merged(block, weights, state.scales[path], kernel).astype(kernel.dtype)
+                leaves[self.place(path)] = as_layout(merged, self.layout)
+            found = jax.tree_util.tree_map_with_path(lambda p, _: leaves[path_str(p)], params)
+            return function(found, *args, **kwargs)
+
+        return of_branches
 
 
 def _pulled_back(block: Block, weights: Mapping, scales: Mapping, gradient: Array) -> dict:
@@ -211,8 +273,6 @@ def reparameterize(
     [[-0.4, -0.4, -0.4], [-0.4, -0.5, -0.4], [-0.4, -0.4, -0.4]]
     """
     check_layout(layout)
-    inner = optax.with_extra_args_support(optimizer)
-    places = {path: f"{path}/{kernel}" for path in blocks}
     _check_complete("scales", scales, blocks)
     _check_complete("weights", weights, blocks)
     # NumPy arrays: they take no device memory, and donating the state does not delete them.
@@ -220,19 +280,25 @@ def reparameterize(
         path: {n: w if not is_known(w) else np.asarray(w) for n, w in weights[path].items()}
         for path in blocks
     }
+    inner, network = optax.with_extra_args_support(optimizer), _Network(blocks, kernel, layout)
 
     def init_fn(params):
         # None stands for no parameter, as in Equinox; wrappers hide others.
         named = by_path(params, is_leaf=_is_absent)
-        leaves = {path: leaf for path, leaf in named.items() if not _is_absent(leaf)}
-        missing = [path for path, place in places.items() if place not in named]
+        if not named:  # optax.tree.map_params asks where in the state the parameters are
+            return ReparameterizeState(
+                network.hidden_scales(), params, dict.fromkeys(blocks, 0.0), inner.init(params)
+            )
+        missing = [path for path in blocks if network.place(path) not in named]
         if missing and not any(isinstance(x, optax.MaskedNode) for x in named.values()):
             raise ValueError(f"every block needs a kernel in params, missing: {missing}")
-        own_scales, own_weights, kernels = {}, {}, {}
-        for path in blocks:
-            if places[path] not in leaves:
+        leaves = {path: leaf for path, leaf in named.items() if not _is_absent(leaf)}
+        own_scales, own_weights = network.hidden_scales(), {}
+        kernels = dict.fromkeys(blocks, jnp.zeros(0))
+        for path, block in blocks.items():
+            if network.place(path) not in leaves:
                 continue
-            kernel, block = outputs_last(leaves[places[path]], layout), blocks[path]
+            kernel = outputs_last(leaves[network.place(path)], layout)
             own_scales[path] = {
                 n: replicated_like(scales[path][n], kernel) for n, b in block.items() if b.scaled
             }
@@ -243,24 +309,18 @@ def reparameterize(
                 merged = _merged(block, own_weights[path], own_scales[path], kernel)
                 kernels[path] = _sample(merged.astype(kernel.dtype))
             _check_start(path, block, own_weights[path], own_scales[path], kernel)
-        state = inner.init(_inner_tree(leaves, own_weights, places))
+        state = inner.init(network.inner_tree(leaves, own_weights))
         return ReparameterizeState(own_scales, own_weights, kernels, state)
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("params must be given to update: the kernels follow the branches")
-        gradients, leaves = by_path(updates), by_path(params)
-        pulled = {
-            path: _pulled_back(
-                blocks[path], own, state.scales[path], outputs_last(gradients[places[path]], layout)
-            )
-            for path, own in state.weights.items()
-        }
+        check_updates(updates, params)
         moves, inner_state = inner.update(
-            _inner_tree(gradients, pulled, places),
+            network.pulled_back(updates, state),
             state.inner,
-            _inner_tree(leaves, state.weights, places),
-            **extra_args,
+            network.inner_tree(by_path(params), state.weights),
+            **network.of_branches(extra_args, params, state),
         )
         moves = by_path(moves)
         weights = {
@@ -270,12 +330,12 @@ def reparameterize(
             }
             for path, own in state.weights.items()
         }
-        kernels = {}
+        leaves, kernels = by_path(params), dict(state.kernels)
         for path, own in weights.items():
-            kernel = outputs_last(leaves[places[path]], layout)
+            kernel = outputs_last(leaves[network.place(path)], layout)
             merged = _merged(blocks[path], own, state.scales[path], kernel)
             move = _move(path, state.kernels[path], merged, kernel)
-            moves[places[path]] = as_layout(move, layout)
+            moves[network.place(path)] = as_layout(move, layout)
             kernels[path] = _sample(optax.apply_updates(kernel, move))
         outer = jax.tree_util.tree_map_with_path(lambda path, _: moves[path_str(path)], updates)
         return outer, ReparameterizeState(state.scales, weights, kernels, inner_state)

@@ -28,7 +28,7 @@ import optax
 from flax import serialization
 
 from repopt_jax.branches import RULES, BranchMult, is_known, placed_like, replicated_like, wide_type
-from repopt_jax.tree_paths import by_path, errors_at, path_str
+from repopt_jax.tree_paths import by_path, check_updates, errors_at, path_str
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, PyTree
@@ -138,7 +138,8 @@ def scale_by_grad_mult(
     Raises:
       ValueError: here, for an unknown rule, a multiplier that is not finite, is negative, or is a
         `BranchMult` of another rule; by ``init``, for a tree or shape that does not match the
-        parameters.
+        parameters; by ``update``, for updates of other shapes than the parameters, where these
+        are given.
 
     >>> import jax.numpy as jnp, optax, repopt_jax
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -181,7 +182,8 @@ def scale_by_grad_mult(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        check_updates(updates, params)
 
         def scale(path, update):
             mult = state.grad_mults.get(path_str(path))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 # Names below `blocks/<stage>/<block>/` of RepOpt-GhostNet, and of no network of other makers.
 _OLD_STAGES = re.compile(
@@ -52,6 +53,28 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {path_str(path): leaf for path, leaf in leaves}
+
+
+def check_updates(updates: Any, params: Any | None) -> None:
+    """Refuse updates of other shapes than their parameters', such as one per sample.
+
+    Args:
+      updates: any pytree.
+      params: with the paths of `updates`. None: nothing is checked.
+
+    >>> check_updates({"kernel": np.ones((8, 2, 3))}, {"kernel": np.ones((2, 3))})
+    Traceback (most recent call last):
+    ValueError: updates['kernel'] must have its parameter's shape (2, 3), got (8, 2, 3)
+    """
+    if params is None:
+        return
+    shapes = {path: np.shape(param) for path, param in by_path(params).items()}
+    for path, update in by_path(updates).items():
+        if path in shapes and np.shape(update) != shapes[path]:
+            raise ValueError(
+                f"updates[{path!r}] must have its parameter's shape {shapes[path]}, got "
+                f"{np.shape(update)}"
+            )
 
 
 def parent_and_key(model: Any, path: str) -> tuple[Any, str]:

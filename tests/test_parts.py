@@ -31,10 +31,12 @@ def test_bfloat16_is_the_type_of_the_computation_alone(name):
     part = part_of(name, dtype="bfloat16")
     assert part.options.dtype == jnp.bfloat16
     state = jax.eval_shape(part.init)
+    images = jnp.zeros((part.section.batch_size, 8, 8, 3), jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
     logits = jax.eval_shape(
-        lambda p, s: nnx.merge(part.eval_graphdef, p, s)(jnp.ones((2, 8, 8, 3), jnp.bfloat16)),
-        *(state.params, state.stats),
+        lambda *state: nnx.merge(part.graphdef, *state, copy=True)(images),
+        state.params,
+        state.stats,
     )
     assert logits.dtype == jnp.bfloat16
 

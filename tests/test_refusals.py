@@ -262,6 +262,15 @@ def test_a_run_whose_classes_have_other_names_is_refused(begun, monkeypatch):
     assert sentence.endswith("class_names (['cat', 'cow'] differ)")
 
 
+def test_a_run_whose_class_names_are_not_known_any_more_goes_on(begun):
+    path = begun / "data.json"
+    images = json.loads(path.read_text())
+    images["target"]["class_names"] = list("abcdefghij")  # digits has none
+    path.write_text(json.dumps(images))
+    with pytest.raises(pytest.fail.Exception, match="a part was trained"):
+        run.run(small_config(), begun)
+
+
 def test_a_workdir_in_which_another_process_trains_is_refused_until_that_is_killed(begun):
     """Evaluation beside the training goes on."""
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(); input()"

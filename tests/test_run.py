@@ -83,7 +83,8 @@ def test_evaluation_counts_every_image_exactly_once(finished):
         ("eval", state.params, state.stats),
         ("eval_ema", *state.ema),
     ):
-        model = nnx.merge(part.eval_graphdef, params, stats)
+        model = nnx.merge(part.graphdef, params, stats)
+        model.eval()
         logits = np.asarray(model(jnp.asarray(images, jnp.float32)), np.float64)
         own = logits[np.arange(360), data.labels]
         ranks = (logits > own[:, None]).sum(-1)

@@ -346,7 +346,7 @@ def test_half_precision_under_inject_hyperparams_takes_float32_hyperparameters()
         one_update(repopt_adamw(*arguments), params),
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-2)
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

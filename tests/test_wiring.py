@@ -92,8 +92,10 @@ def test_the_target_equals_its_branches_after_ten_steps(x64, network, optimizer,
     target, csla = (part.with_scales(searched(network)) for part in parts.values())
     states = trained(target), trained(csla)
     for plain, branches in zip(*(networks(s) for s in states), strict=True):
-        plain = nnx.merge(target.eval_graphdef, *plain)
-        branches = nnx.merge(csla.eval_graphdef, *branches)
+        plain = nnx.merge(target.graphdef, *plain)
+        branches = nnx.merge(csla.graphdef, *branches)
+        plain.eval()
+        branches.eval()
         for path, layer in search_layers(branches).items():
             ours, theirs = layer_at(plain, path).kernel[...], layer.kernel
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * abs(theirs).max())

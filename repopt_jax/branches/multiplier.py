@@ -50,7 +50,7 @@ def as_layout(kernel: Array, layout: str) -> Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["scales"],
-    meta_fields=["block", "rule", "layout"],
+    meta_fields=["block", "rule", "layout", "window_rank"],
 )
 @dataclasses.dataclass(frozen=True)
 class BranchMult:
@@ -68,12 +68,14 @@ class BranchMult:
     jitted update, where XLA fuses them.
 
     Attributes:
-      scales: branch name -> ``s_b``, shape ``(out,)``; the pytree's leaves. Unscaled branches
-        have none.
+      scales: branch name -> ``s_b``, shape ``(out,)`` or, of a stacked kernel, ``(*stack, out)``;
+        the pytree's leaves. Unscaled branches have none.
       block: ``(name, branch)`` pairs.
       rule: "linear", "direction" or "mean".
       layout: of the gradient: "IO" with outputs on the last axis, as Flax, Haiku and Keras have
         it, or "OI" with outputs and inputs before the window, as Equinox and torch.
+      window_rank: axes of a kernel's window; all axes before those of a kernel are a stack of
+        kernels. None: a single kernel, whose window has all axes but two.
 
     Raises:
       ValueError: unknown rule or layout, or not "linear" for a branch that is not a 0/1 placement.
@@ -88,9 +90,12 @@ class BranchMult:
     block: tuple[tuple[str, Branch], ...]
     rule: Rule
     layout: str = "IO"
+    window_rank: int | None = None
 
     def __post_init__(self):
         check_layout(self.layout)
+        if self.window_rank is not None and self.window_rank < 0:
+            raise ValueError(f"window_rank must be at least 0 or None, got {self.window_rank}")
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {self.rule!r}")
         if self.rule != "linear" and (names := self._other_than_placements()):
@@ -117,15 +122,21 @@ class BranchMult:
 
     def check_fits(self, kernel_shape: tuple[int, ...]) -> None:
         """Refuse a kernel that this multiplier does not fit."""
+        depth = self._stack_depth(len(kernel_shape))
+        stack, kernel_shape = kernel_shape[:depth], kernel_shape[depth:]
         if self.layout.startswith("OI"):
             kernel_shape = (*kernel_shape[2:], kernel_shape[1], kernel_shape[0])
         check_block(dict(self.block), kernel_shape)
-        wrong = {n: s.shape for n, s in self.scales.items() if s.shape != kernel_shape[-1:]}
-        if wrong:
+        fitting = {kernel_shape[-1:], (*stack, *kernel_shape[-1:])}
+        if wrong := {n: s.shape for n, s in self.scales.items() if s.shape not in fitting}:
             raise ValueError(
-                f"scales must have the shape {kernel_shape[-1:]} of the kernel's last axis, "
-                f"got {wrong}"
+                f"scales must have the shape {' or '.join(map(str, sorted(fitting)))} of the "
+                f"kernel's outputs, got {wrong}"
             )
+
+    def _stack_depth(self, rank: int) -> int:
+        """How many of the first axes of a parameter of `rank` are a stack of kernels."""
+        return 0 if self.window_rank is None else max(rank - 2 - self.window_rank, 0)
 
     def dense(self, kernel_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         """The element-wise multiplier as an array of `kernel_shape`, which has its outputs last.
@@ -158,6 +169,10 @@ class BranchMult:
                 "optax.inject_hyperparams takes a BranchMult for a schedule unless its static_args "
                 'have "grad_mults"'
             )
+        if self._stack_depth(gradient.ndim):
+            axes = {name: 0 if scale.ndim > 1 else None for name, scale in self.scales.items()}
+            each = jax.vmap(lambda s, g: dataclasses.replace(self, scales=s)(g), in_axes=(axes, 0))
+            return each(self.scales, gradient)
         dtype = wide_type(gradient.dtype)
         wide = outputs_last(gradient.astype(dtype), self.layout)
         if self.is_elementwise:
@@ -246,6 +261,7 @@ def grad_mults(
     *,
     kernel: str = "kernel",
     layout: str = "IO",
+    window_rank: int | None = None,
 ) -> PyTree:
     """The multipliers of a network: a tree like `params` with a `BranchMult` per block.
 
@@ -261,6 +277,10 @@ def grad_mults(
       kernel: name of the kernels: "kernel" in Flax and Keras, "w" in Haiku, "weight" in Equinox.
       layout: of the kernels: outputs last, such as "HWIO" or "IO" (Flax, Haiku, Keras), or first,
         such as "OIHW" or "OI" (Equinox). It holds for kernels of any rank.
+      window_rank: 2 where convolutions of images are stacked along axes before those of a kernel,
+        as `jax.vmap` and `jax.lax.scan` over layers stack them; each kernel of the stack then has
+        its own multiplier. Scales are those of all, ``(out,)``, or stacked, ``(*stack, out)``.
+        None: no kernel is stacked.
 
     Raises:
       ValueError: if a block has no kernel in `params`, or a branch no scales; for "direction", if a
@@ -286,8 +306,9 @@ def grad_mults(
             f"every block needs a kernel in params, and every branch scales; without a kernel: "
             f"{without_kernel or 'none'}, without scales: {without_scales or 'none'}"
         )
+    axes = {"layout": layout, "window_rank": window_rank}
     mults = {
-        f"{path}/{kernel}": dataclasses.replace(branch_mult(b, scales[path], rule), layout=layout)
+        f"{path}/{kernel}": dataclasses.replace(branch_mult(b, scales[path], rule), **axes)
         for path, b in blocks.items()
     }
     return jax.tree_util.tree_map_with_path(lambda path, _: mults.get(path_str(path)), params)

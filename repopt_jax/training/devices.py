@@ -156,14 +156,16 @@ def forward_flops(
     papers count; all else is left out, the merging of a search's kernels too.
 
     Args:
-      graphdef: of the model in evaluation mode.
+      graphdef: of the model.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
       stats: all else in it, likewise.
       image_shape: height, width, channels.
     """
 
     def forward(params, stats, images):
-        return nnx.merge(graphdef, params, stats)(images)
+        model = nnx.merge(graphdef, params, stats)
+        model.eval()
+        return model(images)
 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return _flops(jax.make_jaxpr(forward)(params, stats, images).jaxpr)

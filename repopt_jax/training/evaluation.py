@@ -57,9 +57,7 @@ def _evaluate_network(
             if stopping:
                 return None
         placed = put_batch(part.mesh, batch)
-        total = total.merge(
-            jitted_eval_step(part.eval_graphdef, part.options, params, stats, placed)
-        )
+        total = total.merge(jitted_eval_step(part.graphdef, part.options, params, stats, placed))
 
 
 def not_finite_sentence(found: dict[str, float]) -> str:

@@ -182,7 +182,7 @@ class _Loop:
     def _forward_flops(self) -> int:
         """Floating-point operations of the forward pass on one image."""
         part, state = self.part, self.state
-        return forward_flops(part.eval_graphdef, state.params, state.stats, self.image_shape)
+        return forward_flops(part.graphdef, state.params, state.stats, self.image_shape)
 
     def _evaluate(self, saved: bool) -> bool:
         """Evaluate, report, and mark the best checkpoint; False if a signal stopped it."""

@@ -51,7 +51,6 @@ class Part:
       mesh: the devices.
       model: the network's shapes; it has no numbers.
       graphdef: of the network in training mode.
-      eval_graphdef: of the network in evaluation mode.
       schedule: learning rate by update.
       options: of the steps.
       steps_per_epoch: updates per epoch.
@@ -65,7 +64,6 @@ class Part:
     mesh: Mesh
     model: nnx.Module
     graphdef: nnx.GraphDef
-    eval_graphdef: nnx.GraphDef
     schedule: optax.Schedule
     options: StepOptions
     steps_per_epoch: int
@@ -221,9 +219,6 @@ def prepare(
         schedule = make_schedule(section.schedule, batch_size=section.batch_size, **lengths)
     draw = functools.partial(draw_network, num_classes=dataset.num_classes, bn_group=group)
     model = nnx.eval_shape(lambda: draw(config, spec, scales))
-    model.eval()
-    eval_graphdef = nnx.graphdef(model)
-    model.train()
     part = Part(
         name=name,
         spec=spec,
@@ -232,7 +227,6 @@ def prepare(
         mesh=mesh,
         model=model,
         graphdef=nnx.graphdef(model),
-        eval_graphdef=eval_graphdef,
         schedule=schedule,
         options=_step_options(config, section, group, getattr(model, "dropout", 0)),
         steps_per_epoch=steps_per_epoch,

@@ -232,13 +232,14 @@ def eval_step(
     """Sums over the samples of `batch` whose ``mask`` is true; merge them and compute once.
 
     Args:
-      graphdef: of the model in evaluation mode.
+      graphdef: of the model, which is evaluated in evaluation mode.
       options: normalization and type.
       params: the parameters.
       stats: all else in the model.
       batch: ``image``, ``label`` and ``mask``.
     """
     model = nnx.merge(graphdef, params, stats)
+    model.eval()
     logits = model(normalize(batch["image"], options)).astype(jnp.float32)
     labels = batch["label"]
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]

@@ -58,8 +58,7 @@ def with_bn_groups(
 ) -> ConfigDict:
     """`config` with a number for every `bn_group` of None that the parts `names` use.
 
-    It is the one that the run began with: on another number of devices a device's share is another,
-    and the training would silently change.
+    A run keeps the group size that it began with, whatever the number of devices now.
 
     Raises:
       ValueError: for devices that cannot hold that number, or a share too small for statistics.
@@ -67,26 +66,24 @@ def with_bn_groups(
     config = config.copy_and_resolve_references()
     begun = _read(workdir / CONFIG)
     for name in dict.fromkeys(PARTS[part].section for part in names):
-        if config[name].bn_group is None:
-            remembered = begun.get(name, {}).get("bn_group")
-            config[name].bn_group = _group(name, config[name], mesh, remembered, workdir)
+        section = config[name]
+        if section.bn_group is not None:
+            continue
+        before = begun.get(name, {}).get("bn_group")
+        sizes = section.batch_size, section.accumulation
+        try:
+            group = section.bn_group = samples_per_group(*sizes, before, mesh)
+        except ValueError as error:
+            began = f", with which the run in {workdir} began; a device must hold whole groups"
+            raise ValueError(f"{name}: {error}{began if before else ''}") from None
+        if before is None and group < SMALLEST_SHARE:
+            raise ValueError(
+                f"{name}.bn_group must be given where a device holds fewer than {SMALLEST_SHARE} "
+                f"images at a time, got None for {group} (batch_size {section.batch_size}, "
+                f"{mesh.size} devices): a larger batch_size or fewer devices give BatchNorm better "
+                "statistics"
+            )
     return config
-
-
-def _group(name: str, section: ConfigDict, mesh: Mesh, remembered: int | None, workdir) -> int:
-    try:
-        group = samples_per_group(section.batch_size, section.accumulation, remembered, mesh)
-    except ValueError as error:
-        began = f", with which the run in {workdir} began; a device must hold whole groups"
-        raise ValueError(f"{name}: {error}{began if remembered else ''}") from None
-    if remembered is None and group < SMALLEST_SHARE:
-        raise ValueError(
-            f"{name}.bn_group must be given where a device holds fewer than {SMALLEST_SHARE} "
-            f"images at a time, got None for {group} (batch_size {section.batch_size}, "
-            f"{mesh.size} devices): a larger batch_size or fewer devices give BatchNorm better "
-            "statistics"
-        )
-    return group
 
 
 @contextlib.contextmanager
