@@ -123,6 +123,11 @@ def test_a_link_to_nothing_is_refused_before_the_first_batch(folder):
         load(folder)
 
 
+def test_a_tilde_in_data_dir_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(load(f"~/{folder.name}").train) == len(load(folder).train)
+
+
 def test_images_of_several_sizes_need_an_image_size(folder):
     for make in (train_batches, eval_batches):
         seed = {"seed": 0} if make is train_batches else {}

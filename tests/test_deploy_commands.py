@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
 from flax import nnx
 from PIL import Image
@@ -259,6 +260,29 @@ WRONG = [
     ("report digits.onnx a.png --data=digits --int8=vgg.onnx", "int8 must be a graph that quant"),
     ("fly digits.onnx", "invalid choice: 'fly'"),
 ]
+
+
+def test_logits_that_are_not_finite_are_told_by_graph(documented, folder, command):
+    """They are no hits, so the accuracy is 0 instead of the share of a class."""
+    broken = onnx.load(folder / "digits.onnx")
+    bias = next(t for t in broken.graph.initializer if t.name == "linear/bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
+    onnx.save(broken, folder / "broken.onnx")
+    status, out, _ = command("eval digits.onnx broken.onnx --data=digits")
+    (folder / "broken.onnx").unlink()
+    assert status == 0 and table(out)["broken.onnx"][:2] == ["0.00", "0.00"]
+    assert out.splitlines()[-1] == "broken.onnx: 360 images had logits that are not finite"
+    assert out.count("not finite") == 1
+
+
+def test_a_tilde_is_the_home_folder(documented, folder, command, monkeypatch):
+    """No shell expands one after an equals sign."""
+    monkeypatch.setenv("HOME", str(folder))
+    line = "export home.onnx --force --workdir=~/runs/digits"
+    assert command(line)[0] == 0
+    line = "export home.onnx --force --weights=~/vgg.pth --image-size=32"
+    assert command(line)[0] == 0
+    (folder / "home.onnx").unlink()
 
 
 # By ml_collections, which reads configuration files with it.

@@ -6,12 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import repopt_jax
-from repopt_jax import Centre, Full, Identity, grad_mults, repopt_adamw, repopt_sgd
+from repopt_jax import (
+    Centre,
+    Full,
+    Identity,
+    grad_mults,
+    merge,
+    reparameterize,
+    repopt_adamw,
+    repopt_sgd,
+)
 from repopt_jax import scale_by_grad_mult as by_mult
 from repopt_jax.tree_paths import path_str
 
@@ -313,6 +323,32 @@ def test_weight_decay_mask_under_inject_hyperparams_decays_or_is_refused():
         tx(0.1, mults_of(params), **options).init(params)
 
 
+@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
+def test_a_bare_multiplier_under_inject_hyperparams_must_be_static(make):
+    """Optax calls whatever can be called with a step count, as a schedule."""
+    kernel = make_params()["conv"]["kernel"]
+    rule = "linear" if make is repopt_sgd else "direction"
+    mult = repopt_jax.branch_mult(BLOCK, SCALES["conv"], rule)
+    with pytest.raises(ValueError, match=r"inject_hyperparams .*static_args .*grad_mults"):
+        optax.inject_hyperparams(make)(0.1, mult).init(kernel)
+    injected = optax.inject_hyperparams(make, static_args=("grad_mults",))(0.1, mult)
+    found, expected = one_update(injected, kernel), one_update(make(0.1, mult), kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_half_precision_under_inject_hyperparams_takes_float32_hyperparameters():
+    """In bfloat16 the second moment's decay of 0.999 is 1, and its correction divides by 0."""
+    params = make_params(jnp.bfloat16)
+    arguments = (0.1, mults_of(params, "direction"))
+    make = optax.inject_hyperparams(repopt_adamw, hyperparam_dtype=jnp.float32)
+    found, expected = (
+        one_update(make(*arguments), params),
+        one_update(repopt_adamw(*arguments), params),
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_arrays_multiply_in_at_least_float32(dtype):
     """1e5 is infinite in float16, and 1 + 2^-8 is 1 in bfloat16."""
@@ -351,22 +387,36 @@ def test_parameters_that_are_none_need_no_kernel_for_their_multiplier():
         assert updates["bn"]["scale"].tolist() == [3.0, 3.0]
 
 
-@pytest.mark.parametrize("how", ["flax", "msgpack", "pickle"])
-@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
-def test_states_can_be_serialized(make, how):
+WEIGHTS = {name: jnp.ones(branch.weight_shape((3, 3, 2, 2))) for name, branch in BLOCK.items()}
+
+
+def reparameterized(learning_rate, mults):
+    return reparameterize(optax.adamw(learning_rate), BLOCKS, SCALES, weights={"conv": WEIGHTS})
+
+
+@pytest.mark.parametrize("how", ["flax", "msgpack", "pickle", "orbax"])
+@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw, reparameterized])
+def test_states_can_be_serialized(make, how, tmp_path):
     """Into a state of other numbers, and with the same update afterwards."""
     params = make_params()
-    rule = "linear" if make is repopt_sgd else "direction"
-    tx = make(1e-3, mults_of(params, rule))
-    _, state = tx.update(params, tx.init(params), params)
+    if make is reparameterized:
+        params["conv"]["kernel"] = merge(BLOCK, WEIGHTS, SCALES["conv"], (3, 3, 2, 2))
+    tx = make(1e-3, mults_of(params, "direction" if make is repopt_adamw else "linear"))
+    updates, state = tx.update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
     blank = jax.tree.map(jnp.zeros_like, state)
     if how == "flax":
         found = serialization.from_bytes(blank, serialization.to_bytes(state))
     elif how == "msgpack":
         data = serialization.msgpack_serialize(serialization.to_state_dict(state))
         found = serialization.from_state_dict(blank, serialization.msgpack_restore(data))
-    else:
+    elif how == "pickle":
         found = pickle.loads(pickle.dumps(state))
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            checkpointer.wait_until_finished()
+            found = checkpointer.restore(tmp_path / "state", blank)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     assert_trees_equal(found, state)
     assert_trees_equal(tx.update(params, found, params), tx.update(params, state, params))

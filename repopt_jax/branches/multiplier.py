@@ -163,6 +163,12 @@ class BranchMult:
 
     def __call__(self, gradient: Float[Array, "*kernel_shape"]) -> Float[Array, "*kernel_shape"]:
         """Multiply `gradient`, in at least float32, and return its own dtype."""
+        if gradient.ndim == 0:
+            raise ValueError(
+                f"gradient must have the shape of a kernel, got a number of type {gradient.dtype}; "
+                "optax.inject_hyperparams takes a BranchMult for a schedule unless its static_args "
+                'have "grad_mults"'
+            )
         if self._stack_depth(gradient.ndim):
             axes = {name: 0 if scale.ndim > 1 else None for name, scale in self.scales.items()}
             each = jax.vmap(lambda s, g: dataclasses.replace(self, scales=s)(g), in_axes=(axes, 0))

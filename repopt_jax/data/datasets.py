@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def load_dataset(
         classification set prepared as ArrayRecord, e.g. `cifar100` or `imagenet2012`.
       data_dir: for TFDS the folder that holds its sets, None is `$TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`; for `folder` the one that holds the splits, see
-        `repopt_jax.data.folder.load_folder` for the layouts. Not used by `digits`.
+        `repopt_jax.data.folder.load_folder` for the layouts. Not used by `digits`. A `~` at its
+        start is the home folder.
       train_split: a TFDS split with slicing, e.g. `train[:20000]`, or a folder's name; None is
         `train`.
       eval_split: the same for evaluation. For TFDS, None is `test` or, without a labelled test
@@ -59,6 +61,7 @@ def load_dataset(
     >>> len(load_dataset("digits", classes=(3, 8)).eval)
     72
     """
+    folder = None if data_dir is None else os.path.expanduser(data_dir)
     if name == "digits":
         if train_split or eval_split:
             raise ValueError(
@@ -67,9 +70,9 @@ def load_dataset(
             )
         dataset = _load_digits()
     elif name == "folder":
-        dataset = load_folder(data_dir, train_split, eval_split)
+        dataset = load_folder(folder, train_split, eval_split)
     else:
-        dataset = load_tfds(name, data_dir, train_split, eval_split)
+        dataset = load_tfds(name, folder, train_split, eval_split)
     if classes is not None:
         dataset = _keep_classes(dataset, np.asarray(classes, int))
     if _is_small(dataset) if cache is None else cache:

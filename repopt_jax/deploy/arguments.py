@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 import tempfile
@@ -30,13 +31,14 @@ from repopt_jax.imagenet import IMAGENET_MEAN, IMAGENET_STD
 PROGRAM = "repopt-deploy"
 
 # Flags by group: name -> options of `add_argument`.
+HOME = {"type": os.path.expanduser}  # no shell expands a ~ after an equals sign
 RUN = {
-    "workdir": {"metavar": "DIR"},
-    "config": {"metavar": "FILE", "help": "default: what the run has left in DIR"},
+    "workdir": {"metavar": "DIR", **HOME},
+    "config": {"metavar": "FILE", "help": "default: what the run has left in DIR", **HOME},
     "part": {"help": "default: target"},
 }
 WEIGHTS = {
-    "weights": {"metavar": "FILE", "help": "a .pth or .safetensors file"},
+    "weights": {"metavar": "FILE", "help": "a .pth or .safetensors file", **HOME},
     "model": {"metavar": "NAME", "help": "that the file must hold"},
     "kind": {"help": "that the file must hold"},
     "strides": {"type": int, "nargs": 5, "help": "of the stages, default 2"},
@@ -110,7 +112,8 @@ def make_parser() -> Parser:
     quantize.add_argument("--float-layers", nargs="+", default=(), metavar="NODE")
     benchmark.add_argument("--rounds", type=int, default=20)
     benchmark.add_argument("--threads", type=int, help="default: one per core")
-    report.add_argument("--int8", metavar="FILE", help="INT8 graph whose outputs to compare")
+    compared = "INT8 graph whose outputs to compare"
+    report.add_argument("--int8", metavar="FILE", help=compared, **HOME)
     return parser
 
 

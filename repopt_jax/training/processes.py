@@ -210,7 +210,8 @@ def _end() -> None:
     _ending.acquire()  # once: it is never released
     print(
         "another process of this run has ended; the same command, given to all of them, goes on "
-        "from the last checkpoint",
+        "from the last checkpoint\n",
+        end="",  # one write, into which jax's own lines cannot break
         file=sys.stderr,
         flush=True,
     )
