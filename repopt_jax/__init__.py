@@ -52,6 +52,6 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.transforms import repopt_adamw as repopt_adamw
     from repopt_jax.transforms import repopt_sgd as repopt_sgd
     from repopt_jax.transforms import scale_by_grad_mult as scale_by_grad_mult
-    from repopt_jax.transforms import weight_decay_mask as weight_decay_mask
+    from repopt_jax.weight_decay import weight_decay_mask as weight_decay_mask
 
 __all__ = [name for name in globals()["__dir__"]() if not name.startswith("_")]

@@ -104,6 +104,23 @@ class _Network:
             pulled[path] = _pulled_back(self.blocks[path], own, state.scales[path], gradient)
         return self.inner_tree(leaves, pulled)
 
+    def pushed_forward(
+        self, moves: dict[str, Array], params: Any, state: ReparameterizeState
+    ) -> tuple[dict, dict, dict]:
+        """The updates with those of the kernels, the branches' new weights, and samples."""
+        leaves, weights, kernels = by_path(params), {}, dict(state.kernels)
+        for path, own in state.weights.items():
+            weights[path] = {
+                n: optax.apply_updates(w, moves[f"{path}/branch_weights/{n}"])
+                for n, w in own.items()
+            }
+            kernel = outputs_last(leaves[self.place(path)], self.layout)
+            merged = _merged(self.blocks[path], weights[path], state.scales[path], kernel)
+            move = _move(path, state.kernels[path], merged, kernel)
+            moves[self.place(path)] = as_layout(move, self.layout)
+            kernels[path] = _sample(optax.apply_updates(kernel, move))
+        return moves, weights, kernels
+
     def of_branches(self, extra_args: dict, params: Any, state: ReparameterizeState) -> dict:
         """Arguments of line searches and of Sophia for what the optimizer sees."""
         own = dict(extra_args)
@@ -155,15 +172,6 @@ def _check_complete(what: str, given: Mapping[str, Mapping], blocks: Mapping[str
         raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
 
 
-def _check_shapes(block: Block, weights: Mapping[str, Array], kernel_shape: tuple) -> None:
-    for name, branch in block.items():
-        wanted = branch.weight_shape(kernel_shape)
-        if weights[name].shape != wanted:
-            raise ValueError(
-                f"weights of {name!r} must have the shape {wanted}, got {weights[name].shape}"
-            )
-
-
 def _merged(block: Block, weights: Mapping, scales: Mapping, kernel: Array) -> Array:
     """The kernel of branches, split over devices as `kernel` is."""
     merged = functools.partial(merge, block, kernel_shape=kernel.shape)
@@ -190,6 +198,25 @@ def _sample(kernel: Array) -> Array:
     channels = len(range(0, kernel.shape[-2], stride))
     like = replicated_like(jnp.zeros((*kernel.shape[:-2], channels, kernel.shape[-1])), kernel)
     return in_auto_mode(lambda kernel: kernel[..., ::stride, :], like, kernel)
+
+
+def _started(
+    path: str, block: Block, weights: Mapping, scales: Mapping, kernel: Array
+) -> tuple[dict, dict, Array]:
+    """Scales, weights and a sample of the kernel beside its shards, if they fit each other."""
+    scales = {n: replicated_like(scales[n], kernel) for n, b in block.items() if b.scaled}
+    weights = {n: placed_like(weights[n], kernel) for n in block}
+    with errors_at(f"block {path!r}"):
+        check_block(block, kernel.shape)
+        for name, branch in block.items():
+            wanted = branch.weight_shape(kernel.shape)
+            if weights[name].shape != wanted:
+                raise ValueError(
+                    f"weights of {name!r} must have the shape {wanted}, got {weights[name].shape}"
+                )
+    sample = _sample(_merged(block, weights, scales, kernel).astype(kernel.dtype))
+    _check_start(path, block, weights, scales, kernel)
+    return scales, weights, sample
 
 
 def _move(path: str, left: Array, merged: Array, kernel: Array) -> Array:
@@ -283,6 +310,8 @@ def reparameterize(
     inner, network = optax.with_extra_args_support(optimizer), _Network(blocks, kernel, layout)
 
     def init_fn(params):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            return jax.eval_shape(init_fn, params)
         # None stands for no parameter, as in Equinox; wrappers hide others.
         named = by_path(params, is_leaf=_is_absent)
         if not named:  # optax.tree.map_params asks where in the state the parameters are
@@ -296,19 +325,11 @@ def reparameterize(
         own_scales, own_weights = network.hidden_scales(), {}
         kernels = dict.fromkeys(blocks, jnp.zeros(0))
         for path, block in blocks.items():
-            if network.place(path) not in leaves:
-                continue
-            kernel = outputs_last(leaves[network.place(path)], layout)
-            own_scales[path] = {
-                n: replicated_like(scales[path][n], kernel) for n, b in block.items() if b.scaled
-            }
-            own_weights[path] = {n: placed_like(starts[path][n], kernel) for n in block}
-            with errors_at(f"block {path!r}"):
-                check_block(block, kernel.shape)
-                _check_shapes(block, own_weights[path], kernel.shape)
-                merged = _merged(block, own_weights[path], own_scales[path], kernel)
-                kernels[path] = _sample(merged.astype(kernel.dtype))
-            _check_start(path, block, own_weights[path], own_scales[path], kernel)
+            if network.place(path) in leaves:
+                kernel = outputs_last(leaves[network.place(path)], layout)
+                own_scales[path], own_weights[path], kernels[path] = _started(
+                    path, block, starts[path], scales[path], kernel
+                )
         state = inner.init(network.inner_tree(leaves, own_weights))
         return ReparameterizeState(own_scales, own_weights, kernels, state)
 
@@ -322,21 +343,7 @@ def reparameterize(
             network.inner_tree(by_path(params), state.weights),
             **network.of_branches(extra_args, params, state),
         )
-        moves = by_path(moves)
-        weights = {
-            path: {
-                n: optax.apply_updates(w, moves[f"{path}/branch_weights/{n}"])
-                for n, w in own.items()
-            }
-            for path, own in state.weights.items()
-        }
-        leaves, kernels = by_path(params), dict(state.kernels)
-        for path, own in weights.items():
-            kernel = outputs_last(leaves[network.place(path)], layout)
-            merged = _merged(blocks[path], own, state.scales[path], kernel)
-            move = _move(path, state.kernels[path], merged, kernel)
-            moves[network.place(path)] = as_layout(move, layout)
-            kernels[path] = _sample(optax.apply_updates(kernel, move))
+        moves, weights, kernels = network.pushed_forward(by_path(moves), params, state)
         outer = jax.tree_util.tree_map_with_path(lambda path, _: moves[path_str(path)], updates)
         return outer, ReparameterizeState(state.scales, weights, kernels, inner_state)
 

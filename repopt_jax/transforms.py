@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, PyTree
 
 
-# Names of biases, and of what normalization multiplies by.
-NOT_DECAYED = ("bias", "b", "beta", "offset", "scale", "gamma")
-
-
 def _is_mult_leaf(x: Any) -> bool:
     return x is None or isinstance(x, BranchMult)
 
@@ -50,7 +46,18 @@ def _is_absent(x: Any) -> bool:
     return x is None or _is_masked(x)
 
 
-def _multiply(mult: Array | BranchMult, update: Array) -> Array:
+def _is_complex_pair(x: Any) -> bool:
+    """Whether `optax.contrib.split_real_and_imaginary` has put `x` in place of a complex array."""
+    return getattr(x, "_fields", ()) == ("real", "imaginary")
+
+
+def _is_param(x: Any) -> bool:
+    return _is_absent(x) or _is_complex_pair(x)
+
+
+def _multiply(mult: Array | BranchMult, update: Any) -> Any:
+    if _is_complex_pair(update):
+        return type(update)(*(_multiply(mult, part) for part in update))
     if isinstance(mult, BranchMult):
         return mult(update)
     dtype = wide_type(update.dtype)  # half precision holds neither the multiplier nor the product
@@ -59,7 +66,9 @@ def _multiply(mult: Array | BranchMult, update: Array) -> Array:
 
 
 def _placed(mult: Array | BranchMult, param: Any) -> Array | BranchMult:
-    """A copy on the devices of `param`, if there is one."""
+    """A copy on the devices of `param`, if there is one; empty arrays if it is hidden."""
+    if _is_absent(param):  # empty, because a state has one structure whatever wrappers hide
+        return jax.tree.map(lambda x: jnp.zeros(0, jnp.result_type(x)), mult)
     if not hasattr(param, "shape"):
         return jax.tree.map(jnp.array, mult)
     place = replicated_like if isinstance(mult, BranchMult) else placed_like
@@ -97,6 +106,29 @@ def _check_shape(mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_paths(given: dict[str, Any], shown: dict[str, Any]) -> None:
+    """Refuse multipliers that have not the paths of the parameters; None may be a whole subtree."""
+    left_alone = tuple(f"{path}/" for path, mult in given.items() if mult is None)
+    missing = [
+        path
+        for path in shown.keys() - given.keys()
+        if not (_is_absent(shown[path]) or path.startswith(left_alone))
+    ]
+    parents = {path[:i] for path in shown for i, mark in enumerate(path) if mark == "/"}
+    surplus = [
+        path
+        for path in given.keys() - shown.keys()
+        if given[path] is not None or path not in parents
+    ]
+    # Wrappers may hide parameters; optax.tree.map_params shows none at all.
+    complete = shown and not any(map(_is_masked, shown.values()))
+    if missing or (surplus and complete):
+        raise ValueError(
+            "grad_mults must have the paths of the parameters (None: leave alone); "
+            f"missing: {sorted(missing) or 'none'}, surplus: {sorted(surplus) or 'none'}"
+        )
+
+
 class ScaleByGradMultState(NamedTuple):
     """State of `scale_by_grad_mult`: the constants, by path of their parameter."""
 
@@ -125,9 +157,9 @@ def scale_by_grad_mult(
 
     Args:
       grad_mults: a tree with the parameters' paths. Each leaf is an array that broadcasts against
-        its parameter, a `BranchMult`, or None to leave the parameter's update alone. Only paths
-        count: a nested dict fits an `nnx.State` with the same names, and multipliers of
-        parameters that `optax.masked` or `optax.partition` hides are not used.
+        its parameter, a `BranchMult`, or None to leave alone the updates of a parameter or of a
+        whole subtree. Only paths count: a nested dict fits an `nnx.State` with the same names.
+        Multipliers of parameters that `optax.masked` or `optax.partition` hides are not kept.
       rule: which rule the `BranchMult` leaves must follow: "linear" as the first of a chain
         (SGD), "direction" after a preconditioner (Adam), "mean" before one that adds an epsilon.
         Arrays are taken as they are.
@@ -162,23 +194,18 @@ def scale_by_grad_mult(
 
     def init_fn(params):
         # None stands for an absent parameter, such as the bias of an Equinox layer without one.
-        shown = by_path(params, is_leaf=_is_absent)
-        missing = sorted(n for n in shown.keys() - given.keys() if not _is_absent(shown[n]))
-        surplus = sorted(given.keys() - shown.keys())
-        # Wrappers may hide parameters; optax.tree.map_params shows none at all.
-        complete = shown and not any(map(_is_masked, shown.values()))
-        if missing or (surplus and complete):
-            raise ValueError(
-                "grad_mults must have the paths of the parameters (None: leave alone); "
-                f"missing: {missing or 'none'}, surplus: {surplus or 'none'}"
-            )
+        shown = by_path(params, is_leaf=_is_param)
+        _check_paths(given, shown)
         for path, mult in mults.items():
             if path in shown and not _is_absent(shown[path]):
                 with errors_at(f"grad_mults[{path!r}]"):
-                    _check_shape(mult, jnp.shape(shown[path]))
-        # Copies, because a step that donates the state deletes its arrays.
+                    param = shown[path]
+                    _check_shape(mult, jnp.shape(param.real if _is_complex_pair(param) else param))
+        # Copies, because a step that donates the state deletes its arrays. Who shows no parameter
+        # is optax.tree.map_params, which asks for the structure of the state.
+        hidden = None if shown else ()
         return ScaleByGradMultState(
-            {path: _placed(m, shown.get(path)) for path, m in mults.items()}
+            {path: _placed(m, shown.get(path, hidden)) for path, m in mults.items()}
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -187,48 +214,12 @@ def scale_by_grad_mult(
 
         def scale(path, update):
             mult = state.grad_mults.get(path_str(path))
-            return update if mult is None or _is_masked(update) else _multiply(mult, update)
+            return update if mult is None or _is_absent(update) else _multiply(mult, update)
 
-        scaled = jax.tree_util.tree_map_with_path(scale, updates, is_leaf=_is_masked)
+        scaled = jax.tree_util.tree_map_with_path(scale, updates, is_leaf=_is_param)
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def weight_decay_mask(params: PyTree) -> PyTree:
-    """True for what the official recipe decays, to be passed as `mask`.
-
-    Decayed: every parameter of rank 2 or more and, in search networks, the vectors of identity
-    branches (they are kernels in disguise). The official code goes by the name: in RepVGG the
-    scale of the identity branch's BatchNorm is decayed, too. Not decayed: biases, the other
-    BatchNorms and scales, of any rank; they are told by their names in Flax, Haiku, Equinox and
-    Keras.
-
-    Under `optax.inject_hyperparams` list ``"mask"`` in its ``static_args``; it would otherwise call
-    this function with a step count, as if it were a schedule.
-
-    Raises:
-      ValueError: for a number, such as that count.
-
-    >>> import jax.numpy as jnp
-    >>> weight_decay_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
-    {'bias': False, 'kernel': True}
-    """
-
-    if jax.tree_util.all_leaves([params]) and jnp.ndim(params) == 0:
-        raise ValueError(
-            f"params must be a tree of parameters, got {params}; optax.inject_hyperparams needs "
-            'static_args=("nesterov", "mask")'
-        )
-
-    def decayed(path, param):
-        name = f"/{path_str(path)}"
-        if "/branch_weights/" in name or name.endswith("/bn_identity/scale"):
-            return True
-        undecayed = name.rpartition("/")[2] in NOT_DECAYED or "/branch_scales/" in name
-        return jnp.ndim(param) >= 2 and not undecayed
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def _check_decay(weight_decay: optax.ScalarOrSchedule) -> None:

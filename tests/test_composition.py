@@ -225,3 +225,48 @@ def test_options_are_those_of_optax(x64):
     assert_equivalent(found, optax.adamw(RATE, **adam), rtol=1e-9)
     moments = repopt_adamw(RATE, mults("direction"), mu_dtype=jnp.bfloat16).init(make_params())[1]
     assert moments.mu["a"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_partition_keeps_a_dense_multiplier_in_its_own_group_only():
+    """And map_params finds the moments, and nothing else, in a state with hidden multipliers."""
+    dense = jax.tree.map(jnp.ones_like, make_params())
+    labels = {"a": {"kernel": "sgd"}, "b": {"kernel": "adamw"}}
+    tx = optax.partition(
+        {"sgd": repopt_sgd(RATE, dense), "adamw": repopt_adamw(RATE, dense)}, labels
+    )
+    state = tx.init(make_params())
+    moments, multipliers = 3 * 6, 2 * 6  # of six entries each: a momentum, two moments
+    count_of_adam = 1
+    sizes = [x.size for x in jax.tree.leaves(state)]
+    assert sum(sizes) == moments + multipliers + count_of_adam
+    doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
+    moved = [(a != b).any() for a, b in zip(*map(jax.tree.leaves, (state, doubled)), strict=True)]
+    assert sum(s for s, m in zip(sizes, moved, strict=True) if m) == moments
+
+
+def test_none_stands_for_a_whole_subtree(x64):
+    params = {"net": make_params(), "norm": {"scale": jnp.ones(2), "bias": jnp.zeros(2)}}
+    part = {"net": {"a": mults()["a"], "b": None}, "norm": None}
+    whole = {
+        "net": {"a": mults()["a"], "b": {"kernel": None}},
+        "norm": {"scale": None, "bias": None},
+    }
+    found, expected = (scale_by_grad_mult(m) for m in (part, whole))
+    found, _ = found.update(params, found.init(params))
+    expected, _ = expected.update(params, expected.init(params))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(ValueError, match=r"surplus: \['nor'\]"):
+        scale_by_grad_mult({**part, "nor": None}).init(params)
+    with pytest.raises(ValueError, match=r"missing: \['normal'\]"):
+        scale_by_grad_mult(part).init({**params, "normal": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("rule", ["linear", "direction"])
+def test_split_real_and_imaginary_around_the_multiplier(rule, x64):
+    """Both parts of a complex kernel take its multiplier."""
+    params = jax.tree.map(lambda x: x * (2 - 3j), make_params())
+    tx = optax.contrib.split_real_and_imaginary(scale_by_grad_mult(mults(rule), rule=rule))
+    updates, _ = tx.update(params, tx.init(params), params)
+    for name, scale in SCALES.items():
+        factor = scale["full"] ** 2 if rule == "linear" else abs(scale["full"])
+        np.testing.assert_allclose(updates[name]["kernel"], params[name]["kernel"] * factor[None])

@@ -97,3 +97,34 @@ def test_weights_of_a_small_branch_lie_beside_the_kernels_shards(axis):
     identity = state.weights["conv"]["identity"].sharding.spec
     assert identity == PartitionSpec("d" if axis == 3 else None)
     assert state.scales["conv"]["conv3x3"].sharding.is_fully_replicated
+
+
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+@pytest.mark.parametrize("axis", [2, 3], ids=["inputs", "outputs"])
+@pytest.mark.parametrize("name", transforms(start()))
+def test_types_of_the_state_stay_as_they_are(name, axis):
+    """Shapes, dtypes and shardings, from `init` through an update, with and without jit."""
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,))
+    split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "d"))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(start(), split)
+        tx = transforms(params)[name]
+        state = tx.init(params)
+        assert types(jax.jit(tx.init)(params)) == types(state)
+        updates, after = tx.update(params, state, params)
+        assert types(after) == types(state)
+        assert types(updates) == types(params)
+        assert types(jax.jit(tx.update)(params, state, params)) == types((updates, after))
+
+
+@pytest.mark.parametrize("name", transforms(start()))
+def test_init_takes_shapes_alone(name):
+    """As Optax's optimizers do, for the state's structure before there are parameters."""
+    abstract = jax.eval_shape(start)
+    state = transforms(start())[name].init(abstract)
+    concrete = transforms(start())[name].init(start())
+    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (state, concrete)]
+    assert shapes[0] == shapes[1]

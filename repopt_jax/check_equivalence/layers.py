@@ -34,7 +34,8 @@ from repopt_jax.branches import (
     Window,
 )
 from repopt_jax.check_equivalence.training import Method, differences, start
-from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
+from repopt_jax.transforms import repopt_adamw, repopt_sgd
+from repopt_jax.weight_decay import weight_decay_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Array

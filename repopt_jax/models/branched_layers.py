@@ -63,12 +63,38 @@ def check_layer(layer: Any, block: Block) -> None:
 
 
 def check_layers(model: nnx.Module, blocks: Mapping[str, Block]) -> None:
-    """`check_layer` and `check_block` for every layer in `blocks`; errors name its path."""
+    """`check_layer` and `check_block` for every layer in `blocks`; errors name its path.
+
+    Raises:
+      ValueError: as those do, or for a kernel that belongs to two layers.
+    """
+    layers = {**_layers_with_kernel(model), **{path: layer_at(model, path) for path in blocks}}
     for path, block in blocks.items():
-        layer = layer_at(model, path)
+        layer = layers[path]
         with errors_at(f"block {path!r}"):
             check_layer(layer, block)
             check_block(block, layer.kernel.shape)
+            tied = [
+                other
+                for other, found in layers.items()
+                if found.kernel is layer.kernel
+                and other != path
+                # A layer that stands at several places has one path, if not two in `blocks`.
+                and (found is not layer or other in blocks)
+            ]
+            if tied:
+                raise ValueError(
+                    f"the kernel must belong to one layer, got one that is tied to {tied}"
+                )
+
+
+def _layers_with_kernel(model: nnx.Module) -> dict[str, Any]:
+    """The layers that have a kernel, by path; one used in several places has one path."""
+    return {
+        "/".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(model)
+        if path and isinstance(getattr(layer, "kernel", None), nnx.Param)
+    }
 
 
 def repvgg_branches(path: str, layer: Any) -> Block | None:
@@ -122,11 +148,7 @@ def find_blocks(
     >>> list(find_blocks(model, {"layers/[01]": {"conv": Full()}}))
     ['layers/0', 'layers/1']
     """
-    layers = {
-        "/".join(map(str, path)): layer
-        for path, layer in nnx.iter_modules(model)
-        if path and isinstance(getattr(layer, "kernel", None), nnx.Param)
-    }
+    layers = _layers_with_kernel(model)
     if isinstance(rule, Mapping):
         idle = [p for p in rule if not fnmatch.filter(layers, p)]
         if idle:

@@ -160,8 +160,6 @@ def search_network(
     for path, block in blocks.items():
         vectors = None if scales is None else scales[path]
         layer = layer_at(model, path)
-        if id(layer) in swapped:
-            raise ValueError(f"block {path!r}: its layer is that of another block")
         new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
         swapped[id(layer)] = layer, new  # both, so that no other object gets the same id
     _swapped(model, swapped, set())

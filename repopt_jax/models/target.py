@@ -14,7 +14,7 @@ from repopt_jax.branches import Block, BranchMult, grad_mults, init_weights, mer
 from repopt_jax.models.branched_layers import check_layers, copy_model
 from repopt_jax.reparameterization import reparameterize
 from repopt_jax.scales import blocks_of, check_scales
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.tree_paths import by_path, layer_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
@@ -128,15 +128,40 @@ class Target(Generic[ModelT]):
     scales: Mapping[str, Mapping[str, Array]]
     weights: Weights
 
-    def grad_mults(self, rule: Literal["linear", "direction"] = "linear") -> PyTree[BranchMult]:
-        """The multipliers for `repopt_sgd` ("linear") or `repopt_adamw` ("direction")."""
-        return grad_mults(nnx.state(self.model, nnx.Param), self.blocks, self.scales, rule)
+    def grad_mults(
+        self,
+        rule: Literal["linear", "direction"] = "linear",
+        *,
+        wrt: nnx.filterlib.Filter = nnx.Param,
+    ) -> PyTree[BranchMult]:
+        """The multipliers for `repopt_sgd` ("linear") or `repopt_adamw` ("direction").
+
+        Args:
+          rule: as in `repopt_jax.grad_mults`.
+          wrt: the parameters that are trained, as `nnx.Optimizer` takes it. Blocks whose kernels
+            it leaves out have no multipliers.
+        """
+        return grad_mults(nnx.state(self.model, wrt), self._trained(wrt), self.scales, rule)
 
     def reparameterize(
-        self, optimizer: optax.GradientTransformation
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        wrt: nnx.filterlib.Filter = nnx.Param,
     ) -> optax.GradientTransformationExtraArgs:
-        """Any optimizer, exactly, started at this network's branches; see `reparameterize`."""
-        return reparameterize(optimizer, self.blocks, self.scales, weights=self.weights)
+        """Any optimizer, exactly, started at this network's branches; see `reparameterize`.
+
+        Args:
+          optimizer: any Optax optimizer, with its learning rate.
+          wrt: the parameters that are trained, as in `grad_mults`.
+        """
+        blocks = self._trained(wrt)
+        return reparameterize(optimizer, blocks, self.scales, weights=self.weights)
+
+    def _trained(self, wrt: nnx.filterlib.Filter) -> dict[str, Block]:
+        """The blocks whose kernels `wrt` lets pass."""
+        trained = by_path(nnx.state(self.model, wrt))
+        return {path: b for path, b in self.blocks.items() if f"{path}/kernel" in trained}
 
 
 def target_network(

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from repopt_jax.transforms import repopt_adamw, repopt_sgd, weight_decay_mask
+from repopt_jax.transforms import repopt_adamw, repopt_sgd
+from repopt_jax.weight_decay import weight_decay_mask
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

@@ -1,0 +1,74 @@
+"""Every optimizer of Optax with a learning rate, under `reparameterize`."""
+
+import inspect
+
+import jax
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from test_reparameterization import csla_params, exact, loss, merged, plain_params
+
+# Options that have no default, or a deprecated one.
+OPTIONS = {
+    "optax.noisy_sgd": {"learning_rate": 0.01, "key": 0},
+    "optax.lbfgs": {"learning_rate": 0.01, "linesearch": None},
+    "optax.contrib.schedule_free": {"base_optimizer": optax.sgd(0.01)},
+}
+LEFT_OUT = {
+    "optax.contrib.dpsgd",  # needs a gradient per sample, which is refused by name
+    "optax.optimistic_adam",  # deprecated, and refuses to run where warnings are errors
+}
+
+
+def optimizers():
+    """All public functions with a learning rate that return an optimizer, by name."""
+    found = {}
+    for module in (optax, optax.contrib):
+        for name, function in vars(module).items():
+            if name.startswith(("_", "scale_by", "inject")) or not inspect.isfunction(function):
+                continue
+            parameters = inspect.signature(function).parameters
+            if "learning_rate" not in parameters:
+                continue
+            needed = parameters["learning_rate"].default is inspect.Parameter.empty
+            options = {"learning_rate": 0.01} if needed else {}
+            path = f"{module.__name__}.{name}"
+            found[path] = function, {**options, **OPTIONS.get(path, {})}
+    return {path: entry for path, entry in found.items() if path not in LEFT_OUT}
+
+
+OPTIMIZERS = optimizers()
+
+
+def train(tx, params, view=lambda p: p, steps=4):
+    """A few steps, with all that some of the optimizers ask for."""
+
+    @jax.jit
+    def step(params, state, i):
+        function = lambda p: loss(view(p), i)  # noqa: E731
+        value, gradients = jax.value_and_grad(function)(params)
+        updates, state = tx.update(gradients, state, params, value=value, obj_fn=function)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for i in range(steps):
+        params, state = step(params, state, float(i))
+    return view(params)
+
+
+def test_the_list_is_long():
+    assert len(OPTIMIZERS) >= 40
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_the_kernels_as_their_branches(name, x64):
+    make, options = OPTIMIZERS[name]
+    found = train(exact(make(**options)), plain_params())
+    csla = optax.with_extra_args_support(make(**options))
+    expected = train(csla, csla_params(), merged)
+    start = plain_params()
+    for path in ("conv", "dense", "head"):
+        kernel = expected[path]["kernel"]
+        np.testing.assert_allclose(found[path]["kernel"], kernel, rtol=0, atol=4e-14)
+        assert abs(kernel - start[path]["kernel"]).max() > 1e-8

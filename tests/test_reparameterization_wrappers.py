@@ -1,0 +1,140 @@
+"""`reparameterize` with optimizers that ask for more, and inside what maps or hides its state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from test_reparameterization import csla_params, exact, loss, merged, plain_params
+
+from repopt_jax import Full, merge, reparameterize
+from repopt_jax.tree_paths import by_path
+
+ASKED = ("value", "grad", "value_fn")
+
+
+def search(tx, params, view=lambda p: p, steps=4, asked=ASKED):
+    """Some steps on one loss, with the arguments `asked` for."""
+    function = lambda p: loss(view(p), 0.0)  # noqa: E731
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(function)(params)
+        known = {"value": value, "grad": grad, "value_fn": function, "obj_fn": function}
+        updates, state = tx.update(grad, state, params, **{name: known[name] for name in asked})
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return view(params)
+
+
+SEARCHES = {
+    "lbfgs": optax.lbfgs,
+    "backtracking": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20)),
+    "zoom": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(20)),
+    "sophia": lambda: optax.contrib.sophia(1e-2),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_line_searches_and_sophia_see_the_branches(name, x64):
+    asked = ("obj_fn",) if name == "sophia" else ASKED
+    found = search(exact(SEARCHES[name]()), plain_params(), asked=asked)
+    csla = optax.with_extra_args_support(SEARCHES[name]())
+    expected = search(csla, csla_params(), merged, asked=asked)
+    assert abs(found["conv"]["kernel"] - plain_params()["conv"]["kernel"]).max() > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+
+
+def test_gradients_per_sample_are_refused_by_name():
+    params = plain_params(jnp.float32)
+    tx = exact(optax.sgd(0.1), jnp.float32)
+    per_sample = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    with pytest.raises(ValueError, match=r"updates\['conv/bias'\].*\(2,\).*\(2, 2\)"):
+        tx.update(per_sample, tx.init(params), params)
+
+
+def wrapped(name):
+    adam = exact(optax.adam(1e-2), jnp.float32)
+    labels = {"conv": "exact", "dense": "sgd", "head": "exact"}
+    return {
+        "alone": adam,
+        "partition": optax.partition({"exact": adam, "sgd": optax.sgd(0.1)}, labels),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["alone", "partition"])
+def test_map_params_finds_the_branch_weights_and_their_moments(name):
+    tx = wrapped(name)
+    state = tx.init(plain_params(jnp.float32))
+    doubled = optax.tree.map_params(tx, lambda x: x + 1, state)
+    before, after = by_path(state), by_path(doubled)
+    moved = {path for path in before if (before[path] != after[path]).any()}
+    expected = {p for p in before if "/weights/" in f"/{p}" or "/mu/" in p or "/nu/" in p}
+    assert moved == expected
+    assert len(expected) == (3 * 5 + 2 * 2 if name == "alone" else 3 * 3 + 2 * 2)
+
+
+def test_hidden_kernels_leave_nothing_of_their_size_in_the_state():
+    state = wrapped("partition").init(plain_params(jnp.float32))
+    hidden = [x for path, x in by_path(state).items() if "dense" in path]
+    assert hidden
+    assert all(x.size == 0 for x in hidden)
+
+
+def test_complex_kernels_train_as_their_branches(x64):
+    """`split_real_and_imaginary` belongs inside."""
+    block, scales = {"a": Full(), "b": Full()}, {"a": jnp.arange(4.0), "b": jnp.ones(4)}
+    rng = np.random.default_rng(0)
+    weights = {n: jnp.asarray(rng.normal(size=(3, 4)) + 1j * rng.normal(size=(3, 4))) for n in "ab"}
+    view = lambda p: {"dense": {"kernel": merge(block, p["b"], scales, (3, 4))}}  # noqa: E731
+    adam = optax.contrib.split_real_and_imaginary(optax.adam(1e-2))
+    tx = reparameterize(adam, {"dense": block}, {"dense": scales}, weights={"dense": weights})
+
+    def train(tx, params, view):
+        state = tx.init(params)
+        for i in range(3):
+
+            def error(params, i=i):
+                return jnp.square(jnp.abs(view(params)["dense"]["kernel"] - 1j * i)).sum()
+
+            gradients = jax.tree.map(jnp.conj, jax.grad(error)(params))
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return view(params)["dense"]["kernel"]
+
+    found = train(tx, view({"b": weights}), lambda p: p)
+    np.testing.assert_allclose(found, train(adam, {"b": weights}, view), atol=1e-13)
+
+
+SYNCED = {
+    "sam": lambda tx: optax.contrib.sam(tx, optax.sgd(0.05), sync_period=2, opaque_mode=False),
+    "mechanize": optax.contrib.mechanize,
+}
+
+
+@pytest.mark.parametrize("name", SYNCED)
+def test_sam_and_mechanize_are_exact_inside(name, x64):
+    found = search(exact(SYNCED[name](optax.sgd(0.1))), plain_params(), steps=6, asked=())
+    csla = optax.with_extra_args_support(SYNCED[name](optax.sgd(0.1)))
+    expected = search(csla, csla_params(), merged, steps=6, asked=())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+
+
+def test_sam_outside_is_refused(x64):
+    tx = optax.with_extra_args_support(SYNCED["sam"](exact(optax.sgd(0.1))))
+    assert np.isnan(search(tx, plain_params(), steps=6, asked=())["conv"]["kernel"]).all()
+
+
+def test_lookahead_outside_is_refused(x64):
+    """Its slow weights pull the fast ones back, which the branches do not see."""
+    pair = optax.LookaheadParams.init_synced(plain_params())
+    tx = optax.lookahead(exact(optax.sgd(0.1)), 2, 0.5)
+    state = tx.init(pair)
+    with pytest.raises(ValueError, match=r"params\['\w+/kernel'\]"):
+        for i in range(4):
+            updates, state = tx.update(jax.grad(loss)(pair.fast, float(i)), state, pair)
+            pair = optax.apply_updates(pair, updates)
