@@ -234,6 +234,8 @@ def test_absurd_declared_sizes_are_refused(tmp_path, packed):
     assert read_torch_file(path) == []
 
 
-@pytest.mark.parametrize("bad", [b"0.", b"R.", b"K\1R.", b"h\1.", b"t.", b"ca\nb\nK\1R.", b"\xff."])
+@pytest.mark.parametrize(
+    "bad", [b"0.", b"R.", b"K\1R.", b"h\1.", b"t.", b"ca\nb\nK\1R.", b"\xff.", b"]NaK\0Ns."]
+)
 def test_malformed_pickles_are_refused(tmp_path, packed, bad):
     refuse(tmp_path / "file.pth", packed(b"\x80\x02" + bad), "its pickle")
