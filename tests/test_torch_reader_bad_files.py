@@ -99,6 +99,13 @@ def test_a_storage_has_numbers_of_one_width(tmp_path):
     refuse(tmp_path / "file.pth", build.archive_of([first, second]), "different types")
 
 
+def test_a_tensor_is_no_storage(tmp_path):
+    """A broadcast tensor has more numbers than it has memory."""
+    outer, inner = build.tensor(np.ones(2)), build.tensor(np.ones(2), (9,), (0,))
+    outer.args = (inner, *outer.args[1:])
+    refuse(tmp_path / "file.pth", build.archive_of(outer), "without a storage")
+
+
 def test_lazy_and_unknown_tensors_are_refused(tmp_path):
     path = tmp_path / "file.pth"
     tensor = build.tensor(np.ones(2, np.complex64))

@@ -148,6 +148,28 @@ def test_arguments_of_many_calls_are_not_multiplied(tmp_path, packed):
     refuse(tmp_path / "file.pth", data, "out of all proportion")
 
 
+def test_instructions_are_counted(tmp_path, packed, monkeypatch):
+    """Else those that need no memory would keep the reader busy for as long as a file has any."""
+    path = tmp_path / "file.pth"
+    monkeypatch.setattr("repopt_jax.torch_files.pickles.MAX_STEPS", 1000)
+    path.write_bytes(packed(b"\x80\x02" + b"N0" * 400 + b"N."))
+    assert read_torch_file(path) is None
+    refuse(path, packed(b"\x80\x02" + b"N0" * 600 + b"N."), "out of all proportion")
+
+
+@pytest.mark.parametrize("what", ["bytes", "names"])
+def test_text_is_not_multiplied(tmp_path, packed, what):
+    """Two hundred megabytes of bytes, or thirty of names, made of text that the file has once."""
+    if what == "bytes":
+        start = b"c_codecs\nencode\nq\0" + _text("a" * 1_000_000) + _text("latin1") + b"\x86q\1"
+        each, count = b"h\0h\1R", 200
+    else:
+        start = _text("a" * 500) + b"q\0" + _text("b" * 500) + b"q\1"
+        each, count = b"h\0h\1\x93", 30_000
+    data = packed(b"\x80\x02" + start + b"(" + each * count + b"l.")
+    refuse(tmp_path / "file.pth", data, "out of all proportion")
+
+
 @pytest.mark.parametrize("part", [b"\x85R", b"\x85\x81", b"b"])
 def test_deeply_nested_objects_do_no_harm(tmp_path, part):
     """Objects inside objects end the reader's checks of depth, and must be freed safely."""
@@ -212,6 +234,8 @@ def test_absurd_declared_sizes_are_refused(tmp_path, packed):
     assert read_torch_file(path) == []
 
 
-@pytest.mark.parametrize("bad", [b"0.", b"R.", b"K\1R.", b"h\1.", b"t.", b"ca\nb\nK\1R.", b"\xff."])
+@pytest.mark.parametrize(
+    "bad", [b"0.", b"R.", b"K\1R.", b"h\1.", b"t.", b"ca\nb\nK\1R.", b"\xff.", b"]NaK\0Ns."]
+)
 def test_malformed_pickles_are_refused(tmp_path, packed, bad):
     refuse(tmp_path / "file.pth", packed(b"\x80\x02" + bad), "its pickle")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 # Each limit is far above what torch writes, and low enough that reading ends soon.
-MAX_STEPS = 10_000_000  # instructions and their arguments; large checkpoints have about 200,000
+MAX_STEPS = 5_000_000  # instructions; large checkpoints have about 100,000
 MAX_LINE = 1024  # characters of a class with its module, or of a number written in digits
 MAX_KEY = 4096  # characters of a dict's key: comparing equal keys takes their length
 MAX_RARE_KEYS = 10_000  # keys of which a file can choose the hash, so that all of them collide
@@ -78,7 +78,7 @@ class Budget:
     """What one file may cost: memory in proportion to the file, and a bounded time."""
 
     def __init__(self, file_size: int):
-        self.bytes = (64 << 20) + 20 * file_size
+        self.bytes = (64 << 20) + 16 * file_size
         self.steps = MAX_STEPS
         self.rare_keys = MAX_RARE_KEYS
 
@@ -121,22 +121,19 @@ def quote(value: Any) -> str:
 class _Source:
     """The bytes of a pickle: never more than there are, whatever it declares."""
 
-    def __init__(self, stream: BinaryIO, left: int, budget: Budget):
+    def __init__(self, stream: BinaryIO, left: int):
         self.stream = stream
         self.left = left
-        self.budget = budget
 
     def read(self, count: int) -> bytes:
         if count > self.left:
             raise TorchFileError(f"its pickle is cut off: {count} bytes are due, {self.left} left")
         self.left -= count
-        self.budget.spend(4 * count)  # text may take four bytes a character
         return self.stream.read(count)
 
     def readline(self) -> bytes:
         line = self.stream.readline(min(self.left, MAX_LINE))
         self.left -= len(line)
-        self.budget.spend(4 * len(line))
         return line
 
 
@@ -146,9 +143,9 @@ class _Unpickler(pickle._Unpickler):
     Unlike the one written in C, it numbers objects in a dict, so that no number reserves memory.
     """
 
-    def __init__(self, source: _Source, load_storage: Callable, functions: Mapping[str, Callable]):
+    def __init__(self, source: _Source, budget: Budget, load_storage: Callable, functions: Mapping):
         super().__init__(source)
-        self.budget = source.budget
+        self.budget = budget
         self.persistent_load = load_storage
         self.functions = {
             "builtins.dict": self._dict,
@@ -309,7 +306,7 @@ def unpickle(
     """
     start = stream.tell()
     try:
-        return _Unpickler(_Source(stream, left, budget), load_storage, functions).load()
+        return _Unpickler(_Source(stream, left), budget, load_storage, functions).load()
     except TorchFileError:
         raise
     except Exception as error:  # whatever a damaged pickle makes of the code above
