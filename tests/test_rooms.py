@@ -8,7 +8,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repopt_jax"
 # Each room imports only rooms above it in this list, which is that of CONTRIBUTING.md.
 ROOMS = (
     *("extras", "imagenet", "atomic_write", "tree_paths"),
-    *("branches", "transforms", "reparameterization", "scales", "pruning"),
+    *("branches", "transforms", "weight_decay", "reparameterization", "scales", "pruning"),
     *("models", "torch_files", "files", "convert", "check_equivalence"),
     *("data", "training", "deploy"),
 )

@@ -81,6 +81,7 @@ def test_one_layer_under_two_paths_of_blocks_is_refused():
     model = Net(nnx.Rngs(0))
     model.body = model.stem
     block = {"full": Full()}
-    check_layers(model, {"body": block})
+    for path in ("body", "stem"):
+        check_layers(model, {path: block})
     with pytest.raises(ValueError, match="tied"):
         check_layers(model, {"body": block, "stem": block})

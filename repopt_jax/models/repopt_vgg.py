@@ -63,23 +63,6 @@ def size_name(num_blocks: Sequence[int], widths: Sequence[int]) -> str | None:
     return None
 
 
-def scale_widths(num_blocks: Sequence[int], widths: Sequence[int]) -> dict[str, int]:
-    """The keys of a scales file and the lengths of its vectors, for strides of 2 per stage.
-
-    >>> scale_widths((1, 0, 0, 0), (8, 16, 16, 16, 16))
-    {'stage0/conv/conv3x3': 8, 'stage0/conv/conv1x1': 8, 'stage1/0/conv/conv3x3': 16, \
-'stage1/0/conv/conv1x1': 16}
-    """
-    found = {}
-    layers = [("stage0", widths[0], False)]
-    for stage, count in enumerate(num_blocks, 1):
-        layers += [(f"stage{stage}/{i}", widths[stage], i > 0) for i in range(count)]
-    for block, width, has_identity in layers:
-        names = ("conv3x3", "conv1x1", "identity") if has_identity else ("conv3x3", "conv1x1")
-        found.update({f"{block}/conv/{name}": width for name in names})
-    return found
-
-
 class PlainBlock(nnx.Module):
     """3x3 convolution, BatchNorm, ReLU and, if wanted, squeeze-excite."""
 
