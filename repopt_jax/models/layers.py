@@ -317,7 +317,9 @@ def check_numbers(model: nnx.Module) -> None:
     problems = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable.get_value()
-        if not is_known(value) or not jnp.issubdtype(value.dtype, jnp.inexact):
+        if isinstance(value, jax.ShapeDtypeStruct) or not is_known(value):
+            continue
+        if not jnp.issubdtype(value.dtype, jnp.inexact):  # random keys, counts
             continue
         variance = isinstance(variable, nnx.BatchStat) and path[-1] == "var"
         if problem := bad_numbers(np.asarray(value), variance=variance):
