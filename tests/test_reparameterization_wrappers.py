@@ -108,6 +108,8 @@ def test_complex_kernels_train_as_their_branches(x64):
 
     found = train(tx, view({"b": weights}), lambda p: p)
     np.testing.assert_allclose(found, train(adam, {"b": weights}, view), atol=1e-13)
+    with pytest.raises(ValueError, match=r"kernel in params.*\['dense'\]"):
+        optax.contrib.split_real_and_imaginary(tx).init(view({"b": weights}))
 
 
 SYNCED = {
