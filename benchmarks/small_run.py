@@ -61,7 +61,7 @@ def interrupt(arguments: list[str], workdir, signal, *, lines: int, delay: float
       arguments: the command.
       workdir: its directory.
       signal: what to send.
-      lines: send it once that many steps are told.
+      lines: send it once the log has that many steps.
       delay: seconds to wait after that.
       **options: of `subprocess.Popen`.
 

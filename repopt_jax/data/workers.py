@@ -148,7 +148,7 @@ def serve(connection: int, file: int) -> None:
     for name in _SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    logging.disable(logging.WARNING)  # bad images are told by the parent, once
+    logging.disable(logging.WARNING)  # the parent names bad images, once
     pipe = Connection(connection)
     memory = np.frombuffer(mmap.mmap(file, 0), np.uint8)
     told: set[str] = set()
