@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
-from repopt_jax.models import RepOptGhost, RepOptVGG
+from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import Scales, parse_safetensors, parse_scales
 from repopt_jax.torch_files import load_torch_scales, load_torch_weights
@@ -105,7 +105,7 @@ def save_arrays(
         unfinished.write_bytes(data)
 
 
-def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost:
+def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost | MobileOne:
     """The network of a weights file, or of a torch file as `load_torch_weights` makes it.
 
     Args:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import nnx
 
+from repopt_jax.branches import Block
 from repopt_jax.branches.presets import mobileone_branches
 from repopt_jax.models.layers import (
     BatchNorm,
@@ -94,6 +95,17 @@ class MobileOneBlock(nnx.Module):
         if self.bn_skip is not None:
             y = y + self.bn_skip(materialize(x))
         return activate(self, y)
+
+    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
+        """As `RepVGGBlock.parts`."""
+        copies = sum(name.isdigit() for name in self.names)
+        block = mobileone_branches("", self.conv0, copies=copies) or {}
+        names = dict(zip(block, self.names, strict=False))  # all but the identity, which comes last
+        weights = {
+            branch: getattr(self, f"conv{name}").kernel[...] for branch, name in names.items()
+        }
+        norms = {branch: getattr(self, f"bn{name}") for branch, name in names.items()}
+        return self.conv0, block, weights, {**norms, "identity": self.bn_skip}
 
 
 class MobileOne(FiveStages):

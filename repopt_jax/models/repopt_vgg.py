@@ -169,6 +169,12 @@ class RepVGGBlock(nnx.Module):
             y = y + self.bn_identity(materialize(x))
         return activate(self, y)
 
+    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
+        """The layer with the whole kernel, and its branches with their weights and BatchNorms."""
+        norms = {"conv3x3": self.bn3x3, "conv1x1": self.bn1x1, "identity": self.bn_identity}
+        weights = {"conv3x3": self.conv3x3.kernel[...], "conv1x1": self.conv1x1.kernel[...]}
+        return self.conv3x3, repvgg_branches("", self.conv3x3) or {}, weights, norms
+
 
 class FiveStages(nnx.Module):
     """A block, four lists of blocks, global average pooling and a dense layer.

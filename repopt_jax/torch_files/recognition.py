@@ -91,8 +91,10 @@ def _vgg_size(weights, rows, num_blocks, dialect) -> dict[str, Any]:
     name = size_name({**size, **options}, sizes) or family
     identities = ("scale_identity.weight", "bn_identity.weight")
     strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in _FIRSTS)
-    told = {k: v for k, v in options.items() if k != "se" and v not in (1, False)}
-    return {"name": name, **size, **told, **({"strides": strides} if 1 in strides else {})}
+    told = {"strides": strides} if 1 in strides else {}
+    told |= {"groups": options["groups"]} if options["groups"] > 1 else {}
+    told |= {"pre_se": True} if options["pre_se"] else {}
+    return {"name": name, **size, **told}
 
 
 def _groups(weights, rows, num_blocks) -> int:
