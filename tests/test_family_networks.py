@@ -3,10 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from repopt_jax import create_model
+from repopt_jax.check_equivalence.layers import METHODS
+from repopt_jax.check_equivalence.training import differences, start
 from repopt_jax.deploy import fold
+from repopt_jax.deploy.onnx_export import onnx_model
+from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.models.mobileone import MOBILEONE_SIZES
 from repopt_jax.models.repopt_vgg import REPVGG_SIZES
 from repopt_jax.torch_files import import_weights, recognize
@@ -132,3 +138,61 @@ def test_deploy_form_is_read_as_the_plain_network(family, options, x64, strict):
     wanted = {**plain, "kind": "target", "num_classes": 5}
     assert {k: v for k, v in found.items() if k != "se"} == wanted
     np.testing.assert_allclose(read(weights)(images), family["output"], rtol=1e-10)
+
+
+def tiny(name, kind="target", **options):
+    return create_model(
+        **{"kind": kind, "num_classes": 5, **TINY[name], **options},
+        rngs=nnx.Rngs(0),
+    )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gr_follows_the_branches(name, x64):
+    """The plain network under its RepOptimizer, against the network of branches."""
+    plain = tiny(name, param_dtype=jnp.float64)
+    started = start(plain, plain.blocks(), mixed=True, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(2)
+    images = jnp.asarray(rng.normal(size=(3, 4, 16, 16, 3)))
+    labels = jnp.asarray(rng.integers(0, 5, (3, 4)))
+
+    def loss(network, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(network(batch[0]), batch[1]).mean()
+
+    found = differences(*started, METHODS["multiplier: SGD"], loss, (images, labels))
+    assert len(found) == len(plain.blocks())
+    assert max(found.values()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["repvgg_d2se_tiny", "mobileone_se_tiny"])
+def test_exported_files_compute_the_same(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = tiny(name, baseline(TINY[name]["name"]))
+    model.eval()
+    exported = onnx_model(model, Preprocessing(32, 32, inside=False), name=name)
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(logits, model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_search_starts_at_the_published_scales():
+    """In a stage of RepVGG by depth; in MobileOne at 1."""
+    scales = [block["conv1x1"].scale for block in tiny("repvgg_g4_tiny").blocks().values()]
+    np.testing.assert_allclose(scales, [1, 1, 2**0.5, 1, 2**0.5, 1, 2**0.5, 1, 1])
+    blocks = tiny("mobileone_tiny").blocks()
+    assert {b.scale for block in blocks.values() for b in block.values() if b.scaled} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 3}, r"groups.*\(8, 16, 16, 32\).*got 3"),
+        ({"groups": 0}, r"groups.*got 0"),
+        ({"kind": "mobileone"}, r"kind 'mobileone' must be 'repvgg' for 'RepVGG'"),
+        ({"copies": 2}, r"options of 'RepVGG' must be among .*'copies'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("repvgg_g4_tiny", **options)
