@@ -74,7 +74,7 @@ def check_merges(
       ValueError: if ``sum_b s_b * E_b(w_b)`` is off by more than rounding, or is not a number.
 
     >>> from repopt_jax import Centre
-    >>> scales, weights = {"c": jnp.ones(1)}, {"c": jnp.ones((1, 1))}
+    >>> scales, weights = {"c": jnp.ones(1)}, {"c": jnp.ones((1, 1, 1))}
     >>> check_merges({"c": Centre(1)}, weights, scales, jnp.ones((3, 1, 1)))
     Traceback (most recent call last):
     ValueError: the weights of branches ['c'] must merge to the kernel, got a largest difference \
