@@ -28,7 +28,6 @@ from repopt_jax import (
     initial_scales,
     merge,
     pull_back,
-    split_kernel,
 )
 
 BRANCHES = {
@@ -427,21 +426,3 @@ def test_types_of_the_package_are_what_they_say():
         own = type("Own", (type(branch),), {})
         fields = {f.name: getattr(branch, f.name) for f in dataclasses.fields(branch)}
         check_block({"b": own(**fields)}, shape)
-
-
-@every_branch
-def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x64, strict):
-    block = {"first": branch, "full": Full()}
-    scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
-    kernel = normal(5, shape)
-    weights = split_kernel(block, kernel, scales)
-    np.testing.assert_allclose(merge(block, weights, scales, shape), kernel, rtol=0, atol=1e-10)
-    assert abs(weights["first"]).max() > 1e-3  # it takes its share
-
-
-def test_what_no_branch_reaches_is_left_out_of_a_split(x64, strict):
-    """A window of 3 without a branch at its border, and a channel whose scale is 0."""
-    kernel, scales = normal(0, (3, 2, 2)), {"centre": jnp.array([2.0, 0.0])}
-    weights = split_kernel({"centre": Centre(1)}, kernel, scales)["centre"]
-    np.testing.assert_allclose(weights[0, :, 0], kernel[1, :, 0] / 2, rtol=1e-15)
-    assert (weights[0, :, 1] == 0).all()

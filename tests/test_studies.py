@@ -173,6 +173,7 @@ def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_
     assert update["extra_state_to_parameters"] == pytest.approx(35_968 / 33_255_520, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, tfds_dir):
     found = measured(monkeypatch, tmp_path, input_pipeline, "--images=32", "--rounds=1")
     variants = {(row["augment"], row["variant"]) for row in found["rows"]}

@@ -79,7 +79,7 @@ def fold_block(
     """
     biases = biases or {}
     check_block(block, kernel_shape)
-    _check_parts(block, weights, norms, biases, kernel_shape)
+    _check_parts(block, weights, norms, biases, norm, kernel_shape)
     dtype = jnp.result_type(float, *weights.values())
     weights, scales, total = dict(weights), {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
@@ -141,21 +141,27 @@ def _affine(norm: Any, outputs: int, dtype: Any) -> tuple[Array, Array]:
     return tuple(jnp.repeat(v, outputs // v.size).astype(dtype) for v in (factor, shift))
 
 
-def _check_parts(block, weights, norms, biases, kernel_shape) -> None:
+def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
     """Refuse parts of branches that `block` does not have, and parts of the wrong shape."""
     for argument, parts in {"weights": weights, "norms": norms, "biases": biases}.items():
         if surplus := sorted(set(parts) - set(block)):
             raise ValueError(f"{argument} must be of branches {list(block)}, got {surplus}")
-    for name, branch in block.items():
-        wanted = branch.weight_shape(kernel_shape)
-        found = jnp.shape(weights[name]) if name in weights else None
-        if found != wanted and (branch.scaled or name in weights):
-            raise ValueError(f"weights of {name!r} must have the shape {wanted}, got {found}")
-    for name, norm in norms.items():
-        if kernel_shape[-1] % norm.scale.size:
+    arrays = {
+        f"weights of {name!r}": (weights.get(name), branch.weight_shape(kernel_shape))
+        for name, branch in block.items()
+        if branch.scaled or name in weights
+    }
+    arrays |= {f"biases of {name!r}": (bias, kernel_shape[-1:]) for name, bias in biases.items()}
+    for argument, (array, wanted) in arrays.items():
+        found = None if array is None else jnp.shape(array)
+        if found != wanted:
+            raise ValueError(f"{argument} must have the shape {wanted}, got {found}")
+    named = {f"norms of {name!r}": bn for name, bn in norms.items()}
+    for argument, bn in {**named, "norm": norm}.items():
+        if bn is not None and kernel_shape[-1] % bn.scale.size:
             raise ValueError(
-                f"norms of {name!r} must have channels that divide the {kernel_shape[-1]} outputs, "
-                f"got {norm.scale.size}"
+                f"{argument} must have channels that divide the {kernel_shape[-1]} outputs, "
+                f"got {bn.scale.size}"
             )
 
 
