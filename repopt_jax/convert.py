@@ -25,6 +25,7 @@ from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.files import load_scales, load_weights, save_arrays, save_weights
+from repopt_jax.models.create import family_of
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.scales import save_scales
 from repopt_jax.torch_files import (
@@ -98,7 +99,7 @@ def convert_weights(source: epath.Path, target: epath.Path, key: str | None, **t
         save_weights(target, model, found)
         count = sum(value.size for value in jax.tree.leaves(nnx.state(model)))
     chosen = f"took {place}; --key takes {' or '.join(others)}\n" if others else ""
-    if "num_blocks" in found and "strides" not in told:
+    if "strides" in family_of(found["name"]).options and "strides" not in told:
         strides = " ".join(map(str, found.get("strides", (2, 2, 2, 2, 2))))
         chosen += f"took strides of {strides}, which torch files do not hold: see --strides\n"
     return (

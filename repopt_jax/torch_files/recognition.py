@@ -32,11 +32,11 @@ _KINDS = {
     "blocks.0.0.ghost1.fusion_bn.weight": "rep",
     "blocks.0.0.ghost1.final_bn.weight": "target",
 }
-# Pattern of a name of a network that is none of ours -> what it is.
+# Pattern of a name of a network whose weights are not read -> that network.
 _OTHERS = {
-    r".*ERBlock_\d\..*": "YOLOv6, of which only scales are read",
-    r".*\.rbr_(dense|1x1)\.[01]\..*": "YOLOv7, which is a detector",
-    r"stage\d(_first|_second)?\.blocks\.\d+\..*": "RepVGGplus with its auxiliary heads",
+    r".*ERBlock_\d\..*": "YOLOv6",
+    r".*\.rbr_(dense|1x1)\.[01]\..*": "YOLOv7",
+    r"stage\d(_first|_second)?\.blocks\.\d+\..*": "RepVGGplus",
     r".*\.lkb_(origin|reparam)\..*": "RepLKNet",
     r".*\.(repconv\d|fc3_bn)\..*": "RepMLPNet",
     r".*\.(square_conv|fused_conv)\..*": "ACNet",
@@ -141,7 +141,7 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """
     for pattern, family in _OTHERS.items():
         if any(re.fullmatch(pattern, name) for name in weights):
-            raise TorchFileError(f"it looks like {family}: it is not a network that is read")
+            raise TorchFileError(f"it looks like {family}, of which at most scales are read")
     dialect, official = to_official(weights)
     kinds = [kind for name, kind in _KINDS.items() if name in official]
     size = recognize_size(official, dialect)
