@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repopt_jax"
 ROOMS = (
     *("extras", "imagenet", "atomic_write", "tree_paths"),
     *("branches", "transforms", "weight_decay", "reparameterization", "scales", "pruning"),
-    *("models", "torch_files", "files", "convert", "check_equivalence"),
+    *("models", "torch_files", "files", "hub", "convert", "check_equivalence"),
     *("data", "training", "deploy"),
 )
 BESIDES_DATA = {"extras", "imagenet", "atomic_write"}  # none of which loads JAX
