@@ -17,10 +17,9 @@ from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
-from repopt_jax.files import has_torch_names, load_weights, read_weights, save_weights
+from repopt_jax.files import load_network, save_weights
+from repopt_jax.messages import listed, quote
 from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
-from repopt_jax.torch_files import read_state_dict, recognize
-from repopt_jax.torch_files.pickles import quote
 from repopt_jax.torch_files.weights import unfilled_model, variables
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken
@@ -65,22 +64,16 @@ def from_pretrained(
     if path.exists():
         if revision is not None:
             raise ValueError(f"revision must be None for a local path, got {revision!r}")
-        folder = path if path.is_dir() else None
         files = {file: path / file for file in (*WEIGHTS, CONFIG, CARD) if (path / file).is_file()}
-        weights = next((files[file] for file in WEIGHTS if file in files), None)
-        weights = weights if folder else path
     else:
         files = _from_hub(os.fspath(name_or_path), revision)
-        weights = next((files[file] for file in WEIGHTS if file in files), None)
+    found = (files[file] for file in WEIGHTS if file in files)
+    weights = path if path.is_file() else next(found, None)
     if weights is None:
         raise ValueError(f"{os.fspath(name_or_path)} must hold one of {WEIGHTS}, got neither")
     config = _read_config(files[CONFIG]) if CONFIG in files else {}
-    if has_torch_names(weights):
-        facts = recognize(read_state_dict(weights))
-    else:
-        facts = read_weights(weights)[1]
-    _check_config(config, facts)
-    model = load_weights(weights, **options)
+    model, facts = load_network(weights, **options)
+    _check_config(config, {k: v for k, v in facts.items() if k not in options})
     licence = _licence(files.get(CARD), config)
     what = f"{facts['name']}, kind {facts['kind']}, {facts['num_classes']} classes"
     print(f"{weights}: {what}; licence {licence}")
@@ -205,7 +198,7 @@ def save_pretrained(
     if made != found:
         different = sorted(k for k in made.keys() | found.keys() if made.get(k) != found.get(k))
         raise ValueError(
-            f"arguments must be those of model, got others: they differ in {different[:5]}"
+            f"arguments must be those of model, got others, in {listed(different, ', ')}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"library_name": "repopt_jax", "arguments": dict(arguments)}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Full, check_block, merge
+from repopt_jax.branches import Block, Full, check_block, merge, wide_type
 from repopt_jax.branches.presets import repghost_branches
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.models.mobileone import MobileOne, MobileOneBlock
@@ -213,6 +213,8 @@ Network = RepOptVGG | RepOptGhost | MobileOne
 def fold(model: Network) -> Network:
     """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
 
+    Numbers of fewer bits than float32 become float32, so that nothing is rounded on the way.
+
     Raises:
       ValueError: `model` has blocks that cannot be folded, such as folded ones, or numbers that are
         not finite.
@@ -228,6 +230,7 @@ def fold(model: Network) -> Network:
     """
     check_numbers(model)
     folded = nnx.clone(model)
+    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     modules = [module for _, module in nnx.iter_modules(folded)]
     if not any(type(module) in FOLDED for module in modules):
         raise ValueError(
@@ -242,6 +245,10 @@ def fold(model: Network) -> Network:
                 setattr(module, name, _folded_pair(child, getattr(module, PAIRS[name])))
                 setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
     return folded
+
+
+def _widened(value: Array) -> Array:
+    return value.astype(wide_type(value.dtype))
 
 
 def _folded_pair(layer: nnx.Conv | SearchLayer, norm: Any) -> nnx.Conv:

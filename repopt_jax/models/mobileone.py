@@ -17,19 +17,27 @@ from flax import nnx
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import mobileone_branches
 from repopt_jax.models.layers import (
+    MAX_WIDTH,
     BatchNorm,
     SqueezeExcite,
-    check_lengths,
+    check_sizes,
     conv,
     linear,
     materialize,
 )
-from repopt_jax.models.repopt_vgg import FiveStages, PlainBlock, activate, stage_widths
+from repopt_jax.models.repopt_vgg import (
+    MAX_BLOCKS,
+    FiveStages,
+    PlainBlock,
+    activate,
+    stage_widths,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
 FAMILY = "MobileOne"
+MAX_COPIES = 10  # for which torch names are known
 MOBILEONE_SIZES = {
     f"{FAMILY}-{name}": {
         "num_blocks": (2, 8, 10, 1),
@@ -124,7 +132,7 @@ class MobileOne(FiveStages):
       rngs: draws the parameters.
 
     Raises:
-      ValueError: a sequence of the wrong length, or `copies` below 1.
+      ValueError: a size is out of its range.
 
     >>> net = MobileOne((1, 1, 1, 1), (4, 4, 4, 8, 8), num_classes=10, rngs=nnx.Rngs(0))
     >>> net(jnp.ones((2, 32, 32, 3))).shape
@@ -147,12 +155,14 @@ class MobileOne(FiveStages):
         block_type: type[PlainBlock] | type[MobileOneBlock] = PlainBlock,
         rngs: nnx.Rngs,
     ):
-        lengths = {
-            "num_blocks": (num_blocks, 4),
-            "widths": (widths, 5),
-            "se_blocks": (se_blocks, 4),
-        }
-        check_lengths(**lengths)
+        check_sizes(
+            num_blocks=(num_blocks, 4, MAX_BLOCKS),
+            widths=(widths, 5, MAX_WIDTH),
+            copies=(copies, 1, MAX_COPIES),
+            num_classes=(num_classes, 1, MAX_WIDTH),
+        )
+        if len(se_blocks) != 4 or any(type(n) is not int or n < 0 for n in se_blocks):
+            raise ValueError(f"se_blocks must be 4 counts, got {tuple(se_blocks)}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def block(*shape: int, copies: int, **options: int) -> nnx.Module:

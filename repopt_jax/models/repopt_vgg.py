@@ -19,9 +19,10 @@ from flax import nnx
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repvgg_branches
 from repopt_jax.models.layers import (
+    MAX_WIDTH,
     BatchNorm,
     SqueezeExcite,
-    check_lengths,
+    check_sizes,
     conv,
     linear,
     materialize,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
 LAST_GROUPED = 26  # of the layers, counted from stage 0; deeper ones are never grouped
+MAX_BLOCKS = 128  # of a stage
 
 
 def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
@@ -226,7 +228,7 @@ class RepOptVGG(FiveStages):
       rngs: draws the parameters.
 
     Raises:
-      ValueError: a sequence of the wrong length, or `groups` that do not divide the widths.
+      ValueError: a size is out of its range, or `groups` do not divide the widths.
 
     >>> from flax import nnx
     >>> net = RepOptVGG((1, 2, 1, 1), (4, 4, 4, 8, 8), num_classes=10, rngs=nnx.Rngs(0))
@@ -253,8 +255,14 @@ class RepOptVGG(FiveStages):
         block_type: type[PlainBlock] | type[RepVGGBlock] = PlainBlock,
         rngs: nnx.Rngs,
     ):
-        check_lengths(num_blocks=(num_blocks, 4), widths=(widths, 5), strides=(strides, 5))
-        if groups < 1 or any(width % groups for width in widths[1:]):
+        check_sizes(
+            num_blocks=(num_blocks, 4, MAX_BLOCKS),
+            widths=(widths, 5, MAX_WIDTH),
+            strides=(strides, 5, MAX_WIDTH),
+            groups=(groups, 1, MAX_WIDTH),
+            num_classes=(num_classes, 1, MAX_WIDTH),
+        )
+        if any(width % groups for width in widths[1:]):
             raise ValueError(f"groups must divide the widths {tuple(widths[1:])}, got {groups}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         options = {"se": se, "pre_se": pre_se, "bn_group": bn_group, **types}

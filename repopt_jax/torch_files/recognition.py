@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from repopt_jax.messages import quote
 from repopt_jax.models.create import REPVGG, VGG
 from repopt_jax.models.mobileone import FAMILY as MOBILEONE
 from repopt_jax.models.mobileone import MOBILEONE_SIZES
@@ -15,7 +16,7 @@ from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
 from repopt_jax.models.repopt_vgg import LAST_GROUPED, REPVGG_SIZES, SIZES, size_name
 from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
-from repopt_jax.torch_files.pickles import TorchFileError, quote
+from repopt_jax.torch_files.pickles import TorchFileError
 
 # Tensors of a block that have as many rows as the block has outputs, in networks of all kinds.
 _ROWS = re.compile(
