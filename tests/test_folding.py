@@ -82,11 +82,20 @@ def test_a_folded_pointwise_layer_keeps_its_border(x64):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_weights_keep_their_type():
-    bn = BatchNorm(4)
-    weights = {"full": jnp.ones(SHAPE, jnp.bfloat16)}
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_wider_type_of_weights_and_norms_is_kept(dtype):
+    bn = BatchNorm(4, param_dtype=dtype)
+    weights = {"full": jnp.full(SHAPE, 1 / 3, jnp.bfloat16)}
     kernel, bias = fold_block({"full": Full()}, weights, {"full": bn}, SHAPE)
-    assert kernel.dtype == bias.dtype == jnp.bfloat16
+    assert kernel.dtype == bias.dtype == dtype
+    if dtype == jnp.float32:  # a product in bfloat16 would be off by 1e-3
+        exact = np.float32(weights["full"]) / np.sqrt(1 + 1e-5)
+        np.testing.assert_allclose(kernel, exact, rtol=1e-6)
+
+
+def test_layers_with_other_channels_between_them_are_refused():
+    with pytest.raises(ValueError, match=r"kernel.*3, 3, 3, 4.*1, 1, 2, 6.*groups=1"):
+        fold_pointwise(jnp.ones((3, 3, 3, 4)), jnp.ones((1, 1, 2, 6)), jnp.ones(6))
 
 
 @pytest.mark.parametrize(
