@@ -17,12 +17,13 @@ from flax import nnx
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.files import has_torch_names, load_weights, read_weights
+from repopt_jax.models.layers import check_numbers
 from repopt_jax.torch_files import read_state_dict, recognize
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config, default_config
 from repopt_jax.training.parts import draw_network
 from repopt_jax.training.workdir import CONFIG, stored_classes
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import errors_at, path_str
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -85,7 +86,8 @@ def load_run(
       averaged: take the moving averages of the weights.
 
     Raises:
-      ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
+      ValueError: there is no such part, checkpoint or average, or they do not fit `config`,
+        or the network has numbers that are not finite.
       OSError: the checkpoints are damaged.
     """
     folder = epath.Path(workdir) / part
@@ -103,6 +105,8 @@ def load_run(
     if classes is None:
         classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
     model = _filled(config, part, classes, arrays, averaged)
+    with errors_at(f"part {part!r} in {workdir}"):
+        check_numbers(model)
     data = data_section(config, part)
     side = data.image_size
     size = configured_images(data).size if side is None else (side, side)
