@@ -170,8 +170,9 @@ def blend(images: UInt8[Array, "batch height width 3"], each: Operation) -> Arra
     The start is black, the mean grey, the grey image or the smoothed image.
     """
     wide = images.astype(jnp.int32)
-    # Pillow's weights of red, green and blue.
-    luma = (wide * jnp.array([19595, 38470, 7471])).sum(-1, keepdims=True) + 2**15 >> 16
+    # Pillow's grey value.
+    red, green, blue = (wide[..., c : c + 1] for c in range(3))
+    luma = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
     total, pixels = luma.sum((1, 2, 3), keepdims=True), luma[0].size
     mean = total // pixels + (2 * (total % pixels) >= pixels)
     start = jnp.where(_over(each.is_one_of("Contrast"), 4), mean, 0)
@@ -196,9 +197,14 @@ def _mix(start: Array, end: Array, factor: Array) -> Array:
     a sum of two whose products need no rounding.
     """
     difference = (end - start).astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(factor, jnp.uint32) & np.uint32(0xFFFFF000)
-    coarse = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    coarse = _coarse(factor)
     return (difference * coarse + difference * (factor - coarse)) + start.astype(jnp.float32)
+
+
+def _coarse(factor: Float[Array, "*any"]) -> Array:
+    """The factor cut to 12 of its 24 bits, so that a product with 8 bits is exact."""
+    bits = jax.lax.bitcast_convert_type(factor, jnp.uint32) & np.uint32(0xFFFFF000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def cut_out(images: UInt8[Array, "batch height width 3"], each: Operation) -> Array:
@@ -208,9 +214,10 @@ def cut_out(images: UInt8[Array, "batch height width 3"], each: Operation) -> Ar
         place = jnp.arange(images.shape[axis])[None]
         return (place >= first[:, None]) & (place < end[:, None])
 
+    colour = np.array(CUTOUT_COLOUR, np.uint8).reshape(1, 1, 1, 3)
     rows, columns = span(each.top, each.bottom, 1), span(each.left, each.right, 2)
     inside = rows[:, :, None] & columns[:, None] & _over(each.is_one_of("Cutout"), 3)
-    return jnp.where(inside[..., None], jnp.array(CUTOUT_COLOUR, jnp.uint8), images)
+    return jnp.where(inside[..., None], colour, images)
 
 
 class _Motion(NamedTuple):
@@ -290,8 +297,8 @@ def _moved(images: UInt8[Array, "batch height width 3"], motions: _Motion) -> Ar
 def _padded(images: Array, repeats: Bool[Array, " batch"]) -> Int[Array, "batch pixels"]:
     """Images with a margin, a pixel's three values in one number, because reading takes long."""
     margin = ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN))
-    shifted = images.astype(jnp.int32) << jnp.array([0, 8, 16])
-    pixels = shifted.sum(-1)
+    red, green, blue = (images[..., c].astype(jnp.int32) for c in range(3))
+    pixels = red | green << 8 | blue << 16
     grey = jnp.pad(pixels, margin, constant_values=GREY * 0x010101)
     padded = jnp.where(_over(repeats, 3), jnp.pad(pixels, margin, "edge"), grey)
     return padded.reshape(len(images), -1)
@@ -313,7 +320,7 @@ def _for_chosen(
 
     def some(number, done):
         rows = jax.lax.dynamic_slice(order, (number * size,), (size,))
-        own = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), arguments)
+        own = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), arguments)
         return done.at[rows].set(function(*own), mode="drop")
 
     return jax.lax.fori_loop(0, -(-chosen.sum() // size), some, others)
