@@ -168,8 +168,7 @@ def test_every_operation_belongs_to_one_family(images):
     families = [getattr(randaugment, name) for name in names]
     draws = [[(name, Draw(7))] for name in OPERATIONS]
     rows = np.stack([packed(own, SIZE) for own in draws])[:, 0]
-    columns = {k: v.astype(np.int32) for k, v in zip(host.FIELDS, rows.T, strict=True)}
-    each = randaugment.Operation(**columns | {"factor": rows[:, host.FIELDS.index("factor")]})
+    each = randaugment.Operation.of(rows)
     changed = [np.asarray(jax.jit(f)(images[:16], each)) != images[:16] for f in families]
     assert (sum(c.any((1, 2, 3)) for c in changed) == 1).all()
 

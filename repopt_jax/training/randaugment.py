@@ -63,6 +63,12 @@ class Operation(NamedTuple):
     left: Int[Array, " batch"]
     right: Int[Array, " batch"]
 
+    @classmethod
+    def of(cls, rows: Float[Array, "batch fields"]) -> Operation:
+        """One row of `packed` for each image."""
+        columns = dict(zip(FIELDS, rows.T, strict=True))
+        return cls(**{k: v if k == "factor" else v.astype(int) for k, v in columns.items()})
+
     def is_one_of(self, *names: str) -> Bool[Array, " batch"]:
         """Which images have one of these operations."""
         return jnp.isin(self.operation, jnp.array([NAMES.index(name) for name in names]))
@@ -95,10 +101,8 @@ def apply_operations(
 
 
 def _apply(images, operations):
-    def layer(images, row):
-        columns = dict(zip(FIELDS, row.T, strict=True))
-        whole = {k: v.astype(jnp.int32) for k, v in columns.items() if k != "factor"}
-        each = Operation(factor=columns["factor"], **whole)
+    def layer(images, rows):
+        each = Operation.of(rows)
         for family in (look_up, blend, cut_out, move):
             images = family(images, each)
         return images, None
