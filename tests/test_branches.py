@@ -15,6 +15,7 @@ from repopt_jax import (
     Diagonal,
     Dilated,
     FoldedConv,
+    FoldedDepthwise,
     FrozenPointwise,
     Full,
     Identity,
@@ -27,7 +28,6 @@ from repopt_jax import (
     initial_scales,
     merge,
     pull_back,
-    split_kernel,
 )
 
 BRANCHES = {
@@ -55,6 +55,7 @@ BRANCHES = {
     "frozen first factor": (FrozenPointwise(3), (4, 6), 1),
     "frozen second factor": (LowRank(3), (4, 6), 1),
     "folded convolution": (FoldedConv((4, 3), (3, 5)), (24, 36), 1),
+    "folded depthwise convolution": (FoldedDepthwise((4, 3), (3, 5)), (1, 1, 12, 24), 2),
     "folded convolution, grouped": (FoldedConv((3,), (3,), groups=2), (12, 18), 1),
 }
 every_branch = pytest.mark.parametrize(
@@ -166,6 +167,9 @@ def own_output(branch, x, weight, shape, groups):
         case FoldedConv():
             images = x.reshape(x.shape[0], *branch.image, -1)
             return convolve(images, weight, branch.groups).reshape(x.shape[0], -1)
+        case FoldedDepthwise():
+            images = jnp.moveaxis(x.reshape(-1, groups, *branch.image), 1, -1)
+            return jnp.moveaxis(convolve(images, weight, groups), -1, 1).reshape(x.shape)
         case BlockDiagonal() if len(shape) == 2:
             pairs = zip(*(jnp.split(a, branch.groups, -1) for a in (x, weight)), strict=True)
             return jnp.concatenate([part @ block for part, block in pairs], -1)
@@ -270,6 +274,9 @@ def test_initial_scales_are_those_of_the_branches():
         (Diagonal(), (1, 4, 4)),
         (FoldedConv((2, 2), (3, 3)), (8, 6)),
         (FoldedConv((2,), (3,), groups=3), (4, 12)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 4, 6)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 8, 8)),
+        (FoldedDepthwise((2, 2), (3, 3)), (3, 3, 4, 8)),
         (LowRank(5), (4, 8)),
     ],
 )
@@ -419,21 +426,3 @@ def test_types_of_the_package_are_what_they_say():
         own = type("Own", (type(branch),), {})
         fields = {f.name: getattr(branch, f.name) for f in dataclasses.fields(branch)}
         check_block({"b": own(**fields)}, shape)
-
-
-@every_branch
-def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x64, strict):
-    block = {"first": branch, "full": Full()}
-    scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
-    kernel = normal(5, shape)
-    weights = split_kernel(block, kernel, scales)
-    np.testing.assert_allclose(merge(block, weights, scales, shape), kernel, rtol=0, atol=1e-10)
-    assert abs(weights["first"]).max() > 1e-3  # it takes its share
-
-
-def test_what_no_branch_reaches_is_left_out_of_a_split(x64, strict):
-    """A window of 3 without a branch at its border, and a channel whose scale is 0."""
-    kernel, scales = normal(0, (3, 2, 2)), {"centre": jnp.array([2.0, 0.0])}
-    weights = split_kernel({"centre": Centre(1)}, kernel, scales)["centre"]
-    np.testing.assert_allclose(weights[0, :, 0], kernel[1, :, 0] / 2, rtol=1e-15)
-    assert (weights[0, :, 1] == 0).all()

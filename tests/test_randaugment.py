@@ -1,5 +1,7 @@
 """Claims about augmentation on the device: its images are the host's."""
 
+import re
+
 import cv2
 import jax
 import jax.numpy as jnp
@@ -129,14 +131,16 @@ def test_two_operations_follow_one_another(images):
     assert (swapped != on_device).any()
 
 
-def test_eight_devices_make_the_images_of_one(images):
-    """With one program for all, and as many chosen images on each device as there happen to be."""
+def test_eight_devices_make_the_images_of_one_and_exchange_none(images):
+    """With as many chosen images on each device as there happen to be."""
     rng = np.random.default_rng(2)
     drawn = [host.draw_rand_augment(rng) for _ in images]
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
     split = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     operations = np.stack([packed(own, SIZE) for own in drawn])
     spread = jax.device_put((images, operations), split)
+    text = ON_DEVICE.lower(*spread, mesh).compile().as_text()
+    assert not re.search("all-gather|all-reduce|all-to-all|permute", text)
     found = ON_DEVICE(*spread, mesh)
     assert found.sharding.is_equivalent_to(split, 4)
     np.testing.assert_array_equal(found, ON_DEVICE(images, operations, None))

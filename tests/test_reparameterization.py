@@ -249,10 +249,10 @@ def test_nnx_states_are_parameters_too():
 def test_weights_of_another_kernel_are_refused_by_name(x64):
     """The mistake that would train another network without a word."""
     other = {**WEIGHTS, "dense": jax.tree.map(lambda w: w + 1e-6, WEIGHTS["dense"])}
-    with pytest.raises(ValueError, match=r"weights\['dense'\].*params\['dense/kernel'\]"):
+    with pytest.raises(ValueError, match=r"'dense'.*weights"):
         exact(optax.sgd(0.1), weights=other).init(plain_params())
     nan = {**WEIGHTS, "conv": jax.tree.map(lambda w: w * np.nan, WEIGHTS["conv"])}
-    with pytest.raises(ValueError, match=r"params\['conv/kernel'\]"):
+    with pytest.raises(ValueError, match=r"'conv'.*weights"):
         exact(optax.sgd(0.1), weights=nan).init(plain_params())
 
 

@@ -207,6 +207,7 @@ def test_the_benchmark_of_scaling_counts_threads_and_processes(monkeypatch, tmp_
     assert 0 < weak["lock_ms"] < raug15["lock_ms"] < raug15["cpu_ms"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, tfds_dir):
     found = measured(monkeypatch, tmp_path, input_pipeline, "--images=32", "--rounds=1")
     variants = {(row["augment"], row["variant"]) for row in found["rows"]}

@@ -30,7 +30,13 @@ from repopt_jax.branches.blocks import (
 from repopt_jax.branches.branch import Branch, Full, Identity, is_known, uniform_fan_in, wide_type
 from repopt_jax.branches.frozen import frozen_uniform
 from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
-from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
+from repopt_jax.branches.matrices import (
+    BlockDiagonal,
+    Diagonal,
+    FoldedConv,
+    FoldedDepthwise,
+    LowRank,
+)
 from repopt_jax.branches.multiplier import (
     RULES,
     BranchMult,
@@ -39,11 +45,12 @@ from repopt_jax.branches.multiplier import (
     check_layout,
     grad_mults,
     outputs_last,
-    split_kernel,
 )
 from repopt_jax.branches.sharding import in_auto_mode, placed_like, replicated_like
+from repopt_jax.branches.split import ROUNDING, check_merges, split_kernel
 
 __all__ = [
+    "ROUNDING",
     "RULES",
     "Block",
     "BlockDiagonal",
@@ -53,6 +60,7 @@ __all__ = [
     "Diagonal",
     "Dilated",
     "FoldedConv",
+    "FoldedDepthwise",
     "FrozenPointwise",
     "Full",
     "Identity",
@@ -63,6 +71,7 @@ __all__ = [
     "branch_mult",
     "check_block",
     "check_layout",
+    "check_merges",
     "frozen_uniform",
     "grad_mults",
     "in_auto_mode",
