@@ -196,7 +196,7 @@ def draw_rand_augment(rng: np.random.Generator) -> list[tuple[str, Draw]]:
     """Draws RandAugment's two operations uniformly, each with its own random strength.
 
     >>> [name for name, _ in draw_rand_augment(np.random.default_rng(1))]
-    ['Color', 'Cutout']
+    ['Color', 'Rotate']
     """
     drawn = []
     for _ in range(2):
@@ -207,7 +207,11 @@ def draw_rand_augment(rng: np.random.Generator) -> list[tuple[str, Draw]]:
 
 
 def draw_jitter(rng: np.random.Generator, strength: float) -> list[tuple[str, Draw]]:
-    """Draws factors from 1-strength..1+strength for three blends, and their order."""
+    """Draws factors from 1-strength..1+strength for three blends, and their order.
+
+    >>> [name for name, _ in draw_jitter(np.random.default_rng(1), 0.4)]
+    ['Contrast', 'Brightness', 'Color']
+    """
     names = ("Brightness", "Contrast", "Color")
     factors = rng.uniform(1 - strength, 1 + strength, 3)
     return [(names[i], Draw(factor=factors[i])) for i in rng.permutation(3).tolist()]
