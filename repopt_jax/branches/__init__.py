@@ -45,11 +45,12 @@ from repopt_jax.branches.multiplier import (
     check_layout,
     grad_mults,
     outputs_last,
-    split_kernel,
 )
 from repopt_jax.branches.sharding import in_auto_mode, placed_like, replicated_like
+from repopt_jax.branches.split import ROUNDING, check_merges, split_kernel
 
 __all__ = [
+    "ROUNDING",
     "RULES",
     "Block",
     "BlockDiagonal",
@@ -70,6 +71,7 @@ __all__ = [
     "branch_mult",
     "check_block",
     "check_layout",
+    "check_merges",
     "frozen_uniform",
     "grad_mults",
     "in_auto_mode",

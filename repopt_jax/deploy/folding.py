@@ -220,6 +220,8 @@ PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_p
 def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
 
+    Numbers of fewer bits than float32 become float32, so that nothing is rounded on the way.
+
     Raises:
       ValueError: `model` has blocks that cannot be folded, such as folded ones, or numbers that are
         not finite.
@@ -235,6 +237,7 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     """
     check_numbers(model)
     folded = nnx.clone(model)
+    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     modules = [module for _, module in nnx.iter_modules(folded)]
     if not any(type(module) in FOLDED for module in modules):
         raise ValueError(
@@ -249,6 +252,10 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
                 setattr(module, name, _folded_pair(child, getattr(module, PAIRS[name])))
                 setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
     return folded
+
+
+def _widened(value: Array) -> Array:
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
 def _folded_pair(layer: nnx.Conv | SearchLayer, norm: Any) -> nnx.Conv:
