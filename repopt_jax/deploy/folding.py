@@ -80,8 +80,10 @@ def fold_block(
     biases = biases or {}
     check_block(block, kernel_shape)
     _check_parts(block, weights, norms, biases, norm, kernel_shape)
-    dtype = jnp.result_type(float, *weights.values())
-    weights, scales, total = dict(weights), {}, jnp.zeros(kernel_shape[-1], dtype)
+    used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
+    dtype = jnp.result_type(float, *weights.values(), *used)
+    weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
+    scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
         scales[name], shift = _affine(norms.get(name), kernel_shape[-1], dtype)
         total += shift + scales[name] * biases.get(name, 0)
@@ -93,10 +95,7 @@ def fold_block(
 
 
 def fold_pointwise(
-    kernel: Float[Array, "*window features_by_groups out"],
-    pointwise: Float[Array, "*ones in_by_groups features"],
-    bias: Float[Array, " features"],
-    groups: int = 1,
+    kernel: Array, pointwise: Array, bias: Array, groups: int = 1
 ) -> tuple[Array, Array]:
     """Kernel and bias of a 1x1 convolution with a bias, followed by another convolution.
 
@@ -111,18 +110,26 @@ def fold_pointwise(
     Args:
       kernel: of the second convolution, ``(*window, features / groups, out)``.
       pointwise: kernel of the first one, ``(1, ..., 1, in / groups, features)``.
-      bias: of the first one.
+      bias: of the first one, ``(features,)``.
       groups: of both.
 
     Returns:
       ``W``, ``(*window, in / groups, out)``, and ``a``, ``(out,)``: a `Full` branch's entries of
       `weights` and `biases` in `fold_block`.
 
+    Raises:
+      ValueError: layers that do not have the same channels between them.
+
     >>> kernel, bias = jnp.full((3, 1, 1), 2.0), jnp.array([10.0])
     >>> [array.tolist() for array in fold_pointwise(kernel, jnp.full((1, 1, 1), 5.0), bias)]
     [[[[10.0]], [[10.0]], [[10.0]]], [60.0]]
     """
     features, outputs = bias.shape[0], kernel.shape[-1]
+    if not features == pointwise.shape[-1] == kernel.shape[-2] * groups:
+        raise ValueError(
+            f"kernel, pointwise and bias must have the same channels between them, got shapes "
+            f"{kernel.shape}, {pointwise.shape} and {bias.shape} with groups={groups}"
+        )
     # The bias is one more input, which is 1 everywhere.
     rows = jnp.concatenate([pointwise.reshape(-1, features), bias[None]])
     first = rows.reshape(-1, groups, features // groups)
