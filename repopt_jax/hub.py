@@ -122,7 +122,10 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 
 def _check_config(config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Refuse weights of another network than the one that ``config.json`` states."""
-    stated = {"num_classes": config.get("num_classes"), **config.get("arguments", {})}
+    arguments = config.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{CONFIG} must state arguments by name, got {quote(arguments)}")
+    stated = {"num_classes": config.get("num_classes"), **arguments}
     for argument, value in stated.items():
         found = json.loads(json.dumps(facts.get(argument)))
         if value is not None and found is not None and value != found:
@@ -132,7 +135,9 @@ def _check_config(config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     if isinstance(architecture, str) and architecture.startswith(family):
         found = _architecture(facts["name"])
         if found != architecture:
-            raise ValueError(f"{CONFIG} must state {found}, got {quote(architecture)}")
+            raise ValueError(
+                f"{CONFIG} must state the architecture {found}, got {quote(architecture)}"
+            )
 
 
 def _architecture(name: str) -> str:
@@ -185,9 +190,11 @@ def save_pretrained(
       license: of the weights, as the hub names it, such as ``apache-2.0``. None: not stated.
 
     Raises:
-      ValueError: `training` is empty, `arguments` make another network, or `folder` holds such
-        files already.
+      ValueError: `training` is empty, `license` is no name, `arguments` make another network, or
+        `folder` holds such files already.
     """
+    if license is not None and not re.fullmatch(r"[\w.+-]+", license):
+        raise ValueError(f"license must be one of the hub's names, got {quote(license)}")
     if not training.strip():
         raise ValueError("training must say how the network was trained, got nothing")
     folder = epath.Path(folder)
