@@ -93,6 +93,9 @@ def dbb_branches(path: str, layer: Any, *, features: int | None = None) -> Block
     depthwise = groups == layer.out_features
     if features is None:
         features = layer.in_features * (2 if depthwise else 1)
+    if features < 1 or features % groups:
+        rule = f"features that are a multiple of the layer's groups={groups}, not {features},"
+        raise _refusal("dbb_branches", rule, path, layer)
     return {
         "conv": Full(),
         **({} if depthwise else {"conv1x1": Centre(1)}),
