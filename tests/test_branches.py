@@ -15,6 +15,7 @@ from repopt_jax import (
     Diagonal,
     Dilated,
     FoldedConv,
+    FoldedDepthwise,
     FrozenPointwise,
     Full,
     Identity,
@@ -53,6 +54,7 @@ BRANCHES = {
     "frozen first factor": (FrozenPointwise(3), (4, 6), 1),
     "frozen second factor": (LowRank(3), (4, 6), 1),
     "folded convolution": (FoldedConv((4, 3), (3, 5)), (24, 36), 1),
+    "folded depthwise convolution": (FoldedDepthwise((4, 3), (3, 5)), (1, 1, 12, 24), 2),
     "folded convolution, grouped": (FoldedConv((3,), (3,), groups=2), (12, 18), 1),
 }
 every_branch = pytest.mark.parametrize(
@@ -164,6 +166,9 @@ def own_output(branch, x, weight, shape, groups):
         case FoldedConv():
             images = x.reshape(x.shape[0], *branch.image, -1)
             return convolve(images, weight, branch.groups).reshape(x.shape[0], -1)
+        case FoldedDepthwise():
+            images = jnp.moveaxis(x.reshape(-1, groups, *branch.image), 1, -1)
+            return jnp.moveaxis(convolve(images, weight, groups), -1, 1).reshape(x.shape)
         case BlockDiagonal() if len(shape) == 2:
             pairs = zip(*(jnp.split(a, branch.groups, -1) for a in (x, weight)), strict=True)
             return jnp.concatenate([part @ block for part, block in pairs], -1)
@@ -268,6 +273,9 @@ def test_initial_scales_are_those_of_the_branches():
         (Diagonal(), (1, 4, 4)),
         (FoldedConv((2, 2), (3, 3)), (8, 6)),
         (FoldedConv((2,), (3,), groups=3), (4, 12)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 4, 6)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 8, 8)),
+        (FoldedDepthwise((2, 2), (3, 3)), (3, 3, 4, 8)),
         (LowRank(5), (4, 8)),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from repopt_jax.check_equivalence import layers, networks
 from repopt_jax.check_equivalence.__main__ import main
 
-FEW = {n: layers.LAYERS[n] for n in ("dense, identity", "1x1, then pooling")}
+FEW = {n: layers.LAYERS[n] for n in ("dense, identity", "DBB, depthwise")}
 CASE = ("block, stride 2", "SGD Nesterov, decay", True)
 
 

@@ -15,6 +15,7 @@ import pytest
 import simplejpeg
 
 from repopt_jax.data import eval_batches, load_dataset, train_batches
+from repopt_jax.data.randaugment import FIELDS, NAMES, Draw, apply_operations
 from repopt_jax.data.workers import _Worker
 
 
@@ -118,6 +119,22 @@ def test_bad_images_of_all_workers_are_named_once(broken, caplog):
         found[workers] = (images, dataset.bad_images, messages, len(caplog.records))
     np.testing.assert_array_equal(found[0][0], found[2][0])
     assert found[0][1:] == found[2][1:] and len(found[2][1]) == 2 and found[2][3] == 2
+
+
+def test_operations_for_the_device_are_those_of_the_image_that_stands_in(broken):
+    for augment_on in ("host", "device"):
+        dataset = load_dataset("folder", data_dir=str(broken))
+        options = {"batch_size": 16, "seed": 0, "image_size": 32, "skip_bad": True}
+        batch = next(train_batches(dataset, augment="jitter", augment_on=augment_on, **options))
+        assert len(dataset.bad_images) == 2
+        if augment_on == "host":
+            expected = batch
+    for image, rows, wanted in zip(
+        batch["image"], batch["operations"], expected["image"], strict=True
+    ):
+        columns = [dict(zip(FIELDS, row, strict=True)) for row in rows]
+        drawn = [(NAMES[int(c["operation"])], Draw(factor=c["factor"])) for c in columns]
+        np.testing.assert_array_equal(apply_operations(image, drawn), wanted)
 
 
 def test_an_error_in_a_worker_is_the_same_sentence(broken):

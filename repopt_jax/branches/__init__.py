@@ -30,7 +30,13 @@ from repopt_jax.branches.blocks import (
 from repopt_jax.branches.branch import Branch, Full, Identity, is_known, uniform_fan_in, wide_type
 from repopt_jax.branches.frozen import frozen_uniform
 from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
-from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
+from repopt_jax.branches.matrices import (
+    BlockDiagonal,
+    Diagonal,
+    FoldedConv,
+    FoldedDepthwise,
+    LowRank,
+)
 from repopt_jax.branches.multiplier import (
     RULES,
     BranchMult,
@@ -54,6 +60,7 @@ __all__ = [
     "Diagonal",
     "Dilated",
     "FoldedConv",
+    "FoldedDepthwise",
     "FrozenPointwise",
     "Full",
     "Identity",

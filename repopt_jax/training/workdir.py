@@ -43,6 +43,7 @@ FREE_FIELDS = (
     "remat",
     "threads",
     "workers",
+    "augment_on",
     "data_dir",
     "skip_bad",
     "eval_batch_size",
