@@ -79,13 +79,17 @@ def apply_operations(
     operations: Float[Array, "batch count fields"],
     mesh: Mesh | None = None,
 ) -> UInt8[Array, "batch height width 3"]:
-    """Apply to every image its operations, one after the other.
+    """Apply to every image its own operations, one after the other.
 
     Args:
-      images: square, as the host has cropped them.
-      operations: of `repopt_jax.data.randaugment.packed`, one row for each operation.
-      mesh: the devices over all of whose axes the batch is split; each augments its own images.
-        None: one device.
+      images: of any size; `packed` knows square ones only.
+      operations: of `repopt_jax.data.randaugment.packed`, one row for each operation. The values of
+        a row are those of `FIELDS`.
+      mesh: the devices. The batch is split over all of its axes, and each device augments its own
+        images. None: there is one device.
+
+    Returns:
+      The augmented images, split as they were.
 
     >>> from repopt_jax.data.randaugment import packed
     >>> invert = packed([("Invert", Draw())], 2)[None]
@@ -96,8 +100,7 @@ def apply_operations(
         return _apply(images, operations)
     split = PartitionSpec(mesh.axis_names)
     specs = {"in_specs": (split, split), "out_specs": split}
-    # Loops with bounds of their own on every device: check_vma has no rule for them.
-    return jax.shard_map(_apply, mesh=mesh, **specs, check_vma=False)(images, operations)
+    return jax.shard_map(_apply, mesh=mesh, **specs)(images, operations)
 
 
 def _apply(images, operations):
