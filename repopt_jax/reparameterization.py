@@ -245,8 +245,7 @@ def reparameterize(
     Forward and backward pass are those of the plain network. Parameters without branches go
     through the same `optimizer`, so norms over all gradients are those of the network of branches.
     The optimizer sees the parameter names of a search network: ``conv/branch_weights/conv3x3`` in
-    place of ``conv/kernel``, in a nested dict. Functions as masks, such as `weight_decay_mask`,
-    labels by path and schedules work as there.
+    place of ``conv/kernel``, in a nested dict. Masks, labels by path and schedules work as there.
 
     The closed-form multipliers (`repopt_sgd`, `repopt_adamw`, `scale_by_grad_mult`) are enough,
     and cheaper, for SGD with momentum, Nesterov and decay, and for Adam and Lion up to their
@@ -254,9 +253,8 @@ def reparameterize(
     RMSProp, and branches that are not 0/1 placements under Adam.
 
     Memory: the state holds the branch weights and whatever `optimizer` keeps per branch instead of
-    per kernel, for 3x3 and 1x1 branches 10/9 of the kernels each. Measured for RepOpt-VGG-B1
-    (51.8 M parameters, 198 MiB in float32): with momentum 430 MiB instead of 198, with Adam 649
-    instead of 396, and 63 MiB of temporary memory during an update.
+    per kernel, for 3x3 and 1x1 branches 10/9 of the kernels each. Measured for RepOpt-VGG-B1: with
+    momentum 430 MiB instead of 198, with Adam 649 instead of 396, and 63 MiB during an update.
 
     The kernel follows the weights in the state, so nothing else may move it: wrappers that scale
     updates or average parameters go inside. Every update compares a few input channels with those

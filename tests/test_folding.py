@@ -82,11 +82,28 @@ def test_a_folded_pointwise_layer_keeps_its_border(x64):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_weights_keep_their_type():
-    bn = BatchNorm(4)
-    weights = {"full": jnp.ones(SHAPE, jnp.bfloat16)}
+def test_a_channel_of_a_norm_stands_for_outputs_in_a_row():
+    bn = BatchNorm(2, epsilon=0.0)
+    bn.scale[...], bn.bias[...] = jnp.array([2.0, 3.0]), jnp.array([5.0, 7.0])
+    kernel, bias = fold_block({"fc": Full()}, {"fc": jnp.ones((1, 4))}, {"fc": bn}, (1, 4))
+    assert kernel.tolist() == [[2, 2, 3, 3]]
+    assert bias.tolist() == [5, 5, 7, 7]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_wider_type_of_weights_and_norms_is_kept(dtype):
+    bn = BatchNorm(4, param_dtype=dtype)
+    weights = {"full": jnp.full(SHAPE, 1 / 3, jnp.bfloat16)}
     kernel, bias = fold_block({"full": Full()}, weights, {"full": bn}, SHAPE)
-    assert kernel.dtype == bias.dtype == jnp.bfloat16
+    assert kernel.dtype == bias.dtype == dtype
+    if dtype == jnp.float32:  # a product in bfloat16 would be off by 1e-3
+        exact = np.float32(weights["full"]) / np.sqrt(1 + 1e-5)
+        np.testing.assert_allclose(kernel, exact, rtol=1e-6)
+
+
+def test_layers_with_other_channels_between_them_are_refused():
+    with pytest.raises(ValueError, match=r"kernel.*3, 3, 3, 4.*1, 1, 2, 6.*groups=1"):
+        fold_pointwise(jnp.ones((3, 3, 3, 4)), jnp.ones((1, 1, 2, 6)), jnp.ones(6))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +116,13 @@ def test_weights_keep_their_type():
         ({"norms": {"full": BatchNorm(3)}}, r"norms of 'full'.*4.*3"),
         ({"biases": {"conv": jnp.ones(4)}}, r"biases.*'full'.*'conv'"),
         ({"biases": {"full": jnp.ones(3)}}, r"biases of 'full'.*4.*3"),
+        (
+            {
+                "block": {"full": Full(), "identity": Identity(groups=GROUPS)},
+                "weights": {"full": jnp.ones(SHAPE), "identity": jnp.ones(2)},
+            },
+            r"weights of 'identity'.*4,.*2,",
+        ),
         ({"norm": BatchNorm(3)}, r"norm .*4.*3"),
         ({"block": {"full": Full(), "conv5x5": Centre(5)}}, r"conv5x5.*3, 3, 2, 4"),
     ],

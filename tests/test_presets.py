@@ -90,6 +90,16 @@ CASES = {
         depthwise(),
         {"conv": Full(), "pooled": PooledPointwise(), "frozen": FrozenPointwise(8, groups=4)},
     ),
+    "DBB, two outputs per channel": (
+        dbb_branches,
+        depthwise(outputs=8),
+        {
+            "conv": Full(),
+            "conv1x1": Centre(1),
+            "pooled": PooledPointwise(),
+            "frozen": FrozenPointwise(4, groups=4),
+        },
+    ),
     "DBB, features": (
         functools.partial(dbb_branches, features=12),
         depthwise(),

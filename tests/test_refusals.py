@@ -43,7 +43,7 @@ CONFIGS = [
     ({"scales": "nowhere.safetensors"}, "must be an existing file, got .*nowhere"),
     ({"identity": "two"}, "identity must be 'searched' or 'one', got 'two'"),
     ({"model.name": "VGG"}, "model: name must be one of .* got 'VGG'"),
-    ({"model.widths": (4, 4)}, r"model: widths must have 5 entries, got \(4, 4\)"),
+    ({"model.widths": (4, 4)}, r"model: widths must be 5 whole numbers .*got \(4, 4\)"),
     ({"model.widths": (4, 4, 4, 8, "8")}, "model.widths must be whole numbers above 0"),
     ({"model.num_blocks": (1, 1, 0, 1)}, "model.num_blocks must be whole numbers above 0"),
     ({"model.strides": (1, 2, 2, 1, -1)}, "model.strides must be whole numbers above 0"),

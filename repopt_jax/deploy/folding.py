@@ -79,8 +79,10 @@ def fold_block(
     biases = biases or {}
     check_block(block, kernel_shape)
     _check_parts(block, weights, norms, biases, norm, kernel_shape)
-    dtype = jnp.result_type(float, *weights.values())
-    weights, scales, total = dict(weights), {}, jnp.zeros(kernel_shape[-1], dtype)
+    used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
+    dtype = jnp.result_type(float, *weights.values(), *used)
+    weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
+    scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
         scales[name], shift = _affine(norms.get(name), kernel_shape[-1], dtype)
         total += shift + scales[name] * biases.get(name, 0)
@@ -92,10 +94,7 @@ def fold_block(
 
 
 def fold_pointwise(
-    kernel: Float[Array, "*window features_by_groups out"],
-    pointwise: Float[Array, "*ones in_by_groups features"],
-    bias: Float[Array, " features"],
-    groups: int = 1,
+    kernel: Array, pointwise: Array, bias: Array, groups: int = 1
 ) -> tuple[Array, Array]:
     """Kernel and bias of a 1x1 convolution with a bias, followed by another convolution.
 
@@ -110,18 +109,26 @@ def fold_pointwise(
     Args:
       kernel: of the second convolution, ``(*window, features / groups, out)``.
       pointwise: kernel of the first one, ``(1, ..., 1, in / groups, features)``.
-      bias: of the first one.
+      bias: of the first one, ``(features,)``.
       groups: of both.
 
     Returns:
       ``W``, ``(*window, in / groups, out)``, and ``a``, ``(out,)``: a `Full` branch's entries of
       `weights` and `biases` in `fold_block`.
 
+    Raises:
+      ValueError: layers that do not have the same channels between them.
+
     >>> kernel, bias = jnp.full((3, 1, 1), 2.0), jnp.array([10.0])
     >>> [array.tolist() for array in fold_pointwise(kernel, jnp.full((1, 1, 1), 5.0), bias)]
     [[[[10.0]], [[10.0]], [[10.0]]], [60.0]]
     """
     features, outputs = bias.shape[0], kernel.shape[-1]
+    if not features == pointwise.shape[-1] == kernel.shape[-2] * groups:
+        raise ValueError(
+            f"kernel, pointwise and bias must have the same channels between them, got shapes "
+            f"{kernel.shape}, {pointwise.shape} and {bias.shape} with groups={groups}"
+        )
     # The bias is one more input, which is 1 everywhere.
     rows = jnp.concatenate([pointwise.reshape(-1, features), bias[None]])
     first = rows.reshape(-1, groups, features // groups)
@@ -213,6 +220,8 @@ PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_p
 def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
 
+    Numbers of fewer bits than float32 become float32, so that nothing is rounded on the way.
+
     Raises:
       ValueError: `model` has blocks that cannot be folded, such as folded ones, or numbers that are
         not finite.
@@ -228,6 +237,7 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     """
     check_numbers(model)
     folded = nnx.clone(model)
+    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     modules = [module for _, module in nnx.iter_modules(folded)]
     if not any(type(module) in FOLDED for module in modules):
         raise ValueError(
@@ -242,6 +252,10 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
                 setattr(module, name, _folded_pair(child, getattr(module, PAIRS[name])))
                 setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
     return folded
+
+
+def _widened(value: Array) -> Array:
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
 def _folded_pair(layer: nnx.Conv | SearchLayer, norm: Any) -> nnx.Conv:

@@ -17,9 +17,10 @@ from flax import nnx
 
 from repopt_jax.branches import Block, Centre, Full, Identity
 from repopt_jax.models.layers import (
+    MAX_WIDTH,
     BatchNorm,
     SqueezeExcite,
-    check_lengths,
+    check_sizes,
     conv,
     linear,
     materialize,
@@ -28,6 +29,7 @@ from repopt_jax.models.layers import (
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
+MAX_BLOCKS = 128  # of a stage
 # name -> blocks of stages 1 to 4, width multipliers of stages 1 to 4
 SIZES = {
     "RepOpt-VGG-A0": ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
@@ -140,7 +142,7 @@ class RepOptVGG(nnx.Module):
       rngs: draws the parameters.
 
     Raises:
-      ValueError: a sequence of the wrong length.
+      ValueError: a size is out of its range.
 
     >>> from flax import nnx
     >>> net = RepOptVGG((1, 2, 1, 1), (4, 4, 4, 8, 8), num_classes=10, rngs=nnx.Rngs(0))
@@ -165,7 +167,12 @@ class RepOptVGG(nnx.Module):
         block_type: type[PlainBlock] | type[RepVGGBlock] = PlainBlock,
         rngs: nnx.Rngs,
     ):
-        check_lengths(num_blocks=(num_blocks, 4), widths=(widths, 5), strides=(strides, 5))
+        check_sizes(
+            num_blocks=(num_blocks, 4, MAX_BLOCKS),
+            widths=(widths, 5, MAX_WIDTH),
+            strides=(strides, 5, MAX_WIDTH),
+            num_classes=(num_classes, 1, MAX_WIDTH),
+        )
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         options = {"se": se, "bn_group": bn_group, **types}
         self.stage0 = block_type(3, widths[0], strides[0], **options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,11 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from repopt_jax.messages import listed
 from repopt_jax.models import RepOptGhost, RepOptVGG, create_model
 from repopt_jax.models.layers import bad_numbers
-from repopt_jax.torch_files.modules import read_state_dict
+from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
 from repopt_jax.torch_files.names import from_torch, to_torch, torch_name
-from repopt_jax.torch_files.pickles import TorchFileError
 from repopt_jax.torch_files.recognition import recognize
 from repopt_jax.tree_paths import path_str
 
@@ -45,9 +47,9 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
       `model`.
 
     Raises:
-      ValueError: one message with every variable without a source, every source without a
-        variable, every wrong shape and every tensor with numbers that no network has, or that
-        the cast would lose. `model` is unchanged then.
+      ValueError: one message with the variables without a source, the sources without a variable,
+        the wrong shapes and the tensors with numbers that no network has, or that the cast would
+        lose. `model` is unchanged then.
     """
     problems, arrays, used = [], {}, set()
     for path, variable in variables(model).items():
@@ -67,7 +69,7 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
     counts = {f"{(name or '').removesuffix('running_var')}num_batches_tracked" for name in used}
     problems += [f"surplus {name}" for name in weights.keys() - used - counts]
     if problems:
-        raise ValueError("weights do not fit the model: " + "; ".join(sorted(problems)))
+        raise ValueError(f"weights do not fit the model: {listed(sorted(problems))}")
     return fill(model, arrays)
 
 
@@ -130,14 +132,36 @@ def load_torch_weights(
       TorchFileError: the file cannot be read, or holds neither network.
       ValueError: the weights do not fit the recognized network.
     """
-    weights = read_state_dict(path, key)
-    try:
-        arguments = recognize(weights)
-    except TorchFileError as error:
-        raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
-    if kind is not None:
-        arguments["kind"] = kind
-    return import_weights(unfilled_model(**arguments | options), weights)
+    told = {} if kind is None else {"kind": kind}
+    return load_torch_network(path, key, **told, **options)[0]
+
+
+def load_torch_network(
+    path: str | os.PathLike, key: str | None = None, **told: Any
+) -> tuple[RepOptVGG | RepOptGhost, dict[str, Any]]:
+    """`load_torch_weights`, with the arguments of `create_model` that make this network."""
+    weights = read_torch_weights(path, key)
+    with usable(path):
+        arguments = network_arguments(weights) | told
+        return import_weights(unfilled_model(**arguments), weights.arrays), arguments
+
+
+def network_arguments(weights: Weights) -> dict[str, Any]:
+    """The arguments of `create_model` for the network of a torch file.
+
+    They are recognized from names and shapes. Strides and the kind "csla" are in neither; a
+    safetensors file that `repopt-convert --to-torch` wrote states them in its metadata.
+
+    Raises:
+      TorchFileError: it is no network of ours.
+    """
+    found = recognize(weights.arrays)
+    strides = weights.metadata.get("strides", "")
+    if "num_blocks" in found and re.fullmatch(r"\[\d{1,3}(, \d{1,3}){4}\]", strides):
+        found["strides"] = tuple(json.loads(strides))
+    if found["kind"] == "hs" and weights.metadata.get("kind") == "csla":
+        found["kind"] = "csla"
+    return found
 
 
 def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost:
