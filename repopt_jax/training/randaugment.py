@@ -194,7 +194,9 @@ def _smooth(wide: Int[Array, "batch height width 3"]) -> Array:
     """The mean of 3x3 pixels, the middle one counted five times; the border stays."""
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
-    return wide.at[:, 1:-1, 1:-1].set((2 * total + 13) // 26)
+    margin = ((0, 0), (1, 1), (1, 1), (0, 0))
+    border = np.pad(np.zeros((1, *total.shape[1:3], 1), bool), margin, constant_values=True)
+    return jnp.where(border, wide, jnp.pad((2 * total + 13) // 26, margin))
 
 
 def _mix(start: Array, end: Array, factor: Array) -> Array:
@@ -321,14 +323,15 @@ def _for_chosen(
     """
     batch = len(others)
     size = -(-batch // 8)
-    order = jnp.argsort(~chosen)  # the chosen ones first
-    order = jnp.where(jnp.arange(batch) < chosen.sum(), order, batch)  # out of range, left out
-    order = jnp.pad(order, (0, -batch % size), constant_values=batch)
+    order = jnp.pad(jnp.argsort(~chosen), (0, -batch % size))  # the chosen ones first
+    place = jnp.arange(len(order))
+    order = jnp.where(place < chosen.sum(), order, batch + place)  # out of range, left out
 
     def some(number, done):
         rows = jax.lax.dynamic_slice(order, (number * size,), (size,))
         own = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), arguments)
-        return done.at[rows].set(function(*own), mode="drop")
+        # Unique, because GPUs would else lock every byte that they write.
+        return done.at[rows].set(function(*own), mode="drop", unique_indices=True)
 
     return jax.lax.fori_loop(0, -(-chosen.sum() // size), some, others)
 
