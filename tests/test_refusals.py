@@ -246,6 +246,14 @@ def test_a_run_without_fields_that_came_later_goes_on_with_their_defaults(begun)
         run.run(small_config(), begun)
 
 
+@pytest.mark.parametrize("field", ["augment_on", "threads"])
+def test_a_run_goes_on_where_others_make_its_images(begun, field):
+    """They are the same images."""
+    value = {"augment_on": "device", "threads": 1}[field]
+    with pytest.raises(pytest.fail.Exception, match="a part was trained"):
+        run.run(small_config(**{f"target__data__{field}": value}), begun)
+
+
 def test_a_run_whose_classes_have_other_names_is_refused(begun, monkeypatch):
     def renamed(*names):
         load = data.load_dataset
