@@ -17,11 +17,12 @@ from flax import nnx
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.files import load_network
+from repopt_jax.models.layers import check_numbers
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config, default_config
 from repopt_jax.training.parts import draw_network
 from repopt_jax.training.workdir import CONFIG, stored_classes
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import errors_at, path_str
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -84,7 +85,8 @@ def load_run(
       averaged: take the moving averages of the weights.
 
     Raises:
-      ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
+      ValueError: there is no such part, checkpoint or average, or they do not fit `config`,
+        or the network has numbers that are not finite.
       OSError: the checkpoints are damaged.
     """
     model, _ = load_part(config, workdir, part=part, checkpoint=checkpoint, averaged=averaged)
@@ -121,7 +123,10 @@ def load_part(
         classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
     arguments = {name: value for name, value in config.model.items() if value is not None}
     arguments |= {"kind": PARTS[part].network, "num_classes": classes}
-    return _filled(config, part, classes, arrays, averaged), arguments
+    model = _filled(config, part, classes, arrays, averaged)
+    with errors_at(f"part {part!r} in {workdir}"):
+        check_numbers(model)
+    return model, arguments
 
 
 def _filled(

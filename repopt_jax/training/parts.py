@@ -128,12 +128,14 @@ class Part:
     def train_batches(self) -> Any:
         """A new iterator over this process's training batches; it can be checkpointed."""
         data = self.section.data
+        place = "host" if self.mesh.devices.flat[0].platform == "cpu" else "device"
         return data_lib.train_batches(
             self.dataset,
             batch_size=self.section.batch_size,
             seed=self.config.seed,
             augment=data.augment,
             fast=data.fast,
+            augment_on=place if data.augment_on == "auto" else data.augment_on,
             **self._reading(),
         )
 
@@ -228,7 +230,7 @@ def prepare(
         model=model,
         graphdef=nnx.graphdef(model),
         schedule=schedule,
-        options=_step_options(config, section, group, getattr(model, "dropout", 0)),
+        options=_step_options(config, section, group, mesh, getattr(model, "dropout", 0)),
         steps_per_epoch=steps_per_epoch,
         scales=scales if spec.needs_scales else None,
     )
@@ -292,7 +294,9 @@ def initial_scales(config: ConfigDict) -> Scales:
     return Scales.initial(nnx.eval_shape(draw))
 
 
-def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: float):
+def _step_options(
+    config: ConfigDict, section: ConfigDict, group: int, mesh: Mesh, dropout: float
+) -> StepOptions:
     draws = section.mix.mixup or section.mix.cutmix or section.random_erasing or dropout
     names = ("label_smoothing", "accumulation", "ema_decay", "random_erasing")
     return StepOptions(
@@ -300,6 +304,7 @@ def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: 
         std=tuple(section.data.std),
         dtype=DTYPES[config.dtype],
         group=group,
+        mesh=mesh,
         seed=config.seed if draws else 0,  # so that seeds share a program where nothing is drawn
         remat=config.remat,
         **section.mix,
