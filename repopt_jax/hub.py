@@ -24,7 +24,28 @@ from repopt_jax.torch_files.weights import unfilled_model, variables
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken
 CONFIG, CARD = "config.json", "README.md"
-LONGEST_CARD = 1 << 20  # bytes that are looked through for the licence
+CARD_TEXT = """---
+{header}library_name: repopt_jax
+pipeline_tag: image-classification
+---
+
+# {name}
+
+`repopt_jax.create_model` makes this network with {options}.
+
+## How it was trained
+
+{training}
+
+## How to use it
+
+```python
+import repopt_jax
+
+model = repopt_jax.from_pretrained(FOLDER_OR_NAME)
+model.eval()
+```
+"""
 
 
 def from_pretrained(
@@ -33,13 +54,13 @@ def from_pretrained(
     """The network of a repository on the Hugging Face hub, of a folder in its layout, or of a file.
 
     Prints where the network comes from, what it is, and its licence. Weights are read as by
-    `load_weights`; nothing in a file is run. Files of the hub are kept in its cache, which is also
-    used without a network and under ``HF_HUB_OFFLINE=1``.
+    `load_weights`; nothing in a file is run. The hub's cache is used, also without a network and
+    under ``HF_HUB_OFFLINE=1``.
 
     Args:
-      name_or_path: an existing file or folder, or the name of a repository, such as
-        ``timm/repvgg_a0.rvgg_in1k``, which needs the extra ``hub``.
-      revision: branch, tag or commit of the repository. None: its main branch. Only for the hub.
+      name_or_path: an existing file or folder; or a repository, such as
+        ``timm/repvgg_a0.rvgg_in1k``, for which the extra ``hub`` is needed.
+      revision: branch, tag or commit of the repository. None: its main branch, or no repository.
       **options: of `create_model`, such as bn_group; they take the place of those in the files.
 
     Returns:
@@ -47,67 +68,53 @@ def from_pretrained(
 
     Raises:
       ValueError: there is no such folder or repository, it has no weights, they are of no network
-        of ours, or the network is not the one that ``config.json`` states.
+        of ours, or ``config.json`` states another network than theirs.
       ModuleNotFoundError: `huggingface_hub` is missing.
 
-    >>> import tempfile
+    >>> import repopt_jax, tempfile
     >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
     >>> arguments = {"name": "RepOpt-VGG", "kind": "target", **size}
-    >>> from repopt_jax import create_model
-    >>> model = create_model(**arguments, rngs=nnx.Rngs(0))
+    >>> model = repopt_jax.create_model(**arguments, rngs=nnx.Rngs(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_pretrained(model, folder, arguments, training="Not at all.", license="mit")
     ...     same = from_pretrained(folder)  # doctest: +ELLIPSIS
     /...: RepOpt-VGG, kind target, 3 classes; licence mit
     """
     path = epath.Path(name_or_path)
-    if path.exists():
-        if revision is not None:
-            raise ValueError(f"revision must be None for a local path, got {revision!r}")
-        files = {file: path / file for file in (*WEIGHTS, CONFIG, CARD) if (path / file).is_file()}
-    else:
-        files = _from_hub(os.fspath(name_or_path), revision)
-    found = (files[file] for file in WEIGHTS if file in files)
-    weights = path if path.is_file() else next(found, None)
-    if weights is None:
-        raise ValueError(f"{os.fspath(name_or_path)} must hold one of {WEIGHTS}, got neither")
-    config = _read_config(files[CONFIG]) if CONFIG in files else {}
+    if path.exists() and revision is not None:
+        raise ValueError(f"revision must be None for a local path, got {revision!r}")
+    if not path.exists():
+        path = _download(os.fspath(name_or_path), revision)
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), path)
+    if not weights.is_file():
+        raise ValueError(f"{path} must hold one of {WEIGHTS}, got neither")
+    config = _read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
     model, facts = load_network(weights, **options)
     _check_config(config, {k: v for k, v in facts.items() if k not in options})
-    licence = _licence(files.get(CARD), config)
     what = f"{facts['name']}, kind {facts['kind']}, {facts['num_classes']} classes"
-    print(f"{weights}: {what}; licence {licence}")
+    print(f"{weights}: {what}; licence {_licence(path / CARD, config)}")
     return model
 
 
-def _from_hub(name: str, revision: str | None) -> dict[str, epath.Path]:
-    """The files of a repository, by name, in the hub's cache."""
+def _download(name: str, revision: str | None) -> epath.Path:
+    """The folder of a repository in the hub's cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(
-            f"name_or_path must be a file, a folder or the name of a repository, got {quote(name)}"
-        )
+        raise ValueError(f"name_or_path must be a path or a repository's name, got {quote(name)}")
     with needs_extra("hub"):
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    found: dict[str, epath.Path] = {}
-    reason = ""
-    for file in (CONFIG, CARD, *WEIGHTS):
-        if WEIGHTS[0] in found:
-            break
+    for weights in WEIGHTS:
+        wanted = [CONFIG, CARD, weights]
         try:
-            path = huggingface_hub.hf_hub_download(name, file, revision=revision)
-            found[file] = epath.Path(path)
-        except EntryNotFoundError as error:
-            reason = reason or str(error)
-        except (HfHubHTTPError, OSError) as error:
-            reason = str(error)
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=wanted
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            version = "" if revision is None else f" at {revision}"
+            raise ValueError(f"name_or_path must exist, got {name}{version}: {reason}") from None
+        if (epath.Path(folder) / weights).is_file():
             break
-    if not found:
-        version = f" at {revision}" if revision else ""
-        told = " ".join(reason.split())[:300]
-        raise ValueError(f"name_or_path must be there, got {name}{version}: {told}")
-    return found
+    return epath.Path(folder)
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
@@ -115,58 +122,35 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (ValueError, RecursionError):
         config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+    if not isinstance(config, dict) or not isinstance(config.get("arguments", {}), dict):
+        raise ValueError(f"{path} must hold a JSON object, and its arguments one too")
     return config
 
 
 def _check_config(config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Refuse weights of another network than the one that ``config.json`` states."""
-    arguments = config.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{CONFIG} must state arguments by name, got {quote(arguments)}")
-    stated = {"num_classes": config.get("num_classes"), **arguments}
-    for argument, value in stated.items():
-        found = json.loads(json.dumps(facts.get(argument)))
-        if value is not None and found is not None and value != found:
-            raise ValueError(f"{CONFIG} must state {argument}={found}, got {quote(value)}")
+    """Refuse weights of another network than ``config.json`` states, as ours or as timm's."""
+    found = json.loads(json.dumps(facts))
+    name = facts["name"].lower().replace("-", "_")
+    if match := re.fullmatch(r"repopt_ghostnet_([\d.]+)x", name):
+        name = f"repghostnet_{round(100 * float(match[1])):03d}"
     architecture = config.get("architecture")
-    family = ("repvgg", "mobileone", "repghostnet")
-    if isinstance(architecture, str) and architecture.startswith(family):
-        found = _architecture(facts["name"])
-        if found != architecture:
-            raise ValueError(
-                f"{CONFIG} must state the architecture {found}, got {quote(architecture)}"
-            )
+    if str(architecture).startswith(("repvgg", "mobileone", "repghostnet")):
+        found["architecture"] = name
+    stated = {"num_classes": config.get("num_classes"), "architecture": architecture}
+    for fact, value in {**stated, **config.get("arguments", {})}.items():
+        if value is not None and value != found.get(fact, value):
+            raise ValueError(f"{CONFIG} must state {fact}={found[fact]}, got {quote(value)}")
 
 
-def _architecture(name: str) -> str:
-    """timm's name of a published size.
-
-    >>> _architecture("RepVGG-B1g4"), _architecture("RepOpt-GhostNet-0.58x")
-    ('repvgg_b1g4', 'repghostnet_058')
-    """
-    if name.startswith("RepOpt-GhostNet-"):
-        return f"repghostnet_{round(100 * float(name.split('-')[-1].rstrip('x'))):03d}"
-    return name.lower().replace("-", "_")
-
-
-def _licence(card: epath.Path | None, config: Mapping[str, Any]) -> str:
-    """What the model card's header says, or the configuration; "not stated"."""
-    text = ""
-    if card is not None:
-        with card.open("rb") as file:
-            text = file.read(LONGEST_CARD).decode(errors="replace")
-    header = re.match(r"\s*---\n(.*?)\n---", text, re.DOTALL)
-    stated = dict(
-        re.findall(r"^(license(?:_name)?):[ \t]*(\S.*)$", header[1] if header else "", re.M)
-    )
-    name = stated.get("license", "other")
-    if name == "other":
-        pretrained = config.get("pretrained_cfg")
-        known = pretrained.get("license") if isinstance(pretrained, dict) else None
-        name = stated.get("license_name") or known or "not stated"
-    return quote(name).strip("'")
+def _licence(card: epath.Path, config: Mapping[str, Any]) -> str:
+    """What the header of the model card says, or the configuration; "not stated"."""
+    text = card.read_bytes().decode(errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    lines = re.findall(r"^(license(?:_name)?): *(\S.*)$", header[1] if header else "", re.MULTILINE)
+    pretrained = config.get("pretrained_cfg")
+    stated = {**(pretrained if isinstance(pretrained, dict) else {}), **dict(lines)}
+    named = "license_name" if stated.get("license") == "other" else "license"
+    return quote(stated.get(named, "not stated")).strip("'")
 
 
 def save_pretrained(
@@ -179,8 +163,8 @@ def save_pretrained(
 ) -> None:
     """Write a folder in the hub's layout: weights, ``config.json`` and a model card.
 
-    `from_pretrained` reads it back. To publish it, use the hub's own
-    ``hf upload OWNER/NAME FOLDER``.
+    `from_pretrained` reads it back; ``hf upload OWNER/NAME FOLDER``, the hub's own command,
+    publishes it.
 
     Args:
       model: a network of any kind.
@@ -201,50 +185,20 @@ def save_pretrained(
     if taken := [file for file in (*WEIGHTS, CONFIG, CARD) if (folder / file).exists()]:
         raise ValueError(f"folder must hold no network yet, got {folder} with {taken}")
     made = {path: v.shape for path, v in variables(unfilled_model(**arguments)).items()}
-    found = {path: value.shape for path, value in variables(model).items()}
+    found = {path: v.shape for path, v in variables(model).items()}
     if made != found:
         different = sorted(k for k in made.keys() | found.keys() if made.get(k) != found.get(k))
-        raise ValueError(
-            f"arguments must be those of model, got others, in {listed(different, ', ')}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"library_name": "repopt_jax", "arguments": dict(arguments)}
-    for file, text in (
-        (CONFIG, json.dumps(facts, indent=2)),
-        (CARD, _card(arguments, training, license)),
-    ):
-        with atomic_write(folder / file) as unfinished:
-            unfinished.write_text(f"{text}\n")
-    save_weights(folder / WEIGHTS[0], model, arguments)
-
-
-def _card(arguments: Mapping[str, Any], training: str, license: str | None) -> str:
-    """The model card, with the header that the hub reads."""
-    header = {
-        "license": license,
-        "library_name": "repopt_jax",
-        "pipeline_tag": "image-classification",
+        raise ValueError(f"arguments must make model, got others, in {listed(different, ', ')}")
+    config = {"library_name": "repopt_jax", "arguments": dict(arguments)}
+    options = ", ".join(f"`{k}={v}`" for k, v in arguments.items() if k != "name")
+    header = "" if license is None else f"license: {license}\n"
+    facts = {"header": header, "name": arguments["name"], "options": options}
+    texts = {
+        CONFIG: json.dumps(config, indent=2),
+        CARD: CARD_TEXT.format(**facts, training=training),
     }
-    lines = [f"{key}: {value}" for key, value in header.items() if value]
-    size = ", ".join(f"`{key}={value}`" for key, value in arguments.items() if key != "name")
-    return "\n".join(
-        [
-            *(
-                "---",
-                *lines,
-                "---",
-                "",
-                f"# {arguments['name']}",
-                "",
-                f"Made by `create_model` with {size}.",
-            ),
-            *("", "## How it was trained", "", training.strip(), "", "## How to use it", ""),
-            *(
-                "```python",
-                "import repopt_jax",
-                "",
-                "model = repopt_jax.from_pretrained(FOLDER_OR_NAME)",
-            ),
-            *("model.eval()", "```"),
-        ]
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        with atomic_write(folder / file) as unfinished:
+            unfinished.write_text(text)
+    save_weights(folder / WEIGHTS[0], model, arguments)

@@ -195,7 +195,7 @@ def test_the_command_converts_them(tmp_path, capsys):
         model = trained(FAMILY[code])
         weights = renamed(export_weights(model), OTHERS[code])
         source, target = tmp_path / f"{code}.pth", tmp_path / f"{code}.safetensors"
-        named = {f"module.{k}": build.tensor(v) for k, v in weights.items()}
+        named = {f"net.backbone.{k}": build.tensor(v) for k, v in weights.items()}
         source.write_bytes(build.archive_of({"state_dict": named}))
         assert main(["--weights", str(source), str(target)]) == 0
         assert ("--strides" in capsys.readouterr().out) == ("RepVGG" in code)

@@ -15,6 +15,7 @@ from repopt_jax.deploy.onnx_export import onnx_model
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.models.mobileone import MOBILEONE_SIZES
 from repopt_jax.models.repopt_vgg import REPVGG_SIZES
+from repopt_jax.pruning.channels import channel_widths, repopt_vgg_channels
 from repopt_jax.torch_files import import_weights, recognize
 from repopt_jax.torch_files.names import from_torch
 from repopt_jax.torch_files.weights import unfilled_model
@@ -176,6 +177,22 @@ def test_exported_files_compute_the_same(name, tmp_path):
     np.testing.assert_allclose(logits, model(images), rtol=1e-4, atol=1e-5)
 
 
+def test_layers_after_layer_26_are_not_grouped():
+    size = {"num_blocks": (8, 14, 24, 1), "widths": (4, 4, 4, 4, 4), "num_classes": 2}
+    model = unfilled_model(name="RepVGG", groups=2, **size)
+    groups = [block.conv.feature_group_count for _, block in model.layers()]
+    assert [i for i, n in enumerate(groups) if n == 2] == list(range(2, 27, 2))
+
+
+def test_squeeze_excite_before_the_relu_is_pruned_with_its_block():
+    model = tiny("repvgg_d2se_tiny")
+    groups = repopt_vgg_channels(model)
+    assert groups["stage1/0"].readers == ("stage1/0/pre_se/down", "stage1/1/conv")
+    assert set(groups["stage1/0"].layers) == {"stage1/0/conv", "stage1/0/pre_se/up"}
+    widths = channel_widths(model, groups)
+    assert (widths["stage3/0"], widths["stage3/0/pre_se"]) == (32, 2)
+
+
 def test_search_starts_at_the_published_scales():
     """In a stage of RepVGG by depth; in MobileOne at 1."""
     scales = [block["conv1x1"].scale for block in tiny("repvgg_g4_tiny").blocks().values()]
@@ -187,6 +204,7 @@ def test_search_starts_at_the_published_scales():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"pre_se": True}, r"hidden must be at least 1, got 0 for 8 channels"),
         ({"groups": 3}, r"groups.*\(8, 16, 16, 32\).*got 3"),
         ({"groups": 0}, r"groups.*got 0"),
         ({"kind": "mobileone"}, r"kind 'mobileone' must be 'repvgg' for 'RepVGG'"),

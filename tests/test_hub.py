@@ -93,7 +93,7 @@ def test_the_licence_is_the_cards_or_the_configurations(card, config, licence, t
             r"config\.json must state .*repvgg, got 'repvgg_a0'",
         ),
         ({"arguments": {"groups": 4}}, r"config\.json must state groups=2, got 4"),
-        ({"arguments": [1]}, r"config\.json must state .*arguments.*got a list"),
+        ({"arguments": [1]}, r"config\.json must hold a JSON object"),
         ([1, 2], r"config\.json must hold a JSON object"),
     ],
 )
@@ -107,8 +107,8 @@ def test_what_is_no_network_is_refused(tmp_path, monkeypatch):
         from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"revision must be None for a local path, got 'main'"):
         from_pretrained(tmp_path, revision="main")
-    with pytest.raises(ValueError, match=r"name_or_path must be .* got 'no such folder/at all/'"):
-        from_pretrained("no such folder/at all/")
+    with pytest.raises(ValueError, match=r"name_or_path must be .* got 'no such/folder/at all'"):
+        from_pretrained("no such/folder/at all")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'repopt_jax\[hub\]'"):
         from_pretrained("timm/repvgg_a0.rvgg_in1k")
@@ -117,9 +117,10 @@ def test_what_is_no_network_is_refused(tmp_path, monkeypatch):
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """A cache of the hub with two commits of one repository; nothing is asked of a network."""
-    hub = pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    reason = "the extra hub is not installed"
+    constants = pytest.importorskip("huggingface_hub.constants", reason=reason)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--someone--repvgg.tag"
     for seed, commit in enumerate("ab"):
         write(repository / "snapshots" / (40 * commit), timm_weights(seed))
