@@ -215,13 +215,13 @@ class Profile:
 
     def step(self, step: int, state: PyTree):
         """To be called before each step is dispatched, with the state that it starts from."""
-        if step == self._begin < self._end:
+        if self._running and step >= self._end:
+            jax.block_until_ready(state)
+            self.close()
+        elif not self._running and self._begin <= step < self._end:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
             self._running = True
-        elif step == self._end and self._running:
-            jax.block_until_ready(state)
-            self.close()
 
     def close(self):
         """Write what has been recorded."""
