@@ -29,10 +29,16 @@ from repopt_jax.training.processes import agreed
 from repopt_jax.training.step import TrainState, jitted_train_step
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from repopt_jax.training.parts import Part
 
-# Enough for the host to be ahead of any device, and few enough for a signal to be heard soon.
-MOST_STEPS = 32
+
+def most_steps(mesh: Mesh) -> int:
+    """How many steps one program does at most where the images lie on the devices."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return 1  # XLA's convolutions are many times slower in a loop there
+    return 32  # enough for the host to keep ahead, and few enough to notice a signal soon
 
 
 class HostInput:
@@ -61,8 +67,7 @@ class DeviceInput:
     def __init__(self, part: Part):
         self._part = part
         self.batches = part.train_batches(images=False)
-        on_cpu = part.mesh.devices.flat[0].platform == "cpu"
-        self.most_steps = 1 if on_cpu else MOST_STEPS  # its convolutions are slow in a loop
+        self.most_steps = most_steps(part.mesh)
         self._padding = preset(part.section.data.augment).padding
         self._images = put_images(part.mesh, part.dataset.train)
 
