@@ -26,6 +26,7 @@ from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.loop import train
 from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
+from repopt_jax.training.workdir import claimed
 
 FLIP_CROPS = [name for name, augment in PRESETS.items() if isinstance(augment, FlipCrop)]
 
@@ -253,6 +254,13 @@ def test_what_cannot_lie_on_a_device_is_refused(changes, named):
         on_device_part(**given)
     assert named in str(told.value)
     assert not prepare(config_of(dtype="float32", **given), "plain", make_mesh()).on_device
+
+
+def test_a_run_may_go_on_with_its_images_elsewhere(tmp_path):
+    for choice in ("never", "always"):
+        config = config_of(dtype="float32", target__data__on_device=choice)
+        with claimed(tmp_path, config, [prepare(config, "plain", make_mesh())]):
+            pass  # does not refuse
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,9 @@ class _Loop:
         """Report the means since the last report."""
         part = self.part
         self._require_finite_losses()
-        chunks, self.recent = self.recent, []
+        fetched = jax.device_get([chunk.metrics for chunk in self.recent])  # all at once
+        chunks = [c._replace(metrics=m) for c, m in zip(self.recent, fetched, strict=True)]
+        self.recent.clear()
         steps = sum(chunk.count for chunk in chunks)
         values = {k: [x for chunk in chunks for x in chunk.values(k)] for k in chunks[-1].metrics}
         means = {f"train/{k}": np.mean(v) for k, v in values.items()}
