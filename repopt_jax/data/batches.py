@@ -10,6 +10,7 @@ import numpy as np
 
 from repopt_jax.data.augment import FlipCrop, ResizedCrop
 from repopt_jax.data.decode import decode
+from repopt_jax.data.randaugment import FIELDS, packed
 from repopt_jax.data.resize import resize_and_crop
 from repopt_jax.data.sources import ArraySource, Dataset, read_items
 
@@ -22,6 +23,7 @@ class TrainBatch:
 
     Attributes:
       augment: the augmentation.
+      augment_on: `host`, or `device`, which gets the operations beside the images.
       rows: this process's part of the global batch.
 
     The other attributes are arguments of `train_batches`.
@@ -34,6 +36,7 @@ class TrainBatch:
     image_size: int | None
     fast: bool
     skip_bad: bool
+    augment_on: str
     rows: slice
     split: ClassVar[str] = "train"
 
@@ -49,19 +52,31 @@ class TrainBatch:
         return {"index": indices, "draw": self.augment.draw(self.batch_size, rng)[self.rows]}
 
     def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns `{"image", "label"}`, of what `draw` draws."""
+        """Returns a batch, of what `draw` draws."""
         indices, draws = self.draw(step, rng).values()
         if isinstance(self.augment, ResizedCrop):
-            size = image_shape(self.dataset, self.image_size)[0]
-            return self._read(
-                indices, lambda data, row: self.augment.image(data, draws[row], size, self.fast)
-            )
+            return self._resized_crops(indices, draws)
         if in_memory(self.dataset.train, self.image_size):
             source = self.dataset.train
             batch = {"image": source.images[indices], "label": source.labels[indices]}
         else:
             batch = self._read(indices, lambda data, row: _whole(data, self.image_size))
         return batch | {"image": self.augment.batch(batch["image"], draws)}
+
+    def _resized_crops(self, indices: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
+        size = image_shape(self.dataset, self.image_size)[0]
+        if self.augment_on == "host" or not self.augment.operations:
+            return self._read(
+                indices, lambda data, row: self.augment.image(data, seeds[row], size, self.fast)
+            )
+        operations = np.empty((len(seeds), self.augment.operations, len(FIELDS)), np.float32)
+
+        def crop(data, row):
+            image, drawn = self.augment.crop(data, seeds[row], size, self.fast)
+            operations[row] = packed(drawn, size)
+            return image
+
+        return self._read(indices, crop) | {"operations": operations}
 
     def _read(self, indices: np.ndarray, make: Callable) -> dict[str, np.ndarray]:
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))

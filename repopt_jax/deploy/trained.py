@@ -8,7 +8,7 @@ import functools
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from etils import epath
@@ -16,13 +16,13 @@ from flax import nnx
 
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.files import has_torch_names, load_weights, read_weights
-from repopt_jax.torch_files import read_state_dict, recognize
+from repopt_jax.files import load_network
+from repopt_jax.models.layers import check_numbers
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config, default_config
 from repopt_jax.training.parts import draw_network
 from repopt_jax.training.workdir import CONFIG, stored_classes
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import errors_at, path_str
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -85,9 +85,28 @@ def load_run(
       averaged: take the moving averages of the weights.
 
     Raises:
-      ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
+      ValueError: there is no such part, checkpoint or average, or they do not fit `config`,
+        or the network has numbers that are not finite.
       OSError: the checkpoints are damaged.
     """
+    model, _ = load_part(config, workdir, part=part, checkpoint=checkpoint, averaged=averaged)
+    data = data_section(config, part)
+    side = data.image_size
+    size = configured_images(data).size if side is None else (side, side)
+    return Trained(
+        model, config.model.name, Preprocessing(*size, tuple(data.mean), tuple(data.std))
+    )
+
+
+def load_part(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    part: str,
+    checkpoint: Literal["latest", "best"] = "best",
+    averaged: bool = False,
+) -> tuple[nnx.Module, dict[str, Any]]:
+    """The network of `load_run`, and the arguments of `create_model` that make it."""
     folder = epath.Path(workdir) / part
     if part not in PARTS or not (folder / "checkpoints").is_dir():
         raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
@@ -102,13 +121,12 @@ def load_run(
     classes = stored_classes(workdir, part)
     if classes is None:
         classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
+    arguments = {name: value for name, value in config.model.items() if value is not None}
+    arguments |= {"kind": PARTS[part].network, "num_classes": classes}
     model = _filled(config, part, classes, arrays, averaged)
-    data = data_section(config, part)
-    side = data.image_size
-    size = configured_images(data).size if side is None else (side, side)
-    return Trained(
-        model, config.model.name, Preprocessing(*size, tuple(data.mean), tuple(data.std))
-    )
+    with errors_at(f"part {part!r} in {workdir}"):
+        check_numbers(model)
+    return model, arguments
 
 
 def _filled(
@@ -155,13 +173,13 @@ def load_weights_file(
     Raises:
       ValueError: the file is no such file, or holds another model or kind.
     """
-    from_torch = has_torch_names(path, what="weights")
-    facts = recognize(read_state_dict(path)) if from_torch else read_weights(path)[1]
-    model = load_weights(path, **({} if strides is None else {"strides": tuple(strides)}))
+    told = {} if strides is None else {"strides": tuple(strides)}
+    model, facts = load_network(path, **told)
     if name not in (None, facts["name"]):
         raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")
     # A search's network and one with constant scales have the same weights.
-    kinds = ("hs", "csla") if facts["kind"] == "hs" else (facts["kind"],)
+    searches = ("hs", "csla")
+    kinds = searches if facts["kind"] in searches else (facts["kind"],)
     if kind not in (None, *kinds):
         raise ValueError(f"kind must be {' or '.join(kinds)} as in {path}, got {kind!r}")
     model.eval()

@@ -52,6 +52,7 @@ PARTS = {
     # The structural baselines: BatchNorm in every branch, and the plain optimizer.
     "repvgg": PartSpec("RepVGG", "repvgg"),
     "rep": PartSpec("RepGhost", "rep"),
+    "mobileone": PartSpec("MobileOne", "mobileone"),
 }
 
 
@@ -107,6 +108,9 @@ def _default_section() -> ConfigDict:
                 "image_size": config_dict.placeholder(int),  # None: as it is
                 "eval_resize": config_dict.placeholder(int),  # shorter side. None: image_size
                 "augment": "none",
+                # Where RandAugment and colour jitter happen: host, device, or auto for the device
+                # unless it is the processor.
+                "augment_on": "auto",
                 "fast": False,  # random-resized-crop without antialiasing
                 "skip_bad": False,  # leave out images that cannot be decoded, and count them
                 "threads": config_dict.placeholder(int),  # None: one per core
@@ -202,9 +206,11 @@ def check_section(section: ConfigDict) -> None:
     _require(section, alphas, "a number of at least 0", lambda x: 0 <= x < math.inf)
     _require(section, ["random_erasing"], "in [0, 1]", lambda x: 0 <= x <= 1)
     _require(section, ["eval_batch_size"], "at least 1", lambda x: x >= 1)
-    places = ("auto", "always", "never")
-    _require(section, ["data.on_device"], f"one of {places}", lambda x: x in places)
+    choices = ("auto", "always", "never")
+    _require(section, ["data.on_device"], f"one of {choices}", lambda x: x in choices)
     _require(section, ["data.on_device_bytes"], "at least 0", lambda x: x >= 0)
+    places = ("auto", "host", "device")
+    _require(section, ["data.augment_on"], f"one of {places}", lambda x: x in places)
     _require(section, ["data.mean"], "3 numbers, one per channel", _are_channels)
     positive = "3 numbers above 0, one per channel"
     _require(section, ["data.std"], positive, lambda x: _are_channels(x) and min(x) > 0)

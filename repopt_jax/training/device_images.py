@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def belongs_on_device(data: ConfigDict, dataset: Dataset, mesh: Mesh) -> bool:
     """Whether the images of a part are to lie on its devices.
 
-    By themselves they do on GPUs and TPUs, where they fit. On CPU, XLA's convolutions inside a
-    loop are many times slower than outside, and images are where the device is anyway.
+    ``auto`` puts them there on GPUs and TPUs, where they fit. On CPU there is nothing to send, and
+    XLA's convolutions are many times slower in a loop, so that a program does one step.
 
     Args:
       data: the section `data` of the part's configuration.

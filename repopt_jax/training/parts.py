@@ -134,6 +134,7 @@ class Part:
         Without `images`, over what is drawn for them, see `repopt_jax.data.train_batches`.
         """
         data = self.section.data
+        place = "host" if self.mesh.devices.flat[0].platform == "cpu" else "device"
         return data_lib.train_batches(
             self.dataset,
             batch_size=self.section.batch_size,
@@ -141,16 +142,13 @@ class Part:
             augment=data.augment,
             fast=data.fast,
             images=images,
+            augment_on=place if data.augment_on == "auto" else data.augment_on,
             **self._reading(),
         )
 
     @functools.cached_property
     def eval_batches(self) -> Any:
-        """This process's evaluation batches, every image once; iterate as often as needed.
-
-        Kept, because worker processes belong to it. Where images lie on the devices, it is which
-        of them are in the batches.
-        """
+        """This process's evaluation batches, every image once; kept with its worker processes."""
         devices = self.mesh.size
         return data_lib.eval_batches(
             self.dataset,
@@ -248,7 +246,7 @@ def prepare(
         model=model,
         graphdef=nnx.graphdef(model),
         schedule=schedule,
-        options=_step_options(config, section, group, getattr(model, "dropout", 0)),
+        options=_step_options(config, section, group, mesh, getattr(model, "dropout", 0)),
         steps_per_epoch=steps_per_epoch,
         on_device=on_device,
         scales=scales if spec.needs_scales else None,
@@ -313,7 +311,9 @@ def initial_scales(config: ConfigDict) -> Scales:
     return Scales.initial(nnx.eval_shape(draw))
 
 
-def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: float):
+def _step_options(
+    config: ConfigDict, section: ConfigDict, group: int, mesh: Mesh, dropout: float
+) -> StepOptions:
     draws = section.mix.mixup or section.mix.cutmix or section.random_erasing or dropout
     names = ("label_smoothing", "accumulation", "ema_decay", "random_erasing")
     return StepOptions(
@@ -321,6 +321,7 @@ def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: 
         std=tuple(section.data.std),
         dtype=DTYPES[config.dtype],
         group=group,
+        mesh=mesh,
         seed=config.seed if draws else 0,  # so that seeds share a program where nothing is drawn
         remat=config.remat,
         **section.mix,

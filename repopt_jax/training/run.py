@@ -45,11 +45,14 @@ TIMED_STEPS = 20
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Do all of `config.parts` in `workdir`, print a table and return the summary.
 
+    What is finished there is not done again, and its images are not read. A `~` at the start of
+    `workdir` is the home folder.
+
     Raises:
       RunStopped: for anything wrong with `config`, `workdir` or the data, before any work; and as
         `train` does.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         with plain_errors():
             names, scales = names_and_scales(config, workdir)
@@ -71,7 +74,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             del part, state  # the next part needs their memory
             wait_for_all(f"where the summary of {name} is written")
         with plain_errors():
-            return _report(workdir, mesh)
+            summary = _report(workdir, mesh)
+        if not unfinished and jax.process_index() == 0:
+            print("Nothing was left to train, so the images were not read.")
+        return summary
 
 
 def names_and_scales(
@@ -163,7 +169,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
     Raises:
       RunStopped: if there is no checkpoint, or it does not fit `config`.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     found, rows = {}, []
     with plain_errors():
         config = for_evaluation(config, workdir)
