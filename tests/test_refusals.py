@@ -70,6 +70,8 @@ SECTIONS = [
     ({"data.classes": (3, 99)}, "classes must lie in 0..9 for 'digits'"),
     ({"data.image_size": 0}, "image_size must be .* got 0"),
     ({"data.augment": "heavy"}, "augment must be one of .* got 'heavy'"),
+    ({"data.on_device": "yes"}, "data.on_device must be one of .* got 'yes'"),
+    ({"data.on_device_bytes": -1}, "data.on_device_bytes must be at least 0, got -1"),
     ({"data.augment_on": "gpu"}, "data.augment_on must be one of .* got 'gpu'"),
     ({"data.threads": -1}, "threads must be .* got -1"),
     ({"data.workers": -1}, "workers must be .* got -1"),
