@@ -39,7 +39,7 @@ from environment import RESULTS, environment
 from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_adds
 from op_shares import op_shares
 
-from repopt_jax.models.repopt_vgg import SIZES, stage_widths
+from repopt_jax.models.repopt_vgg import SIZES
 from repopt_jax.training.devices import peak_flops
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin")
@@ -65,11 +65,11 @@ def torch_steps(flags, name, images, labels, dtype):
     if not ON_CPU and not torch.cuda.is_available():
         return {}
     fair_float32()
-    blocks, multipliers = SIZES[name]
+    size = SIZES[name]
     options = {"bfloat16": dtype == "bfloat16"}
     return {
         variant: lambda compiled=compiled: TorchStep(
-            blocks, stage_widths(multipliers), images, labels, compiled=compiled, **options
+            *size.values(), images, labels, compiled=compiled, **options
         )
         for variant, compiled in TORCH_VARIANTS.items()
         if variant in flags.variants

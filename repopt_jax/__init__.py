@@ -41,6 +41,9 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.branches.presets import repvgg_branches as repvgg_branches
     from repopt_jax.files import load_scales as load_scales
     from repopt_jax.files import load_weights as load_weights
+    from repopt_jax.hub import from_pretrained as from_pretrained
+    from repopt_jax.hub import save_pretrained as save_pretrained
+    from repopt_jax.models import MobileOne as MobileOne
     from repopt_jax.models import RepOptGhost as RepOptGhost
     from repopt_jax.models import RepOptVGG as RepOptVGG
     from repopt_jax.models import Target as Target

@@ -31,7 +31,7 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
 from repopt_jax.files import load_network, load_scales, save_arrays, save_weights
 from repopt_jax.messages import listed, quote
-from repopt_jax.models.create import BASELINES as FAMILIES
+from repopt_jax.models.create import FAMILIES, family_of
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.scales import save_scales
 from repopt_jax.torch_files import export_weights, official_names, read_torch_weights
@@ -115,7 +115,8 @@ def convert_weights(source: epath.Path, target: epath.Path, key: str | None, **t
         model = import_weights(unfilled_model(**found, param_dtype=dtype), weights.arrays)
         written = _write_weights(target, model, found, to_torch=False)
     chosen = _choices(weights)
-    if "num_blocks" in found and "strides" not in told | weights.metadata:
+    has_strides = "strides" in family_of(found["name"]).options
+    if has_strides and "strides" not in told | weights.metadata:
         strides = " ".join(map(str, found.get("strides", (2, 2, 2, 2, 2))))
         chosen += f"took strides of {strides}, which torch files do not hold: see --strides\n"
     return chosen + written

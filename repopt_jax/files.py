@@ -18,8 +18,8 @@ from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.messages import listed, quote
-from repopt_jax.models import RepOptGhost, RepOptVGG
-from repopt_jax.models.create import OPTIONS
+from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
+from repopt_jax.models.create import FAMILIES
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import (
     FORMAT_VERSION,
@@ -32,10 +32,8 @@ from repopt_jax.torch_files import load_torch_scales
 from repopt_jax.torch_files.weights import fill, load_torch_network, unfilled_model, variables
 from repopt_jax.tree_paths import current_path, errors_at
 
-# What a weights file says of its network beside the options of `create_model`, and those of them
-# that say how to run it instead.
+# What a weights file says of its network beside the options of its family.
 FACTS = {"name", "kind", "num_classes"}
-NO_FACTS = {"bn_group", "dtype", "param_dtype"}
 
 
 def has_torch_names(path: str | os.PathLike, *, what: str = "path") -> bool:
@@ -116,7 +114,7 @@ def save_arrays(
         unfinished.write_bytes(data)
 
 
-def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost:
+def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost | MobileOne:
     """The network of a weights file, or of a torch file as `load_torch_weights` makes it.
 
     Args:
@@ -133,7 +131,7 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
 
 def load_network(
     path: str | os.PathLike, **options: Any
-) -> tuple[RepOptVGG | RepOptGhost, dict[str, Any]]:
+) -> tuple[RepOptVGG | RepOptGhost | MobileOne, dict[str, Any]]:
     """`load_weights`, with the arguments of `create_model` that make this network."""
     if has_torch_names(path, what="weights"):
         return load_torch_network(path, **options)
@@ -162,7 +160,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
     if "kind" not in metadata or not tensors:
         raise ValueError(f"{name!r} must be a weights file, got one of other arrays")
     check_version(metadata, name)
-    known = FACTS.union(*OPTIONS.values()) - NO_FACTS
+    known = FACTS.union(*((*f.needed, *f.options) for f in FAMILIES.values()))
     arguments = {}
     for fact in sorted(metadata.keys() - {"format_version"}):
         value = metadata[fact]

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repopt_jax"
 ROOMS = (
     *("extras", "imagenet", "atomic_write", "messages", "tree_paths"),
     *("branches", "transforms", "weight_decay", "reparameterization", "scales", "pruning"),
-    *("models", "torch_files", "files", "check_equivalence"),
+    *("models", "torch_files", "files", "hub", "check_equivalence"),
     *("data", "training", "deploy", "convert"),
 )
 BESIDES_DATA = {"extras", "imagenet", "atomic_write"}  # none of which loads JAX

@@ -11,6 +11,8 @@ RepOpt-VGG ``{"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}``
 statement alone follow the merged kernel, the Rule of Initialization, the multipliers of the
 Rule of Iteration and, through ``jax.linear_transpose``, the exact operator for any branch.
 
+The blocks of sibling papers are in `repopt_jax.branches.presets`, which alone loads Flax.
+
 Layout: kernels are ``(*window, in / groups, out)`` (HWIO for images, IO for dense layers);
 scales are vectors over the last axis.
 

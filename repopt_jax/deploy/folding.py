@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Full, check_block, merge
-from repopt_jax.branches.presets import repghost_branches, repvgg_branches
+from repopt_jax.branches import Block, Full, check_block, merge, wide_type
+from repopt_jax.branches.presets import repghost_branches
 from repopt_jax.models.layers import check_numbers
+from repopt_jax.models.mobileone import MobileOne, MobileOneBlock
 from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
-from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock
+from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock, activate
 from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def fold_block(
       norm: BatchNorm after the sum (QARepVGG). None: there is none.
 
     Returns:
-      The kernel, and the bias, ``(out,)``.
+      The kernel, and the bias, ``(out,)``, in float32 or a wider type of the parts.
 
     Raises:
       ValueError: a branch that does not fit the kernel, or weights, biases or BatchNorms that do
@@ -80,7 +81,7 @@ def fold_block(
     check_block(block, kernel_shape)
     _check_parts(block, weights, norms, biases, norm, kernel_shape)
     used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
-    dtype = jnp.result_type(float, *weights.values(), *used)
+    dtype = jnp.result_type(jnp.float32, *weights.values(), *used)
     weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
     scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
@@ -142,9 +143,10 @@ def _affine(norm: Any, outputs: int, dtype: Any) -> tuple[Array, Array]:
     """Factor and shift of a BatchNorm in inference, by output."""
     if norm is None:
         return jnp.ones(outputs, dtype), jnp.zeros(outputs, dtype)
-    factor = norm.scale[...] * jax.lax.rsqrt(norm.var[...] + norm.epsilon)
-    shift = norm.bias[...] - norm.mean[...] * factor
-    return tuple(jnp.repeat(v, outputs // v.size).astype(dtype) for v in (factor, shift))
+    parts = (norm.scale, norm.bias, norm.mean, norm.var)
+    scale, bias, mean, var = (jnp.repeat(p[...], outputs // p.size).astype(dtype) for p in parts)
+    factor = scale * jax.lax.rsqrt(var + norm.epsilon)
+    return factor, bias - mean * factor
 
 
 def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
@@ -172,22 +174,18 @@ def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
 
 
 class FoldedBlock(nnx.Module):
-    """3x3 convolution with bias, ReLU and, if the block had it, squeeze-excite."""
+    """Convolution with bias, ReLU and the squeeze-excites that the block had."""
 
-    def __init__(self, block: PlainBlock | RepVGGBlock):
+    def __init__(self, block: PlainBlock | RepVGGBlock | MobileOneBlock):
         if isinstance(block, PlainBlock):
             self.conv = _folded_pair(block.conv, block.bn)
         else:
-            layer = block.conv3x3
-            norms = {"conv3x3": block.bn3x3, "conv1x1": block.bn1x1, "identity": block.bn_identity}
-            weights = {"conv3x3": layer.kernel[...], "conv1x1": block.conv1x1.kernel[...]}
-            self.conv = _folded(layer, repvgg_branches("", layer), weights, norms)
-        self.post_se = block.post_se
+            self.conv = _folded(*block.parts())
+        self.post_se, self.pre_se = block.post_se, block.pre_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
-        x = jax.nn.relu(self.conv(x))
-        return x if self.post_se is None else self.post_se(x)
+        return activate(self, self.conv(x))
 
 
 class FoldedGhost(nnx.Module):
@@ -211,13 +209,16 @@ class FoldedGhost(nnx.Module):
         return x
 
 
-FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock}
+FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock, MobileOneBlock: FoldedBlock}
 FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
 # Layers outside such blocks, and the BatchNorm that follows each.
 PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
 
-def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
+Network = RepOptVGG | RepOptGhost | MobileOne
+
+
+def fold(model: Network) -> Network:
     """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
 
     Numbers of fewer bits than float32 become float32, so that nothing is rounded on the way.
@@ -255,7 +256,7 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
 
 
 def _widened(value: Array) -> Array:
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return value.astype(wide_type(value.dtype))
 
 
 def _folded_pair(layer: nnx.Conv | SearchLayer, norm: Any) -> nnx.Conv:

@@ -256,6 +256,9 @@ class SqueezeExcite(nnx.Module):
       features: channels of the input and output.
       hidden: channels between `down` and `up`.
       gate: from any number to 0..1.
+
+    Raises:
+      ValueError: `hidden` is below 1, as where a network's share of few channels is rounded down.
     """
 
     def __init__(
@@ -268,6 +271,8 @@ class SqueezeExcite(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden} for {features} channels")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = conv(features, hidden, 1, use_bias=True, **types)
         self.up = conv(hidden, features, 1, use_bias=True, **types)

@@ -23,7 +23,9 @@ WEIGHT_KEYS = (
     *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "student", "teacher"),
 )
 # What stands before the first layer of a network of ours in the names of its tensors.
-_OUTERMOST = re.compile(r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1)\.")
+_OUTERMOST = re.compile(
+    r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1|stem\.(?:conv_kxk|reparam_conv))\."
+)
 # About the bytes of all names, one for each entry of a module, those that are None included.
 # A module held under n names counts n times: so it does in torch.
 MAX_SIZE = 1 << 26

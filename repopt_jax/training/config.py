@@ -52,6 +52,7 @@ PARTS = {
     # The structural baselines: BatchNorm in every branch, and the plain optimizer.
     "repvgg": PartSpec("RepVGG", "repvgg"),
     "rep": PartSpec("RepGhost", "rep"),
+    "mobileone": PartSpec("MobileOne", "mobileone"),
 }
 
 
