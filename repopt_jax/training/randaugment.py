@@ -289,15 +289,15 @@ def _moved(images: UInt8[Array, "batch height width 3"], motions: _Motion) -> Ar
         for floor, side in zip(floors, (width, height), strict=True)
     )
     first = (row * stride + column).reshape(batch, -1)
-    total = jnp.zeros(images.shape, jnp.float32)
+    colours = [jnp.zeros((batch, height, width), jnp.float32)] * 3
     for i, j in itertools.product(range(4), range(4)):
         index = first + ((i - 1) * stride + j - 1)
-        found = jnp.take_along_axis(padded, index, axis=1, mode="clip").reshape(
-            batch, height, width
-        )
-        colours = jnp.stack([found >> 8 * c & 255 for c in range(3)], axis=-1)
-        total += (weights[1][:, i] * weights[0][:, j])[..., None] * colours.astype(jnp.float32)
-    moved = jnp.clip(jnp.round(total), 0, 255).astype(jnp.uint8)
+        pixels = jnp.take_along_axis(padded, index, axis=1, mode="clip")
+        weight = weights[1][:, i] * weights[0][:, j]
+        for c in range(3):
+            value = (pixels >> 8 * c & 255).astype(jnp.float32).reshape(weight.shape)
+            colours[c] += weight * value
+    moved = jnp.clip(jnp.round(jnp.stack(colours, axis=-1)), 0, 255).astype(jnp.uint8)
     x, y = (p + motions.whole[:, i, None, None] for i, p in enumerate((x, y)))
     covered = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return jnp.where(covered[..., None], moved, np.uint8(GREY))
