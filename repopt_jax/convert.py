@@ -153,10 +153,11 @@ def convert_run(
 
     config = run_config(workdir)
     parts = [name for name in PARTS if (workdir / name / "checkpoints").is_dir()]
-    if part is None:
-        if "target" not in parts and len(parts) != 1:
-            raise ValueError(f"--part must be one of {parts} for {workdir}, got none")
-        part = "target" if "target" in parts else parts[0]
+    if not parts:
+        raise ValueError(f"source must hold a run with checkpoints, got {workdir}")
+    if part is None and "target" not in parts and len(parts) > 1:
+        raise ValueError(f"--part must be one of {parts} for {workdir}, got none")
+    part = part or ("target" if "target" in parts else parts[0])
     with jax.enable_x64(config.dtype == "float64"):
         taken = {"part": part, "checkpoint": checkpoint, "averaged": averaged}
         model, arguments = load_part(config, workdir, **taken)
@@ -222,7 +223,16 @@ def _write(target: epath.Path, tensors: Mapping[str, np.ndarray], facts: dict[st
             "ends in .safetensors holds the same names and arrays"
         ) from None
     with atomic_write(target) as unfinished:
-        torch.save({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}, unfinished)
+        torch.save({k: _tensor(v) for k, v in tensors.items()}, unfinished)
+
+
+def _tensor(value: np.ndarray) -> Any:
+    """A torch tensor; torch does not know numpy's bfloat16."""
+    import torch
+
+    if value.dtype == jnp.bfloat16:
+        return torch.from_numpy(value.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(value))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(_convert(arguments))
     except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

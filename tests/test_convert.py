@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ from repopt_jax.training.checkpoints import Checkpoints
 CLASSES = 4
 
 
-def network(config, kind, seed):
+def network(config, kind, seed, **options):
     size = {name: value for name, value in config.model.items() if value is not None}
     rngs = nnx.Rngs(params=jax.random.key(seed, impl="rbg"))
-    model = repopt_jax.create_model(kind=kind, num_classes=CLASSES, rngs=rngs, **size)
+    model = repopt_jax.create_model(kind=kind, num_classes=CLASSES, rngs=rngs, **size, **options)
     model.eval()
     return model
 
@@ -132,6 +133,49 @@ def test_what_a_run_does_not_have_is_refused(run, tmp_path, capsys, flags, messa
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and re.search(message, said), said
     assert not target.exists()
+
+
+def test_a_part_must_be_named_where_none_is_the_target(run, tmp_path, capsys):
+    for part in ("search", "csla"):
+        (tmp_path / part / "checkpoints").mkdir(parents=True)
+    shutil.copy(run[0] / "config.json", tmp_path)
+    arguments = ["--from-run", str(tmp_path), str(tmp_path / "a.safetensors")]
+    assert main(arguments) == 1
+    assert "--part must be one of ['search', 'csla']" in capsys.readouterr().err
+    for part in ("search", "csla"):
+        (tmp_path / part / "checkpoints").rmdir()
+    assert main(arguments) == 1
+    assert "source must hold a run with checkpoints" in capsys.readouterr().err
+
+
+def test_a_run_in_float64_keeps_its_digits(tmp_path):
+    config = small_config(dtype="float64")
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    (tmp_path / "data.json").write_text(json.dumps({"target": {"num_classes": CLASSES}}))
+    with jax.enable_x64(True):
+        model = network(config, "target", 0, param_dtype=jnp.float64)
+        checkpoints = Checkpoints(tmp_path / "target")
+        checkpoints.save(1, state_of(model), metrics={"top1": 1.0})
+        checkpoints.close()
+    assert main(["--from-run", str(tmp_path), str(tmp_path / "a.safetensors")]) == 0
+    with jax.enable_x64(True):
+        found = load_weights(tmp_path / "a.safetensors").linear.kernel[...]
+        np.testing.assert_array_equal(found, model.linear.kernel[...], strict=True)
+    assert found.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_weights_are_written_for_torch(tmp_path, dtype):
+    torch = pytest.importorskip("torch", reason="writing .pth needs torch, which is not installed")
+    weights = torch_cases.half(export_weights(torch_cases.network()), jnp.dtype(dtype))
+    (tmp_path / "a").write_bytes(torch_cases.archive(weights))
+    assert main(["--weights", str(tmp_path / "a"), str(tmp_path / "b.safetensors")]) == 0
+    arguments = ["--weights", "--to-torch", str(tmp_path / "b.safetensors"), str(tmp_path / "c.pt")]
+    assert main(arguments) == 0
+    found = torch.load(tmp_path / "c.pt")
+    assert found["linear.weight"].dtype == getattr(torch, dtype)
+    wanted = weights["linear.weight"].astype(np.float32)
+    np.testing.assert_array_equal(found["linear.weight"].float().numpy(), wanted)
 
 
 def test_other_folders_are_no_runs(tmp_path, capsys):

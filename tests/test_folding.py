@@ -91,14 +91,14 @@ def test_a_channel_of_a_norm_stands_for_outputs_in_a_row():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_wider_type_of_weights_and_norms_is_kept(dtype):
+def test_half_precision_is_folded_in_float32(dtype):
     bn = BatchNorm(4, param_dtype=dtype)
     weights = {"full": jnp.full(SHAPE, 1 / 3, jnp.bfloat16)}
+    bn.scale[...] = jnp.full(4, 1.125, dtype)
     kernel, bias = fold_block({"full": Full()}, weights, {"full": bn}, SHAPE)
-    assert kernel.dtype == bias.dtype == dtype
-    if dtype == jnp.float32:  # a product in bfloat16 would be off by 1e-3
-        exact = np.float32(weights["full"]) / np.sqrt(1 + 1e-5)
-        np.testing.assert_allclose(kernel, exact, rtol=1e-6)
+    assert kernel.dtype == bias.dtype == jnp.float32
+    exact = np.float32(weights["full"]) * 1.125 / np.sqrt(1 + 1e-5)
+    np.testing.assert_allclose(kernel, exact, rtol=1e-6)  # bfloat16 would be off by 1e-3
 
 
 def test_layers_with_other_channels_between_them_are_refused():

@@ -177,7 +177,7 @@ REFUSED = {
     "DBB, features": (
         functools.partial(dbb_branches, features=3),
         conv(groups=2),
-        r"features.*3.*groups=2",
+        r"features.*groups=2.*3.*'a/b'",
     ),
     "MobileOne, even": (mobileone_branches, conv((4, 3)), r"odd.*'a/b'.*4, 3"),
     "MobileOne, copies": (
@@ -186,6 +186,13 @@ REFUSED = {
         r"copies.*1.*0",
     ),
     "RepLKNet, parity": (replknet_branches, conv((7, 8)), r"small=5.*even.*'a/b'.*7, 8"),
+    "RepLKNet, small": (functools.partial(replknet_branches, small=0), conv(), r"small.*1.*0"),
+    "RepMLP, image": (
+        functools.partial(repmlp_branches, image=(0, 2)),
+        dense(8, 8),
+        r"image.*0, 2",
+    ),
+    "RepMLP, no image": (functools.partial(repmlp_branches, image=()), dense(8, 8), r"image.*\(\)"),
     "RepMLP, even": (
         functools.partial(repmlp_branches, image=(2, 2), windows=[2]),
         dense(8, 8),

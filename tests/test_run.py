@@ -74,7 +74,7 @@ def test_evaluation_counts_every_image_exactly_once(finished):
     """Equal to plain numpy over all 360 images, with batches of 104 and a partial last one."""
     config, workdir, summary, _ = finished
     part, _, state = restored(config, workdir, "target")
-    batches = list(part.eval_batches())
+    batches = list(part.eval_batches)
     assert [len(b["mask"]) for b in batches] == [104] * 4
     assert sum(int(b["mask"].sum()) for b in batches) == len(part.dataset.eval) == 360
     data = part.dataset.eval

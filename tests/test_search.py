@@ -103,6 +103,15 @@ def test_search_network_computes_what_the_plain_one_does_with_merged_kernels(x64
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_identities_of_a_search_start_at_the_scales_that_it_is_given():
+    """Not at their branches' own value, which is 1."""
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    scales = {"layers/0": {"identity": jnp.array([0.5, 2.0])}}
+    blocks = {"layers/0": {"identity": Identity()}}
+    search = search_network(model, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(0))
+    assert jnp.diag(search.layers[0].kernel).tolist() == [0.5, 2.0]
+
+
 @pytest.fixture
 def graph_mode():
     """Flax's mode that lets a network share layers; the default in versions that have but one."""

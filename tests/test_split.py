@@ -1,6 +1,7 @@
 """Networks trained without branches go on with them: their kernels are split, and nothing jumps."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,8 +12,10 @@ from test_reparameterization import BLOCKS, SCALES, SHAPES, merged
 
 from repopt_jax import (
     Centre,
+    FrozenPointwise,
     Full,
     Identity,
+    PooledPointwise,
     merge,
     reparameterize,
     search_network,
@@ -29,6 +32,30 @@ def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x6
     weights = split_kernel(block, kernel, scales)
     np.testing.assert_allclose(merge(block, weights, scales, shape), kernel, rtol=0, atol=1e-10)
     assert abs(weights["first"]).max() > 1e-3  # it takes its share
+
+
+SLOW = {"full": Full(), "frozen": FrozenPointwise(8), "pooled": PooledPointwise()}
+
+
+@pytest.mark.parametrize("least", [1.0, 1e-3], ids=["scales alike", "scales apart"])
+def test_a_large_kernel_splits_to_the_last_digits_of_float32(least):
+    """What the iterations for branches that are no placements leave is a full branch's."""
+    shape, rng = (3, 3, 16, 32), np.random.default_rng(0)
+    scales = {n: jnp.asarray(np.geomspace(least, 2.0, 32), jnp.float32) for n in SLOW}
+    kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    weights = split_kernel(SLOW, kernel, scales)
+    np.testing.assert_allclose(merge(SLOW, weights, scales, shape), kernel, rtol=0, atol=1e-5)
+
+
+def test_a_split_is_the_smallest_one(x64):
+    """Of all weights that merge to the kernel, by the pseudo-inverse of merging."""
+    shape, scales = (3, 2, 4), {n: normal(i, (4,)) for i, n in enumerate(SLOW)}
+    kernel = normal(5, shape)
+    zeros = {name: jnp.zeros(branch.weight_shape(shape)) for name, branch in SLOW.items()}
+    flat, unflatten = jax.flatten_util.ravel_pytree(zeros)
+    merging = jax.jacobian(lambda w: merge(SLOW, unflatten(w), scales, shape).ravel())(flat)
+    smallest = unflatten(jnp.linalg.pinv(merging) @ kernel.ravel())
+    assert_close(split_kernel(SLOW, kernel, scales), smallest, 1e-9)
 
 
 def test_what_no_branch_reaches_is_left_out_of_a_split(x64, strict):

@@ -93,6 +93,9 @@ def dbb_branches(path: str, layer: Any, *, features: int | None = None) -> Block
     depthwise = groups == layer.out_features
     if features is None:
         features = layer.in_features * (2 if depthwise else 1)
+    if features < 1 or features % groups:
+        rule = f"features that are a multiple of the layer's groups={groups}, not {features},"
+        raise _refusal("dbb_branches", rule, path, layer)
     return {
         "conv": Full(),
         **({} if depthwise else {"conv1x1": Centre(1)}),
@@ -140,12 +143,14 @@ def replknet_branches(path: str, layer: Any, *, small: int = 5) -> Block | None:
       small: size of the small kernel.
 
     Raises:
-      ValueError: a window that is larger than `small` by an odd number.
+      ValueError: a window that is larger than `small` by an odd number, or `small` below 1.
 
     >>> conv = nnx.Conv(4, 4, (13, 13), feature_group_count=4, rngs=nnx.Rngs(0))
     >>> replknet_branches("conv", conv)["small"]
     Centre(scale=1.0, size=5)
     """
+    if small < 1:
+        raise ValueError(f"small must be at least 1, got {small}")
     if not _has_window(layer) or min(layer.kernel_size) < small:
         return None
     if any((size - small) % 2 for size in layer.kernel_size):
@@ -190,13 +195,15 @@ def repmlp_branches(
       windows: sizes of the square convolutions, odd.
 
     Raises:
-      ValueError: an even window.
+      ValueError: an even window, or an image without pixels.
 
     >>> fc = nnx.Conv(2 * 49, 2 * 49, (1, 1), feature_group_count=2, rngs=nnx.Rngs(0))
     >>> list(repmlp_branches("fc3", fc, image=(7, 7)))
     ['fc', 'conv1x1', 'conv3x3']
     """
     del path
+    if not image or min(image) < 1:
+        raise ValueError(f"image must have sizes of at least 1, got {tuple(image)}")
     pixels = math.prod(image)
     if isinstance(layer, nnx.Conv) and not _has_window(layer):
         sizes = {layer.in_features, layer.out_features}

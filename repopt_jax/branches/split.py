@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from repopt_jax.branches.blocks import Block, check_block, merge, pull_back
-from repopt_jax.branches.branch import is_known, wide_type
-from repopt_jax.branches.multiplier import branch_mult
+from repopt_jax.branches.branch import Full, is_known, wide_type
+from repopt_jax.branches.multiplier import BranchMult, branch_mult
 from repopt_jax.branches.sharding import in_auto_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+ITERATIONS = 100  # enough where scales differ by less than a factor of a hundred; else near it
 # Two ways of summing a few branches differ by a few units in the last place of their terms.
 ROUNDING = 32
 
@@ -31,7 +32,7 @@ def split_kernel(
     Of all ``w_b`` with ``sum_b s_b * E_b(w_b) = W`` the smallest in the sum of squares: with ``y``
     such that the block's linear multiplier takes it to ``W``, ``w_b = E_b^T(s_b * y)``. Where no
     branch reaches an entry, or all that do have a scale of 0, the sum is 0 there: the least-squares
-    solution, which `check_merges` refuses. A `Full` branch with no scale of 0 makes it exact.
+    solution. A `Full` branch with no scale of 0 makes it exact.
 
     Args:
       block: branch name -> branch ``E_b``.
@@ -39,7 +40,8 @@ def split_kernel(
       scales: branch name -> ``s_b``, shape ``(out,)``; entries of unscaled branches are ignored.
 
     Returns:
-      Branch name -> ``w_b``, as `search_network` and `reparameterize` start from, which call this.
+      Branch name -> ``w_b``. `search_network` with `keep_kernels` and `reparameterize` without
+      `weights` call this, and refuse what is not exact.
 
     >>> from repopt_jax import Centre, Full
     >>> block = {"conv3x3": Full(), "conv1x1": Centre(1)}
@@ -50,13 +52,42 @@ def split_kernel(
     """
     check_block(block, kernel.shape)
     mult, wide = branch_mult(block, scales), kernel.astype(wide_type(kernel.dtype))
-    if mult.is_elementwise:
-        dense = mult.dense(wide.shape, wide.dtype)
-        solved = jnp.where(dense > 0, wide / jnp.where(dense > 0, dense, 1), 0)
-    else:
-        solved, _ = jax.scipy.sparse.linalg.cg(mult, wide, tol=float(jnp.finfo(wide.dtype).eps))
-    weights = pull_back(block, scales, solved.astype(wide.dtype))
+    weights = pull_back(block, scales, _divided(wide, mult))
+    if not mult.is_elementwise:
+        weights |= _completed(block, weights, mult.scales, wide)
     return {name: w.astype(kernel.dtype) for name, w in weights.items()}
+
+
+def _divided(kernel: Array, mult: BranchMult) -> Array:
+    """The ``y`` that the linear multiplier takes to `kernel`, where there is one."""
+    if mult.is_elementwise:
+        dense = mult.dense(kernel.shape, kernel.dtype)
+        return jnp.where(dense > 0, kernel / jnp.where(dense > 0, dense, 1), 0)
+    squares = [jnp.square(scale.astype(kernel.dtype)) for scale in mult.scales.values()]
+    unscaled = jnp.asarray(len(mult.block) - len(squares), kernel.dtype)
+    size = functools.reduce(jnp.add, squares, unscaled)
+    size = jnp.broadcast_to(jnp.where(size > 0, size, 1), kernel.shape)
+    # Channels may have scales of any size; divided by these they converge together.
+    divided, _ = jax.scipy.sparse.linalg.cg(
+        mult,
+        kernel,
+        tol=float(jnp.finfo(kernel.dtype).eps),
+        maxiter=ITERATIONS,
+        M=lambda y: y / size,
+    )
+    return divided
+
+
+def _completed(block: Block, weights: Mapping, scales: Mapping, kernel: Array) -> dict[str, Array]:
+    """The full branches with what iterations have left of `kernel`."""
+    completed = {}
+    for name, branch in block.items():
+        if isinstance(branch, Full):
+            rest = kernel - merge(block, {**weights, **completed}, scales, kernel.shape)
+            scale = jnp.broadcast_to(scales[name].astype(kernel.dtype), kernel.shape)
+            share = jnp.where(scale != 0, rest / jnp.where(scale != 0, scale, 1), 0)
+            completed[name] = weights[name] + share
+    return completed
 
 
 def check_merges(

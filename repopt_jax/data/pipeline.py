@@ -62,6 +62,7 @@ def train_batches(
     workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
+    images: bool = True,
 ) -> grain.DatasetIterator:
     """Shuffled, augmented training batches.
 
@@ -87,13 +88,16 @@ def train_batches(
         be decoded, if there are at least 4 cores, else 0: threads make them.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
+      images: False leaves making the images to the caller, see below.
 
     Returns:
       An iterator of `{"image": uint8 (batch_size / process_count, height, width, 3),
       "label": int32 (batch_size / process_count,)}`; for operations on the device also
       `"operations": float32 (batch_size / process_count, operations, values)`. `get_state` and
       `set_state` (and so `grain.checkpoint.CheckpointSave` and `CheckpointRestore`) keep the exact
-      position.
+      position. Without images, of what they would be made of: `{"index": int64 (batch_size /
+      process_count,), "draw"}`, places in `dataset.train` and what the augmentation has drawn.
+      The position means the same.
 
     Raises:
       ValueError: an argument is out of its range or, from the iterator, an image is broken.
@@ -121,7 +125,7 @@ def train_batches(
     how = {"fast": fast, "skip_bad": skip_bad, "augment_on": augment_on, "rows": rows}
     make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, **how)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
-    call, options = _executors(make, threads, workers)
+    call, options = _executors(make, threads, workers) if images else (make.draw, _at_once())
     batches = grain.MapDataset.range(total).seed(seed).random_map(call)
     return iter(batches.to_iter_dataset(options))
 
@@ -138,6 +142,7 @@ def eval_batches(
     workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
+    images: bool = True,
 ) -> grain.IterDataset:
     """Every evaluation image exactly once, in order; iterate as often as needed.
 
@@ -157,10 +162,11 @@ def eval_batches(
       workers: likewise.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
+      images: False leaves making the images to the caller.
 
     Returns:
       An iterable of `{"image", "label", "mask"}`; `mask` is bool, False where the row is filler
-      (a black image with label 0).
+      (a black image with label 0). Without images, of `{"index", "mask"}`: places in the split.
 
     Raises:
       ValueError: an argument is out of its range or, from the iterator, an image is broken.
@@ -181,7 +187,7 @@ def eval_batches(
     rows = _rows(batch_size, process_index, process_count)
     image_shape(dataset, image_size)  # refuses some
     make = EvalBatch(dataset, split, batch_size, image_size, resize, skip_bad, rows)
-    call, options = _executors(make, threads, workers)
+    call, options = _executors(make, threads, workers) if images else (make.indices, _at_once())
     batches = grain.MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(call)
     return batches.to_iter_dataset(options)
 
@@ -199,6 +205,13 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
         )
     local = batch_size // process_count
     return slice(process_index * local, (process_index + 1) * local)
+
+
+def _at_once() -> grain.ReadOptions:
+    """In the caller's thread: to draw is cheaper than to hand over."""
+    import grain
+
+    return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 def _executors(

@@ -61,7 +61,7 @@ def fold_block(
       norm: BatchNorm after the sum (QARepVGG). None: there is none.
 
     Returns:
-      The kernel, and the bias, ``(out,)``.
+      The kernel, and the bias, ``(out,)``, in float32 or a wider type of the parts.
 
     Raises:
       ValueError: a branch that does not fit the kernel, or weights, biases or BatchNorms that do
@@ -81,7 +81,7 @@ def fold_block(
     check_block(block, kernel_shape)
     _check_parts(block, weights, norms, biases, norm, kernel_shape)
     used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
-    dtype = jnp.result_type(float, *weights.values(), *used)
+    dtype = jnp.result_type(jnp.float32, *weights.values(), *used)
     weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
     scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
@@ -143,9 +143,10 @@ def _affine(norm: Any, outputs: int, dtype: Any) -> tuple[Array, Array]:
     """Factor and shift of a BatchNorm in inference, by output."""
     if norm is None:
         return jnp.ones(outputs, dtype), jnp.zeros(outputs, dtype)
-    factor = norm.scale[...] * jax.lax.rsqrt(norm.var[...] + norm.epsilon)
-    shift = norm.bias[...] - norm.mean[...] * factor
-    return tuple(jnp.repeat(v, outputs // v.size).astype(dtype) for v in (factor, shift))
+    parts = (norm.scale, norm.bias, norm.mean, norm.var)
+    scale, bias, mean, var = (jnp.repeat(p[...], outputs // p.size).astype(dtype) for p in parts)
+    factor = scale * jax.lax.rsqrt(var + norm.epsilon)
+    return factor, bias - mean * factor
 
 
 def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:

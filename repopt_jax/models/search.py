@@ -159,6 +159,9 @@ def search_network(
     >>> search = search_network(model, blocks, rngs=nnx.Rngs(0))
     >>> searched_scales(search)["layers/0"]["conv1x1"].tolist()
     [1.0, 1.0]
+    >>> kept = search_network(model, blocks, keep_kernels=True)
+    >>> bool(jnp.allclose(kept.layers[0].kernel, model.layers[0].kernel[...]))
+    True
     """
     if kind not in ("hs", "csla"):
         raise ValueError(f"kind of a search network must be 'hs' or 'csla', got {kind!r}")

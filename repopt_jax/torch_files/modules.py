@@ -94,11 +94,11 @@ def _tables(prefix: str, module: Any) -> tuple[dict, dict, dict, set]:
 
 def _no_plain_tensor(name: str, value: Any) -> str:
     """What an entry is that torch calls a tensor, and that has no array of numbers."""
-    made_by = value.name.rpartition("_rebuild_")[2] if isinstance(value, Standin) else ""
-    kind = {"qtensor": "quantized", "meta_tensor_no_storage": "meta"}.get(made_by, made_by)
-    if kind == made_by and not made_by.endswith("tensor"):
+    made_by = re.fullmatch(r"torch\._utils\._rebuild_([a-z0-9_]{1,40})", getattr(value, "name", ""))
+    if made_by is None:
         return f"{quote(name)} is {quote(value)} and no plain tensor"
-    kind = kind.removesuffix("_tensor")[:40]
+    kinds = {"qtensor": "quantized", "meta_tensor_no_storage": "meta"}
+    kind = kinds.get(made_by[1], made_by[1].removesuffix("_tensor"))
     return f"{quote(name)} is a {kind} tensor" + ", without numbers" * (kind == "meta")
 
 

@@ -117,6 +117,10 @@ def _default_section() -> ConfigDict:
                 # Processes that make batches. None: one per core of at least 4 where images have
                 # to be decoded, else threads do it.
                 "workers": config_dict.placeholder(int),
+                # Whether the images lie on the devices, where they fit: always, never, or auto for
+                # GPUs and TPUs and sets of at most so many bytes.
+                "on_device": "auto",
+                "on_device_bytes": 2 * 2**30,
                 "mean": IMAGENET_MEAN,  # of pixels in 0..1
                 "std": IMAGENET_STD,
             },
@@ -202,6 +206,9 @@ def check_section(section: ConfigDict) -> None:
     _require(section, alphas, "a number of at least 0", lambda x: 0 <= x < math.inf)
     _require(section, ["random_erasing"], "in [0, 1]", lambda x: 0 <= x <= 1)
     _require(section, ["eval_batch_size"], "at least 1", lambda x: x >= 1)
+    choices = ("auto", "always", "never")
+    _require(section, ["data.on_device"], f"one of {choices}", lambda x: x in choices)
+    _require(section, ["data.on_device_bytes"], "at least 0", lambda x: x >= 0)
     places = ("auto", "host", "device")
     _require(section, ["data.augment_on"], f"one of {places}", lambda x: x in places)
     _require(section, ["data.mean"], "3 numbers, one per channel", _are_channels)

@@ -79,13 +79,17 @@ def apply_operations(
     operations: Float[Array, "batch count fields"],
     mesh: Mesh | None = None,
 ) -> UInt8[Array, "batch height width 3"]:
-    """Apply to every image its operations, one after the other.
+    """Apply to every image its own operations, one after the other.
 
     Args:
-      images: square, as the host has cropped them.
-      operations: of `repopt_jax.data.randaugment.packed`, one row for each operation.
-      mesh: the devices over all of whose axes the batch is split; each augments its own images.
-        None: one device.
+      images: of any size; `packed` knows square ones only.
+      operations: of `repopt_jax.data.randaugment.packed`, one row for each operation. The values of
+        a row are those of `FIELDS`.
+      mesh: the devices. The batch is split over all of its axes, and each device augments its own
+        images. None: there is one device.
+
+    Returns:
+      The augmented images, split as they were.
 
     >>> from repopt_jax.data.randaugment import packed
     >>> invert = packed([("Invert", Draw())], 2)[None]
@@ -96,8 +100,7 @@ def apply_operations(
         return _apply(images, operations)
     split = PartitionSpec(mesh.axis_names)
     specs = {"in_specs": (split, split), "out_specs": split}
-    # Loops with bounds of their own on every device: check_vma has no rule for them.
-    return jax.shard_map(_apply, mesh=mesh, **specs, check_vma=False)(images, operations)
+    return jax.shard_map(_apply, mesh=mesh, **specs)(images, operations)
 
 
 def _apply(images, operations):
@@ -191,7 +194,9 @@ def _smooth(wide: Int[Array, "batch height width 3"]) -> Array:
     """The mean of 3x3 pixels, the middle one counted five times; the border stays."""
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
-    return wide.at[:, 1:-1, 1:-1].set((2 * total + 13) // 26)
+    margin = ((0, 0), (1, 1), (1, 1), (0, 0))
+    border = np.pad(np.zeros((1, *total.shape[1:3], 1), bool), margin, constant_values=True)
+    return jnp.where(border, wide, jnp.pad((2 * total + 13) // 26, margin))
 
 
 def _mix(start: Array, end: Array, factor: Array) -> Array:
@@ -284,15 +289,15 @@ def _moved(images: UInt8[Array, "batch height width 3"], motions: _Motion) -> Ar
         for floor, side in zip(floors, (width, height), strict=True)
     )
     first = (row * stride + column).reshape(batch, -1)
-    total = jnp.zeros(images.shape, jnp.float32)
+    colours = [jnp.zeros((batch, height, width), jnp.float32)] * 3
     for i, j in itertools.product(range(4), range(4)):
         index = first + ((i - 1) * stride + j - 1)
-        found = jnp.take_along_axis(padded, index, axis=1, mode="clip").reshape(
-            batch, height, width
-        )
-        colours = jnp.stack([found >> 8 * c & 255 for c in range(3)], axis=-1)
-        total += (weights[1][:, i] * weights[0][:, j])[..., None] * colours.astype(jnp.float32)
-    moved = jnp.clip(jnp.round(total), 0, 255).astype(jnp.uint8)
+        pixels = jnp.take_along_axis(padded, index, axis=1, mode="clip")
+        weight = weights[1][:, i] * weights[0][:, j]
+        for c in range(3):
+            value = (pixels >> 8 * c & 255).astype(jnp.float32).reshape(weight.shape)
+            colours[c] += weight * value
+    moved = jnp.clip(jnp.round(jnp.stack(colours, axis=-1)), 0, 255).astype(jnp.uint8)
     x, y = (p + motions.whole[:, i, None, None] for i, p in enumerate((x, y)))
     covered = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return jnp.where(covered[..., None], moved, np.uint8(GREY))
@@ -318,14 +323,15 @@ def _for_chosen(
     """
     batch = len(others)
     size = -(-batch // 8)
-    order = jnp.argsort(~chosen)  # the chosen ones first
-    order = jnp.where(jnp.arange(batch) < chosen.sum(), order, batch)  # out of range, left out
-    order = jnp.pad(order, (0, -batch % size), constant_values=batch)
+    order = jnp.pad(jnp.argsort(~chosen), (0, -batch % size))  # the chosen ones first
+    place = jnp.arange(len(order))
+    order = jnp.where(place < chosen.sum(), order, batch + place)  # out of range, left out
 
     def some(number, done):
         rows = jax.lax.dynamic_slice(order, (number * size,), (size,))
         own = jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), arguments)
-        return done.at[rows].set(function(*own), mode="drop")
+        # Unique, because GPUs would else lock every byte that they write.
+        return done.at[rows].set(function(*own), mode="drop", unique_indices=True)
 
     return jax.lax.fori_loop(0, -(-chosen.sum() // size), some, others)
 

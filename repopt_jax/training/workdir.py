@@ -43,6 +43,8 @@ FREE_FIELDS = (
     "remat",
     "threads",
     "workers",
+    "on_device",
+    "on_device_bytes",
     "augment_on",
     "data_dir",
     "skip_bad",
