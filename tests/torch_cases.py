@@ -17,6 +17,7 @@ from safetensors.numpy import save
 import repopt_jax
 from repopt_jax.files import variables
 from repopt_jax.torch_files import export_weights, official_names
+from repopt_jax.torch_files.names import DIALECTS
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 
@@ -132,6 +133,10 @@ def read_cases():
     for prefix in PREFIXES:
         wrapped = {prefix + name: value for name, value in weights.items()}
         yield Case("a prefix of all names", archive(wrapped), "kind target")
+    branched = export_weights(network("repvgg"))
+    for dialect in DIALECTS[::2][:2]:
+        own = {dialect.own(name): value for name, value in branched.items()}
+        yield Case("names of the authors and of timm", archive(own), "repvgg", wanted=branched)
     counts = {"total_ops": np.ones(1), "stage0.conv.total_ops": np.ones(1)}
     extra = build.archive_of({**tensors(weights | counts), "epoch": 3})
     says = r"left out 'total_ops' \(2 times\), 'epoch', 'num_batches_tracked' \(6 times\)"
@@ -202,13 +207,16 @@ def refused_cases():
     yield changed(row, "surplus extra0; .*; and 492 more", **many)
     yield changed(row, "shape", stage0__conv__weight=np.ones(4))
     for name in ("linear__weight", "stage0__conv__weight"):
-        yield changed(row, "it is no RepOpt-VGG", **{name: np.float32(1)})
+        yield changed(row, "it looks like RepOpt-VGG, but", **{name: np.float32(1)})
     lacking = {k: v for k, v in weights.items() if k != "stage0.bn.bias"}
     yield Case(row, archive(lacking), "missing stage0.bn.bias", 1)
     cut = {k: numpy_array(v, size=4) if v.ndim else build.tensor(v) for k, v in weights.items()}
-    yield Case(row, build.archive_of(cut), "no RepOpt-VGG", 1)
+    yield Case(row, build.archive_of(cut), "RepOpt-VGG, but linear.weight is missing", 1)
     text = build.archive_of({**plain, "linear.bias": numpy_array(np.array(["a"]), name="U1")})
     yield Case(row, text, "missing linear.bias", 1)
+    row = "weights of other networks"
+    for name, says in {"a.ERBlock_2.0.weight": "like YOLOv6", "fc.weight": "no RepOpt-VGG"}.items():
+        yield Case(row, archive({name: np.ones((2, 2))}), says, 1)
     row = "names that cannot be printed, or too long"
     for name in ("x\x1b[31m", "a\nb", "\u202ex", "x" * 5000):
         yield Case(row, archive(weights | {name: np.ones(1)}), "printable|absurd length", 1)
@@ -253,7 +261,6 @@ def metadata_cases():
         "widths": ([4, 4, -6, 8, 8], [4, 4, 10**9, 8, 8], [4, 4, 6.0, 8, 8], [4], 4, [[4]], {}),
         "num_blocks": (
             [1, 10**6, 1, 1],
-            [128] * 4,
             [1, -1, 1, 1],
             [0, 1, 1, 1],
             "{",
@@ -264,10 +271,17 @@ def metadata_cases():
         "name": ("RepOpt-VGG-B99", "x\nx", "x" * 1000),
         "kind": ("plain", "rep", "x\x1b"),
         "se": (True,),
+        "groups": (3, -1, 10**30, [2], "x"),
         "num_blocks ": ([1, 2, 1, 1],),
     }.items():
         for value in values:
             yield case(r"must|does not fit", **{size: value})
+    yield case("must have arrays for each of num_blocks", num_blocks=[128] * 4)
+    one = {"name": "MobileOne", "num_blocks": [1] * 4, "widths": [4] * 5}
+    for value in (3, "x", [0, 0, 0], [-1, 0, 0, 0], [0.5] * 4, [0] * 100_000):
+        yield case(r"se_blocks must be|must state|must be printable", **one, se_blocks=value)
+    for value in (0, 10**9, [2], "null "):
+        yield case(r"copies must be|must state|does not fit", **one, copies=value)
     ghost = {"name": "RepOpt-GhostNet", "num_blocks": "null", "widths": "null"}
     for value in ("NaN", "1e300", "Infinity", "-1", '"x"', "true", "[0.5]"):
         yield case(r"width must be above 0|does not fit", **ghost, width=value)
