@@ -143,9 +143,9 @@ class Scales(Mapping):
             if self.metadata.get(key, seed) != seed:
                 problems.append(f"{key} must be {seed}, got {self.metadata[key]}")
         if problems:
-            of = self.metadata.get("model")
-            which = "" if of is None else " of no known model" if of == "unknown" else f" of {of}"
-            raise ValueError(f"scales{which} do not fit the model: {listed(sorted(problems))}")
+            name = self.metadata.get("model")
+            of = {None: "", "unknown": " of no network of ours"}.get(name, f" of {name}")
+            raise ValueError(f"scales{of} do not fit the model: {listed(sorted(problems))}")
 
     def flat(self) -> dict[str, Float[np.ndarray, " out"]]:
         """The vectors by ``<layer path>/<branch>``, the keys of the file."""
