@@ -89,13 +89,15 @@ def tower(blocks):
     return dict.fromkeys(names, np.ones(1, np.float32))
 
 
-def ours(**changes):
-    """A weights file of ours with other metadata, as text or as JSON; None drops a fact."""
+def ours(bias_type=np.float32, **changes):
+    """A weights file of ours with other metadata, as text or as JSON; "null" drops a fact."""
     size = {"num_blocks": "[1, 2, 1, 1]", "widths": "[4, 4, 6, 8, 8]", "num_classes": "3"}
     facts = {"format_version": "1", "name": "RepOpt-VGG", "kind": "target", **size}
     facts |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()}
     facts = {k: v for k, v in facts.items() if v != "null"}
-    return save({k: np.asarray(v) for k, v in variables(network()).items()}, facts)
+    arrays = {k: np.asarray(v) for k, v in variables(network()).items()}
+    arrays["stage0/bn/bias"] = arrays["stage0/bn/bias"].astype(bias_type)
+    return save(arrays, facts)
 
 
 def read_cases():
@@ -291,6 +293,9 @@ def metadata_cases():
     for value in ("NaN", "1e300", "Infinity", "-1", '"x"', "true", "[0.5]"):
         yield case(r"width must be above 0|does not fit", **ghost, width=value)
     yield case("dropout must be", **ghost, width=0.1, dropout=2)
+    for kind in (np.int64, np.bool_, np.complex64):
+        says = "must hold floats, got stage0/bn/bias of"
+        yield Case("integers, truths and complex numbers", ours(kind), says, 1, load=True)
     deep = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for head in (deep, b"{" + b" " * 300):
         data = len(head).to_bytes(8, "little") + head
