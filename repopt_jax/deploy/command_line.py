@@ -15,9 +15,9 @@ from repopt_jax.extras import needs_extra
 with needs_extra("deploy", command="repopt-deploy"):
     from repopt_jax.deploy import arguments as flags
     from repopt_jax.deploy import layer_report, onnx_export, quantization, runtime
-    from repopt_jax.deploy.folding import fold
     from repopt_jax.deploy.preprocessing import Preprocessing
     from repopt_jax.deploy.stablehlo_export import export_stablehlo
+    from repopt_jax.models.folding import fold
     from repopt_jax.training.report import format_table
 
 

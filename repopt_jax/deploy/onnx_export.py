@@ -17,10 +17,10 @@ from flax import nnx
 
 import repopt_jax
 from repopt_jax.atomic_write import atomic_write
-from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.extras import needs_extra
+from repopt_jax.models.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.models.layers import SqueezeExcite, check_numbers
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
