@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import jax
 from etils import epath
 from flax import nnx
 
@@ -18,17 +15,12 @@ from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.files import has_torch_names, load_weights, read_weights
 from repopt_jax.torch_files import read_state_dict, recognize
-from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.config import PARTS, check_config, default_config
-from repopt_jax.training.parts import draw_network
-from repopt_jax.training.workdir import CONFIG, stored_classes
-from repopt_jax.tree_paths import path_str
+from repopt_jax.training.config import PARTS, default_config
+from repopt_jax.training.trained import trained_network
+from repopt_jax.training.workdir import CONFIG
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-# Paths in a checkpoint, for runs of versions that did not store their number of classes.
-LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,62 +69,16 @@ def load_run(
 
     The run's images are read only if `config` leaves them their own size (`image_size` of None).
 
-    Args:
-      config: the run's configuration.
-      workdir: the run's folder.
-      part: the part whose network is wanted.
-      checkpoint: "latest", or "best" by top-1 accuracy.
-      averaged: take the moving averages of the weights.
-
-    Raises:
-      ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
-      OSError: the checkpoints are damaged.
+    The arguments and the errors are those of `trained_network`.
     """
-    folder = epath.Path(workdir) / part
-    if part not in PARTS or not (folder / "checkpoints").is_dir():
-        raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
-    check_config(config)
-    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        restored = checkpoints.restore(step=checkpoint)
-    if restored is None:
-        raise ValueError(f"part must have a checkpoint in {workdir}, got {part!r} without one")
-    _, arrays = restored
-    if averaged and not any(path.startswith("ema/") for path in arrays):
-        raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    classes = stored_classes(workdir, part)
-    if classes is None:
-        classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
-    model = _filled(config, part, classes, arrays, averaged)
+    options = {"checkpoint": checkpoint, "averaged": averaged}
+    model = trained_network(config, workdir, part, **options)
     data = data_section(config, part)
     side = data.image_size
     size = configured_images(data).size if side is None else (side, side)
     return Trained(
         model, config.model.name, Preprocessing(*size, tuple(data.mean), tuple(data.std))
     )
-
-
-def _filled(
-    config: ConfigDict, part: str, classes: int, arrays: dict[str, jax.Array], averaged: bool
-) -> nnx.Module:
-    """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    draw = functools.partial(draw_network, config, PARTS[part], None)
-    model = nnx.eval_shape(functools.partial(draw, num_classes=classes, bn_group=1))
-    model.eval()
-    graphdef, *states = nnx.split(model, nnx.Param, ...)
-
-    def stored(path, leaf):
-        path = path_str(path)
-        shape = arrays[path].shape if path in arrays else None
-        if shape != leaf.shape:
-            raise ValueError(
-                f"model must be that of the checkpoint of {part!r}, where {path} has the shape "
-                f"{shape}, got one with {leaf.shape}"
-            )
-        return arrays[path]
-
-    places = ("ema/0", "ema/1") if averaged else ("params", "stats")
-    filled = jax.tree_util.tree_map_with_path(stored, dict(zip(places, states, strict=True)))
-    return nnx.merge(graphdef, *(filled[place] for place in places))
 
 
 def load_weights_file(

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data as data_lib
-from repopt_jax.branches import grad_mults
+from repopt_jax.branches import Block, grad_mults
 from repopt_jax.models import (
     create_model,
     init_target,
@@ -27,8 +27,10 @@ from repopt_jax.models import (
     searched_scales,
     start_scales,
 )
+from repopt_jax.models.folding import fold
+from repopt_jax.models.simulated_int8 import simulate_int8
 from repopt_jax.scales import Scales
-from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section
+from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section, part_section
 from repopt_jax.training.devices import replicate, samples_per_group, state_shardings
 from repopt_jax.training.optimizer import make_optimizer, make_schedule, steps_in, update_rule
 from repopt_jax.training.step import StepOptions, TrainState, init_state
@@ -55,6 +57,8 @@ class Part:
       options: of the steps.
       steps_per_epoch: updates per epoch.
       scales: what the part starts and multiplies with. None: not known yet, or not needed.
+      trained: the network that quantization-aware training begins with. None: not known yet, or
+        not needed; the part is then drawn anew.
     """
 
     name: str
@@ -68,11 +72,12 @@ class Part:
     options: StepOptions
     steps_per_epoch: int
     scales: Scales | None = None
+    trained: nnx.Module | None = None
 
-    @property
+    @functools.cached_property
     def section(self) -> ConfigDict:
         """The part's own section of the configuration."""
-        return self.config[self.spec.section]
+        return part_section(self.config, self.spec)
 
     @property
     def steps(self) -> int:
@@ -96,11 +101,13 @@ class Part:
         return dataclasses.replace(self, scales=scales)
 
     def build(self) -> nnx.Module:
-        """Draw the network anew, in training mode.
+        """The network as it starts, in training mode.
 
         Raises:
           ValueError: the part needs scales and has none, or they do not fit the network.
         """
+        if self.trained is not None:
+            return _in_simulated_int8(self.trained, self.config)
         return draw_network(
             self.config,
             self.spec,
@@ -108,6 +115,14 @@ class Part:
             num_classes=self.dataset.num_classes,
             bn_group=self.options.group,
         )
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; a folded network's are those from before folding."""
+        if not self.spec.tunes:
+            return self.model.blocks()
+        tuned = functools.partial(draw_network, self.config, PARTS[self.spec.tunes], None)
+        return nnx.eval_shape(lambda: tuned(num_classes=1, bn_group=1)).blocks()
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -117,7 +132,7 @@ class Part:
         if self.spec.multiplied:
             rule = update_rule(self.section.optimizer.name)
             scales = self.with_scales(self.scales).scales
-            mults = grad_mults(params, self.model.blocks(), scales, rule)
+            mults = grad_mults(params, self.blocks, scales, rule)
         return make_optimizer(self.section.optimizer, self.schedule, mults)
 
     def init(self) -> TrainState:
@@ -204,7 +219,7 @@ def prepare(
     """
     check_config(config)
     spec = PARTS[name]
-    section = config[spec.section]
+    section = part_section(config, spec)
     with _named(spec.section):
         check_section(section)
         group = _group(section, mesh)
@@ -234,7 +249,7 @@ def prepare(
     )
     # What the optimizer and the data cannot do is refused now, not after a search.
     unknown = spec.multiplied and scales is None
-    _ = (part.with_scales(Scales.initial(model)) if unknown else part).tx
+    _ = (part.with_scales(initial_scales(config)) if unknown else part).tx
     with _named(f"{spec.section}.data"):
         part.train_batches()
         part.eval_batches()
@@ -261,6 +276,9 @@ def draw_network(
     Raises:
       ValueError: the configuration or the scales do not fit.
     """
+    if spec.tunes:
+        sizes = {"num_classes": num_classes, "bn_group": bn_group}
+        return _in_simulated_int8(draw_network(config, PARTS[spec.tunes], scales, **sizes), config)
     dtype = DTYPES.get(config.dtype)
     if dtype is None:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")
@@ -284,6 +302,10 @@ def draw_network(
     if spec.initialized and scales is not None:
         init_target(model, scales, identity=config.identity, rngs=rngs)
     return model
+
+
+def _in_simulated_int8(model: nnx.Module, config: ConfigDict) -> nnx.Module:
+    return simulate_int8(fold(model), per_channel=config.qat.per_channel)
 
 
 def initial_scales(config: ConfigDict) -> Scales:
