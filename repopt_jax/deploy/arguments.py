@@ -18,7 +18,7 @@ from tqdm import tqdm
 from repopt_jax.data import load_dataset
 from repopt_jax.deploy.image_set import ImageSet, configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.deploy.quantization import CALIBRATION_IMAGES, CALIBRATIONS, PERCENTILE
+from repopt_jax.deploy.quantization import CALIBRATION_IMAGES, CALIBRATIONS, PERCENTILE, RUNTIMES
 from repopt_jax.deploy.trained import (
     Trained,
     data_section,
@@ -105,6 +105,10 @@ def make_parser() -> Parser:
         action="store_true",
         help="take normalized float images (NCHW in ONNX files) instead of uint8 NHWC ones",
     )
+    for command in (export, quantize):
+        whom = "what is to run the INT8 file, default onnxruntime"
+        command.add_argument("--for", dest="runtime", choices=RUNTIMES, help=whom)
+    quantize.add_argument("--equalize", action="store_true", help="even out channels, mend biases")
     quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
     quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
     quantize.add_argument("--percentile", type=float, help=f"default {PERCENTILE}")
