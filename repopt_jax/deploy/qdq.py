@@ -1,8 +1,9 @@
 """Explicit INT8: QuantizeLinear and DequantizeLinear nodes where TensorRT's rules want them.
 
 * int8, symmetric, with zero points of 0, for weights and activations.
-* Around the input and the kernel of every Conv and Gemm. Biases stay in float: TensorRT has no
-  DequantizeLinear of int32.
+* Around the input and the kernel of every Conv and Gemm. Biases stay in float, because TensorRT
+  has no DequantizeLinear of int32, but in whole steps of the sums, so that integer and float
+  kernels agree.
 * None between a Conv and its Relu or Add, which become one kernel. Of an Add's two inputs the one
   that comes from no Conv is quantized, so that this kernel's output can be INT8.
 """
@@ -91,7 +92,7 @@ def insert_qdq(
     nodes, rounded = [], {}
 
     def pair(name: str, scale: np.ndarray, stored: np.ndarray | None = None) -> str:
-        """The name of a tensor after rounding; `stored`: those of a constant."""
+        """The name of a tensor after rounding; `stored` is a constant's, in steps."""
         if name in rounded:
             return rounded[name]
         weights[f"{name}_scale"] = np.asarray(scale, np.float32)
@@ -120,6 +121,9 @@ def insert_qdq(
                 if not float_kernels:
                     stored = in_steps(weights.pop(node.input[1]), scale).astype(np.int8)
                 node.input[1] = pair(node.input[1], scale, stored)
+                for bias in node.input[2:]:
+                    step = np.float32(scales[name]) * scale
+                    weights[bias] = np.round(weights[bias] / step) * step
         nodes.append(copy.deepcopy(node))
     for field in (model.graph.node, model.graph.initializer, model.graph.value_info):
         del field[:]

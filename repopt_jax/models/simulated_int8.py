@@ -115,12 +115,9 @@ class SimulatedInt8(nnx.Module):
         return layer(in_steps(x, self.input_scale)) * product_scale
 
     def in_floats(self) -> nnx.Conv | nnx.Linear:
-        """The layer that computes in floats, with the bias in whole steps."""
-        values = {"kernel": self.kernel}
-        if self.bias is not None:
-            scale = self.input_scale * kernel_scale(self.kernel[...], per_channel=self.per_channel)
-            values["bias"] = nnx.Param(scale * in_steps(self.bias[...], scale, None))
-        return nnx.merge(self.layer_def, values)
+        """The layer that computes in floats."""
+        biases = {} if self.bias is None else {"bias": self.bias}
+        return nnx.merge(self.layer_def, {"kernel": self.kernel, **biases})
 
 
 def simulate_int8(model: ModelT, *, per_channel: bool) -> ModelT:

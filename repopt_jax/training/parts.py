@@ -57,8 +57,8 @@ class Part:
       options: of the steps.
       steps_per_epoch: updates per epoch.
       scales: what the part starts and multiplies with. None: not known yet, or not needed.
-      trained: the network that quantization-aware training begins with. None: not known yet, or
-        not needed; the part is then drawn anew.
+      trained: the folded network that quantization-aware training begins with. None: not known
+        yet, or not needed; the part is then drawn anew.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Part:
           ValueError: the part needs scales and has none, or they do not fit the network.
         """
         if self.trained is not None:
-            return _in_simulated_int8(self.trained, self.config)
+            return simulate_int8(self.trained, per_channel=self.config.qat.per_channel)
         return draw_network(
             self.config,
             self.spec,
@@ -278,7 +278,8 @@ def draw_network(
     """
     if spec.tunes:
         sizes = {"num_classes": num_classes, "bn_group": bn_group}
-        return _in_simulated_int8(draw_network(config, PARTS[spec.tunes], scales, **sizes), config)
+        folded = fold(draw_network(config, PARTS[spec.tunes], scales, **sizes))
+        return simulate_int8(folded, per_channel=config.qat.per_channel)
     dtype = DTYPES.get(config.dtype)
     if dtype is None:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")
@@ -302,10 +303,6 @@ def draw_network(
     if spec.initialized and scales is not None:
         init_target(model, scales, identity=config.identity, rngs=rngs)
     return model
-
-
-def _in_simulated_int8(model: nnx.Module, config: ConfigDict) -> nnx.Module:
-    return simulate_int8(fold(model), per_channel=config.qat.per_channel)
 
 
 def initial_scales(config: ConfigDict) -> Scales:

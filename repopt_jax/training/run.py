@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from repopt_jax.files import load_scales
+from repopt_jax.models.folding import fold
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
@@ -67,7 +68,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
                 part = parts.pop(name).with_scales(scales)  # popped, so that its data can be freed
                 if tuned := part.spec.tunes:
                     trained = trained_network(config, workdir, tuned, checkpoint="latest")
-                    part = dataclasses.replace(part, trained=trained)
+                    part = dataclasses.replace(part, trained=fold(trained))
             state, summary = train(part, workdir / name)
             with plain_errors():
                 if name == "search":
