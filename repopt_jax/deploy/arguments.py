@@ -23,6 +23,7 @@ from repopt_jax.deploy.trained import (
     Trained,
     data_section,
     load_run,
+    load_stablehlo_weights,
     load_weights_file,
     run_config,
 )
@@ -38,7 +39,7 @@ RUN = {
     "part": {"help": "default: target"},
 }
 WEIGHTS = {
-    "weights": {"metavar": "FILE", "help": "a .pth or .safetensors file", **HOME},
+    "weights": {"metavar": "FILE", "help": "a .pth, .safetensors or .stablehlo file", **HOME},
     "model": {"metavar": "NAME", "help": "that the file must hold"},
     "kind": {"help": "that the file must hold"},
     "strides": {"type": int, "nargs": 5, "help": "of the stages, default 2"},
@@ -177,6 +178,10 @@ def trained(arguments: argparse.Namespace) -> Trained:
             checkpoint=arguments.checkpoint or "best",
             averaged=bool(arguments.averaged),
         )
+    elif arguments.weights.endswith(".stablehlo"):
+        others = [name for name in (*WEIGHTS, *RUN) if name != "weights"]
+        refuse(arguments, "another file", "overrides", *others, "checkpoint", "averaged")
+        found = load_stablehlo_weights(arguments.weights)
     else:
         refuse(arguments, "--workdir", "overrides", *RUN, "checkpoint", "averaged")
         side = arguments.image_size or 224
@@ -188,7 +193,8 @@ def trained(arguments: argparse.Namespace) -> Trained:
             kind=arguments.kind,
             strides=arguments.strides,
         )
-    preprocessing = dataclasses.replace(found.preprocessing, inside=not arguments.no_preprocess)
+    inside = found.preprocessing.inside and not arguments.no_preprocess
+    preprocessing = dataclasses.replace(found.preprocessing, inside=inside)
     return dataclasses.replace(found, preprocessing=preprocessing)
 
 

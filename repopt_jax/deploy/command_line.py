@@ -18,6 +18,7 @@ with needs_extra("deploy", command="repopt-deploy"):
     from repopt_jax.deploy.equalization import equalized
     from repopt_jax.deploy.preprocessing import Preprocessing
     from repopt_jax.deploy.stablehlo_export import export_stablehlo
+    from repopt_jax.files import weights_bytes
     from repopt_jax.models.folding import fold
     from repopt_jax.models.simulated_int8 import simulated_layers
     from repopt_jax.training.report import format_table
@@ -51,7 +52,10 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.runtime is not None and not (int8 and to_onnx):
         raise ValueError("--for must be given with a part trained in INT8 and an .onnx output only")
     model = trained.model if int8 else fold(trained.model)
-    options = {"float_kernels": arguments.runtime == "tensorrt"} if to_onnx else {}
+    options = {"float_kernels": arguments.runtime == "tensorrt"}
+    if not to_onnx:
+        kept = trained.arguments and weights_bytes(trained.model, trained.arguments)
+        options = {"weights": kept}
     write = onnx_export.export_onnx if to_onnx else export_stablehlo
     write(arguments.output, model, trained.preprocessing, name=trained.name, **options)
     _print_written(arguments.output, f"{trained.name}{', INT8' if int8 else ''}")

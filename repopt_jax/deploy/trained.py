@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pathlib
+import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from etils import epath
 from flax import nnx
 
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.deploy.stablehlo_export import WEIGHTS, read_stablehlo
 from repopt_jax.files import has_torch_names, load_weights, read_weights
 from repopt_jax.torch_files import read_state_dict, recognize
 from repopt_jax.training.config import PARTS, default_config
@@ -31,11 +34,14 @@ class Trained:
       model: the network, of any kind.
       name: of the model, such as RepOpt-VGG-B1.
       preprocessing: what it expects of its images.
+      arguments: those of `create_model` that make the network, without its weights. None: it is in
+        simulated INT8, which no such arguments make.
     """
 
     model: nnx.Module
     name: str
     preprocessing: Preprocessing
+    arguments: dict[str, Any] | None = None
 
 
 def run_config(workdir: epath.PathLike) -> ConfigDict:
@@ -76,9 +82,13 @@ def load_run(
     data = data_section(config, part)
     side = data.image_size
     size = configured_images(data).size if side is None else (side, side)
-    return Trained(
-        model, config.model.name, Preprocessing(*size, tuple(data.mean), tuple(data.std))
-    )
+    arguments = None
+    if not PARTS[part].tunes:
+        given = {key: value for key, value in config.model.items() if value is not None}
+        last = model.linear if hasattr(model, "linear") else model.classifier
+        arguments = {**given, "kind": PARTS[part].network, "num_classes": last.out_features}
+    preprocessing = Preprocessing(*size, tuple(data.mean), tuple(data.std))
+    return Trained(model, config.model.name, preprocessing, arguments)
 
 
 def load_weights_file(
@@ -111,4 +121,20 @@ def load_weights_file(
     if kind not in (None, *kinds):
         raise ValueError(f"kind must be {' or '.join(kinds)} as in {path}, got {kind!r}")
     model.eval()
-    return Trained(model, facts["name"], preprocessing)
+    arguments = facts | ({} if strides is None else {"strides": tuple(strides)})
+    return Trained(model, facts["name"], preprocessing, arguments)
+
+
+def load_stablehlo_weights(path: str | os.PathLike) -> Trained:
+    """The network that a StableHLO file was made of.
+
+    Raises:
+      ValueError: it is another file, or keeps no weights.
+    """
+    metadata, _, weights = read_stablehlo(path)
+    if weights is None:
+        raise ValueError(f"weights must be a file that keeps them, got {os.fspath(path)!r} without")
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / WEIGHTS
+        file.write_bytes(weights)
+        return load_weights_file(file, Preprocessing.from_metadata(metadata))
