@@ -14,7 +14,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from repopt_jax.deploy.qdq import LAYERS, in_steps, kernel_scale
+from repopt_jax.deploy.qdq import LAYERS, in_steps, kernel_scales
 from repopt_jax.deploy.runtime import OnnxNetwork, with_outputs
 from repopt_jax.extras import needs_extra
 
@@ -84,12 +84,12 @@ def correct_biases(
     """
     model, measuring = copy.deepcopy(graph), copy.deepcopy(graph)
     tensors = {t.name: t for t in model.graph.initializer}
-    biases = {}
+    options = {"per_channel": per_channel, "steps": steps, "float_layers": float_layers}
+    scales, biases = kernel_scales(graph, **options), {}
     for node in graph.graph.node:
-        if node.op_type not in LAYERS or node.name in float_layers or len(node.input) < 3:
+        if node.op_type not in LAYERS or node.input[1] not in scales or len(node.input) < 3:
             continue
-        kernel = numpy_helper.to_array(tensors[node.input[1]])
-        scale = kernel_scale(kernel, per_channel=per_channel, steps=steps)
+        kernel, scale = numpy_helper.to_array(tensors[node.input[1]]), scales[node.input[1]]
         error = in_steps(kernel, scale) * _along(scale, kernel, 0) - kernel
         name = f"{node.name}/error"
         measuring.graph.initializer.append(numpy_helper.from_array(error, f"{name}/kernel"))

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 
 import repopt_jax
@@ -25,7 +26,12 @@ from repopt_jax.models.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.models.layers import SqueezeExcite, check_numbers
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG
-from repopt_jax.models.simulated_int8 import SimulatedInt8, float_network, simulated_layers
+from repopt_jax.models.simulated_int8 import (
+    SimulatedInt8,
+    float_network,
+    kernel_scale,
+    simulated_layers,
+)
 
 with needs_extra("deploy"):
     import onnx
@@ -89,9 +95,13 @@ def _in_int8(
 ) -> onnx.ModelProto:
     """The model with the scales that quantization-aware training has found."""
     nodes = [node for node in exported.graph.node if node.name in layers]
-    scales = {node.input[0]: float(layers[node.name].input_scale) for node in nodes}
-    per_channel = next(iter(layers.values())).per_channel
-    model = insert_qdq(exported, scales, per_channel=per_channel, float_kernels=float_kernels)
+    scales = {}
+    for node in nodes:
+        layer = layers[node.name]
+        per_channel = layer.per_channel
+        scale = np.asarray(kernel_scale(layer.kernel[...], per_channel=per_channel))
+        scales |= {node.input[0]: np.asarray(layer.input_scale), node.input[1]: scale.squeeze()}
+    model = insert_qdq(exported, scales, float_kernels=float_kernels)
     setting = f"trained in INT8, per {'channel' if per_channel else 'tensor'}"
     onnx.helper.set_model_props(model, metadata_of(exported) | {"quantization": setting})
     return model

@@ -57,6 +57,19 @@ def kernel_scale(kernel: np.ndarray, *, per_channel: bool, steps: int = 127) -> 
     return np.float32(np.where(largest > 0, largest, 1)) / np.float32(steps)
 
 
+def kernel_scales(
+    graph: onnx.ModelProto,
+    *,
+    per_channel: bool,
+    steps: int = 127,
+    float_layers: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+    """`kernel_scale` of every kernel of a float graph that is to be quantized, by tensor."""
+    values = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    names = [n.input[1] for n, _ in quantized_inputs(graph, float_layers) if n.op_type in LAYERS]
+    return {n: kernel_scale(values[n], per_channel=per_channel, steps=steps) for n in names}
+
+
 def in_steps(kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """The kernel, outputs first, in whole steps of `kernel_scale`.
 
@@ -68,22 +81,19 @@ def in_steps(kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 def insert_qdq(
     graph: onnx.ModelProto,
-    scales: Mapping[str, float],
+    scales: Mapping[str, np.ndarray],
     *,
-    per_channel: bool,
     float_kernels: bool = False,
-    steps: int = 127,
     float_layers: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """The INT8 model of a float one whose activations have the given scales.
+    """The INT8 model of a float one whose activations and kernels have the given scales.
 
     Args:
       graph: the float model.
-      scales: size of a step by tensor; an Add's input without one stays in float.
-      per_channel: one weight scale per output channel. False: one per layer.
+      scales: size of a step by tensor, one number, or for a kernel also one for each output. An
+        Add's input without one stays in float.
       float_kernels: keep kernels as floats, behind nodes that quantize them, as every version of
         TensorRT reads them. False: as int8.
-      steps: the largest number of a kernel; 63 keeps to 7 bits.
       float_layers: names of Conv and Gemm nodes to leave as they are.
     """
     model = copy.deepcopy(graph)
@@ -115,9 +125,7 @@ def insert_qdq(
                 continue
             node.input[i] = pair(name, scales[name])
             if node.op_type in LAYERS:
-                kernel = weights[node.input[1]]
-                scale = kernel_scale(kernel, per_channel=per_channel, steps=steps)
-                stored = None
+                scale, stored = np.float32(scales[node.input[1]]), None
                 if not float_kernels:
                     stored = in_steps(weights.pop(node.input[1]), scale).astype(np.int8)
                 node.input[1] = pair(node.input[1], scale, stored)

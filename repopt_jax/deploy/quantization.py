@@ -49,7 +49,7 @@ import numpy as np
 from repopt_jax.deploy.equalization import correct_biases, equalized
 from repopt_jax.deploy.graph import check_weights
 from repopt_jax.deploy.onnx_export import INPUT, metadata_of
-from repopt_jax.deploy.qdq import insert_qdq, quantized_inputs
+from repopt_jax.deploy.qdq import insert_qdq, kernel_scales, quantized_inputs
 from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
 from repopt_jax.extras import needs_extra
 
@@ -134,7 +134,8 @@ def quantize(
         else:
             scales = _symmetric_scales(graph, batches, *method, float_layers)
             options = {"float_kernels": runtime == "tensorrt", "float_layers": float_layers}
-            model = insert_qdq(graph, scales, **options, **weights)
+            scales |= kernel_scales(graph, float_layers=float_layers, **weights)
+            model = insert_qdq(graph, scales, **options)
     setting = "" if runtime == "onnxruntime" else f"{runtime}, "
     setting += "per channel" if per_channel else "per tensor"
     setting += ", equalized" if equalize else ""

@@ -1,11 +1,12 @@
 """Simulated INT8: a folded network that computes what an INT8 graph of it computes.
 
-Quantization-aware training trains such a network. Convolutions and dense layers take whole numbers
-of steps, as integer hardware does, so the simulation has no rounding of its own to add: all sums of
-steps are whole numbers, exact in float32, and products of two of them in TF32 and bfloat16 too.
+Quantization-aware training trains such a network. The simulation agrees with runtimes to the bit,
+whether they compute in integers or in floats, because no number in it needs more digits than
+float32 has: layers add up whole numbers of steps, the step of an activation is a power of two, and
+that of a kernel has 7 significant bits. (Sums may have 17 bits then; larger ones are rare.)
 
-Papers: quantization-aware training, arXiv 1712.05877, section 3; the scheme is that of arXiv
-2004.09602, section 3: symmetric, one scale per tensor for activations, -127..127.
+Papers: quantization-aware training, arXiv 1712.05877, section 3; steps that are powers of two,
+arXiv 1903.08066. Zero is a step, and there are 127 on either side of it.
 
 Not by Qwix (0.1.8): its layers keep their statistics by changing modules from inside JAX's traces,
 which Flax refuses under `jax.value_and_grad` of a merged model, as the training step has it, and in
@@ -28,23 +29,25 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
-STEPS = 127  # on either side of zero, which is a step itself
+STEPS = 127
+KERNEL_BITS, ACTIVATION_BITS = 7, 1  # significant ones in the size of a step
 MOMENTUM = 0.1  # share of a batch in the scales of activations
 
 
 def kernel_scale(kernel: Array, *, per_channel: bool) -> Array:
-    """The size of a step of a kernel: its largest number is 127 steps.
+    """The size of a step of a kernel: its largest number is 127 steps, or a little less.
 
     Args:
       kernel: with its outputs on the last axis.
-      per_channel: one size for every output. False: one for all.
+      per_channel: one size for every output, with axes of 1 before. False: one for all.
 
-    >>> kernel = jnp.array([[254.0, 1.0], [-127.0, -12.7]])
-    >>> [kernel_scale(kernel, per_channel=each).round(3).tolist() for each in (False, True)]
-    [2.0, [2.0, 0.10000000149011612]]
+    >>> kernel = jnp.array([[254.0, 1.0], [-127.0, -25.4]])
+    >>> [kernel_scale(kernel, per_channel=each).round(1).tolist() for each in (False, True)]
+    [2.0, [[2.0, 0.20000000298023224]]]
     """
     axes = tuple(range(kernel.ndim - 1)) if per_channel else None
-    return _step(jax.lax.stop_gradient(jnp.abs(kernel).max(axes)))
+    largest = jax.lax.stop_gradient(jnp.abs(kernel).max(axes, keepdims=per_channel))
+    return step_size(largest, KERNEL_BITS)
 
 
 def in_steps(x: Array, scale: Array, steps: float | None = STEPS) -> Array:
@@ -65,9 +68,16 @@ def in_steps(x: Array, scale: Array, steps: float | None = STEPS) -> Array:
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
-def _step(largest: Array) -> Array:
-    """The size of a step where the largest number is known; tensors of zeros have any."""
-    return jnp.where(largest > 0, largest, 1) / STEPS
+def step_size(largest: Array, bits: int) -> Array:
+    """The size of a step: ``largest / 127``, rounded up to a number of `bits` significant bits.
+
+    Where `largest` is zero, so that any size will do, it is that of 1.
+
+    >>> step_size(jnp.array([254.0, 300.0, 0.0]), 1).tolist()
+    [2.0, 4.0, 0.015625]
+    """
+    mantissa, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1) / STEPS)
+    return jnp.ldexp(jnp.ceil(mantissa * 2**bits), exponent - bits)
 
 
 class SimulatedInt8(nnx.Module):
@@ -78,8 +88,8 @@ class SimulatedInt8(nnx.Module):
         y = sx * sk * (clip(round(x / sx)) * round(kernel / sk) + round(bias / (sx * sk)))
 
     ``127 * sk`` is the largest number of the kernel as it is now, ``127 * sx`` a moving average of
-    the largest numbers of training batches. Derivatives pass through the rounding, and end where
-    numbers are clipped. All of it is in the type of the kernel.
+    the largest inputs in training batches, both rounded up, see `step_size`. Derivatives pass
+    through the rounding, and end where numbers are clipped. All of it is in the type of the kernel.
 
     Args:
       layer: the layer, which keeps its parameters' names.
@@ -97,7 +107,7 @@ class SimulatedInt8(nnx.Module):
     @property
     def input_scale(self) -> Array:
         """The size of a step of the input."""
-        return _step(self.largest_input[...])
+        return step_size(self.largest_input[...], ACTIVATION_BITS)
 
     def __call__(self, x: Array) -> Array:
         """Run the layer; in training also update the input's scale."""
@@ -108,9 +118,9 @@ class SimulatedInt8(nnx.Module):
             self.largest_input[...] = jnp.where(old > 0, old + MOMENTUM * (new - old), new)
         scale = kernel_scale(kernel, per_channel=self.per_channel)
         product_scale = self.input_scale * scale
-        steps = {"kernel": nnx.Param(in_steps(kernel, scale))}
+        steps = {"kernel": nnx.Param(in_steps(kernel, scale, None))}
         if self.bias is not None:
-            steps["bias"] = nnx.Param(in_steps(self.bias[...], product_scale, None))
+            steps["bias"] = nnx.Param(in_steps(self.bias[...], product_scale.ravel(), None))
         layer = nnx.merge(self.layer_def, steps)
         return layer(in_steps(x, self.input_scale)) * product_scale
 
@@ -134,8 +144,8 @@ def simulate_int8(model: ModelT, *, per_channel: bool) -> ModelT:
     >>> layer.kernel[...] = jnp.array([[1.0], [0.5]])
     >>> model = simulate_int8(nnx.Sequential(layer), per_channel=False)
     >>> x = jnp.array([[1.0, 1.0]])
-    >>> (127**2 * model(x)).round(2).item(), 127 * (127 + 64)  # 0.5 became 64 steps of 127
-    (24257.0, 24257)
+    >>> round(model(x).item(), 4)  # 1.5 in floats
+    1.4996
     """
     copy = copy_model(model)
     layers = [m for _, m in nnx.iter_modules(copy) if isinstance(m, (nnx.Conv, nnx.Linear))]
