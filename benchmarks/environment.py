@@ -9,6 +9,7 @@ import sys
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+REAL_IMAGES = REPOSITORY.parent / "shared" / "tfds"  # beside the checkout, on some machines
 
 
 def environment(*packages: str) -> dict:

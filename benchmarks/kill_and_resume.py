@@ -119,7 +119,7 @@ def _scales(workdir: pathlib.Path):
 
 
 def _without_times(record: dict) -> dict:
-    times = ("seconds", "train/images_per_second")
+    times = ("seconds", "train/images_per_second", "train/input_wait", "eval/input_wait")
     return {k: v for k, v in record.items() if k not in times}
 
 

@@ -133,6 +133,34 @@ def input_pipeline(data: dict, output: str) -> str:
     return f"{table}{threads}\n\n{command}: {measured_with(data['environment'])}."
 
 
+def input_scaling(data: dict, output: str) -> str:
+    """Rates of threads and of processes, and the time in which the lock is held."""
+    augments = list(dict.fromkeys(r["augment"] for r in data["rows"]))
+    by = {
+        (r["kind"], r["count"], r["augment"]): f"{r['images_per_second']:,.0f} "
+        f"({r['times_one_thread']:.2f}x)"
+        for r in data["rows"]
+    }
+    made_by = list(dict.fromkeys((r["kind"], r["count"]) for r in data["rows"]))
+    one = {"threads": "1 thread", "workers": "1 process"}
+    many = {"threads": "threads", "workers": "processes"}
+    rows = [
+        (
+            one[kind] if count == 1 else f"{count} {many[kind]}",
+            *(by[kind, count, a] for a in augments),
+        )
+        for kind, count in sorted(made_by)
+    ]
+    table = markdown(("images per second made by", *augments), rows)
+    locks = "; ".join(
+        f"{r['augment']} {r['lock_ms']:.2f} of {r['cpu_ms']:.2f} ms ({r['lock_share']:.0%})"
+        for r in data["locks"]
+    )
+    lock = f"CPU time of an image in which a thread holds the interpreter lock: {locks}."
+    command = f"`python benchmarks/input_pipeline.py --scaling --rounds {data['rounds']}{output}`"
+    return f"{table}\n\n{lock}\n\n{command}: {measured_with(data['environment'])}."
+
+
 def quantization(data: dict, output: str) -> str:
     """Float, INT8 and spread of the kernels by network."""
     runs = data["runs"]
@@ -252,6 +280,7 @@ TABLES = {
     "small_models": small_models,
     "small_set_h100": small_set,
     "input_pipeline": input_pipeline,
+    "input_scaling": input_scaling,
     "quantization": quantization,
     "quantization_width": quantization_width,
     "quantization_width_cifar10": quantization_width,

@@ -39,10 +39,11 @@ from environment import RESULTS, environment
 from jax_steps import VARIANTS, JaxStep, UpdateStep, compile_timed, multiply_adds
 from op_shares import op_shares
 
-from repopt_jax.models.repopt_vgg import SIZES, stage_widths
+from repopt_jax.models.repopt_vgg import SIZES
 from repopt_jax.training.devices import peak_flops
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "jax-cuda12-plugin")
+TORCH_VARIANTS = {"torch, eager": False, "torch, compiled": True}  # whether it is compiled
 ON_CPU = jax.default_backend() == "cpu"
 
 
@@ -55,8 +56,8 @@ def peak(dtype):
 
 
 def torch_steps(flags, name, images, labels, dtype):
-    """Makers of the steps in PyTorch, by name; empty where it is absent or cannot use the GPU."""
-    if flags.no_torch or importlib.util.find_spec("torch") is None:
+    """Makers of the wanted steps in PyTorch, by name; none where it cannot run on the device."""
+    if not TORCH_VARIANTS.keys() & set(flags.variants) or importlib.util.find_spec("torch") is None:
         return {}
     import torch
     from torch_vgg import TorchStep, fair_float32
@@ -64,13 +65,14 @@ def torch_steps(flags, name, images, labels, dtype):
     if not ON_CPU and not torch.cuda.is_available():
         return {}
     fair_float32()
-    blocks, multipliers = SIZES[name]
+    size = SIZES[name]
     options = {"bfloat16": dtype == "bfloat16"}
     return {
-        f"torch, {label}": lambda compiled=compiled: TorchStep(
-            blocks, stage_widths(multipliers), images, labels, compiled=compiled, **options
+        variant: lambda compiled=compiled: TorchStep(
+            *size.values(), images, labels, compiled=compiled, **options
         )
-        for label, compiled in (("eager", False), ("compiled", True))
+        for variant, compiled in TORCH_VARIANTS.items()
+        if variant in flags.variants
     }
 
 
@@ -123,6 +125,7 @@ def compare_steps(flags, name, size, batch, dtype):
     makers = {
         variant: lambda variant=variant: JaxStep(name, variant, images, labels, jnp.dtype(dtype))
         for variant in flags.variants
+        if variant in VARIANTS
     }
     makers |= torch_steps(flags, name, images, labels, dtype)
     steps, left_out = started(makers, warmup=1 if ON_CPU else 10)
@@ -251,11 +254,11 @@ def parse():
     parser.add_argument("--batches", nargs="+", type=int, default=batches)
     dtypes = ["float32"] if ON_CPU else ["bfloat16"]
     parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    variants = [*VARIANTS, *TORCH_VARIANTS]
+    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1 if ON_CPU else 20, help="per round")
     parser.add_argument("--compilations", type=int, default=9)
-    parser.add_argument("--no_torch", action="store_true")
     label = "cpu" if ON_CPU else jax.devices()[0].device_kind.lower().replace(" ", "_")
     parser.add_argument("--output", default=str(RESULTS / f"step_time_{label}.json"))
     return parser.parse_args()

@@ -17,6 +17,7 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.branches import Diagonal as Diagonal
     from repopt_jax.branches import Dilated as Dilated
     from repopt_jax.branches import FoldedConv as FoldedConv
+    from repopt_jax.branches import FoldedDepthwise as FoldedDepthwise
     from repopt_jax.branches import FrozenPointwise as FrozenPointwise
     from repopt_jax.branches import Full as Full
     from repopt_jax.branches import Identity as Identity
@@ -31,15 +32,24 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.branches import merge as merge
     from repopt_jax.branches import pull_back as pull_back
     from repopt_jax.branches import split_kernel as split_kernel
+    from repopt_jax.branches.presets import acnet_branches as acnet_branches
+    from repopt_jax.branches.presets import dbb_branches as dbb_branches
+    from repopt_jax.branches.presets import mobileone_branches as mobileone_branches
+    from repopt_jax.branches.presets import repghost_branches as repghost_branches
+    from repopt_jax.branches.presets import replknet_branches as replknet_branches
+    from repopt_jax.branches.presets import repmlp_branches as repmlp_branches
+    from repopt_jax.branches.presets import repvgg_branches as repvgg_branches
     from repopt_jax.files import load_scales as load_scales
     from repopt_jax.files import load_weights as load_weights
+    from repopt_jax.hub import from_pretrained as from_pretrained
+    from repopt_jax.hub import save_pretrained as save_pretrained
+    from repopt_jax.models import MobileOne as MobileOne
     from repopt_jax.models import RepOptGhost as RepOptGhost
     from repopt_jax.models import RepOptVGG as RepOptVGG
     from repopt_jax.models import Target as Target
     from repopt_jax.models import create_model as create_model
     from repopt_jax.models import find_blocks as find_blocks
     from repopt_jax.models import init_target as init_target
-    from repopt_jax.models import repvgg_branches as repvgg_branches
     from repopt_jax.models import search_network as search_network
     from repopt_jax.models import searched_scales as searched_scales
     from repopt_jax.models import target_network as target_network

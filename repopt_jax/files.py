@@ -17,14 +17,23 @@ from etils import epath
 from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
-from repopt_jax.models import RepOptGhost, RepOptVGG
+from repopt_jax.messages import listed, quote
+from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
+from repopt_jax.models.create import FAMILIES
 from repopt_jax.models.layers import check_numbers
-from repopt_jax.scales import Scales, parse_safetensors, parse_scales
-from repopt_jax.torch_files import load_torch_scales, load_torch_weights
-from repopt_jax.torch_files.weights import fill, unfilled_model, variables
+from repopt_jax.scales import (
+    FORMAT_VERSION,
+    Scales,
+    check_version,
+    parse_safetensors,
+    parse_scales,
+)
+from repopt_jax.torch_files import load_torch_scales
+from repopt_jax.torch_files.weights import fill, load_torch_network, unfilled_model, variables
 from repopt_jax.tree_paths import current_path, errors_at
 
-FORMAT_VERSION = "1"
+# What a weights file says of its network beside the options of its family.
+FACTS = {"name", "kind", "num_classes"}
 
 
 def has_torch_names(path: str | os.PathLike, *, what: str = "path") -> bool:
@@ -118,7 +127,7 @@ def _serialized(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | 
     return save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
 
 
-def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost:
+def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost | MobileOne:
     """The network of a weights file, or of a torch file as `load_torch_weights` makes it.
 
     Args:
@@ -130,19 +139,27 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
         are not finite.
       FileNotFoundError: there is no such file.
     """
+    return load_network(path, **options)[0]
+
+
+def load_network(
+    path: str | os.PathLike, **options: Any
+) -> tuple[RepOptVGG | RepOptGhost | MobileOne, dict[str, Any]]:
+    """`load_weights`, with the arguments of `create_model` that make this network."""
     if has_torch_names(path, what="weights"):
-        return load_torch_weights(path, **options)
-    tensors, arguments = read_weights(path)
+        return load_torch_network(path, **options)
+    tensors, stated = read_weights(path)
+    arguments = stated | options
     dtype = next(iter(tensors.values())).dtype
-    model = unfilled_model(**{"param_dtype": dtype} | arguments | options)
-    wanted = {name: variable.shape for name, variable in variables(model).items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if wanted != found:
-        different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-        raise ValueError(f"{os.fspath(path)!r} does not fit its network, in {different}")
     with errors_at(f"{os.fspath(path)!r} cannot be used"):
+        model = unfilled_model(**{"param_dtype": dtype} | arguments)
+        wanted = {name: variable.shape for name, variable in variables(model).items()}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        names = wanted.keys() | found.keys()
+        if different := sorted(k for k in names if wanted.get(k) != found.get(k)):
+            raise ValueError(f"it does not fit its network, in {listed(different, ', ')}")
         check_numbers(fill(model, tensors))
-    return model
+    return model, arguments
 
 
 def read_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -154,10 +171,23 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
     name = os.fspath(path)
     tensors, metadata = parse_safetensors(epath.Path(path).read_bytes(), name)
     if "kind" not in metadata or not tensors:
-        raise ValueError(f"{name!r} must be a weights file, got {metadata or 'no facts'}")
-    arguments = {
-        k: v if k in ("name", "kind") else json.loads(v)
-        for k, v in metadata.items()
-        if k != "format_version"
-    }
+        raise ValueError(f"{name!r} must be a weights file, got one of other arrays")
+    check_version(metadata, name)
+    known = FACTS.union(*((*f.needed, *f.options) for f in FAMILIES.values()))
+    arguments = {}
+    for fact in sorted(metadata.keys() - {"format_version"}):
+        value = metadata[fact]
+        try:
+            if fact not in known:
+                raise ValueError
+            arguments[fact] = value if fact in ("name", "kind") else json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"metadata of {name!r} must state its network, got {quote(fact)}: {quote(value)}"
+            ) from None
+    blocks = arguments.get("num_blocks")
+    blocks = blocks if isinstance(blocks, list) else []
+    if all(isinstance(n, int) for n in blocks) and sum(blocks) > len(tensors):
+        # Building so many would take long.
+        raise ValueError(f"{name!r} must have arrays for each of num_blocks, got {len(tensors)}")
     return {current_path(k): v for k, v in tensors.items()}, arguments

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from repopt_jax.messages import check_names, listed, quote
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from repopt_jax.branches import Block
 
 FORMAT_VERSION = "1"
+MAX_FACT = 500  # characters of a name or a value in the metadata
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,8 +121,7 @@ class Scales(Mapping):
           blocks: path of a layer -> its branches. None: those that the network states.
 
         Raises:
-          ValueError: one message with everything that is missing, surplus, of the wrong width or
-            not finite.
+          ValueError: one message with what is missing, surplus, of the wrong width or not finite.
         """
         from repopt_jax.tree_paths import layer_at
 
@@ -141,7 +143,9 @@ class Scales(Mapping):
             if self.metadata.get(key, seed) != seed:
                 problems.append(f"{key} must be {seed}, got {self.metadata[key]}")
         if problems:
-            raise ValueError("scales do not fit the model: " + "; ".join(sorted(problems)))
+            of = self.metadata.get("model")
+            which = "" if of is None else " of no known model" if of == "unknown" else f" of {of}"
+            raise ValueError(f"scales{which} do not fit the model: {listed(sorted(problems))}")
 
     def flat(self) -> dict[str, Float[np.ndarray, " out"]]:
         """The vectors by ``<layer path>/<branch>``, the keys of the file."""
@@ -257,12 +261,14 @@ def parse_safetensors(data: bytes, name: str) -> tuple[dict[str, np.ndarray], di
     """The arrays and the metadata of a safetensors file.
 
     Raises:
-      ValueError: `data` is no such file.
+      ValueError: `data` is no such file, or has a name that cannot be printed.
     """
     import json
 
     import ml_dtypes
     from safetensors import SafetensorError, deserialize
+
+    from repopt_jax.tree_paths import errors_at
 
     types = {
         **{"BOOL": "?", "U8": "u1", "U16": "u2", "U32": "u4", "U64": "u8"},
@@ -278,8 +284,32 @@ def parse_safetensors(data: bytes, name: str) -> tuple[dict[str, np.ndarray], di
         # The header is JSON after its length in 8 bytes.
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{name!r} must be a safetensors file: {error}") from None
+        raise ValueError(
+            f"{name!r} must be a safetensors file: {ascii(str(error))[:200]}"
+        ) from None
+    with errors_at(f"{name!r} cannot be used"):
+        check_names(arrays)
     return arrays, header.get("__metadata__", {})
+
+
+def check_version(metadata: Mapping[str, str], name: str) -> None:
+    """Refuse metadata of another format version than ours, or that would spoil a message.
+
+    Args:
+      metadata: of a safetensors file.
+      name: of the file, for messages.
+    """
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{name!r} must have the format_version {FORMAT_VERSION}, got {quote(version)}"
+        )
+    for text in (*metadata, *metadata.values()):
+        if len(text) > MAX_FACT or not text.isprintable():
+            raise ValueError(
+                f"metadata of {name!r} must be printable text of at most {MAX_FACT} characters, "
+                f"got {quote(text)}"
+            )
 
 
 def parse_scales(data: bytes, name: str) -> Scales:
@@ -295,11 +325,7 @@ def parse_scales(data: bytes, name: str) -> Scales:
     from repopt_jax.tree_paths import current_path
 
     flat, metadata = parse_safetensors(data, name)
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{name!r} must be a scales file of format_version {FORMAT_VERSION}, "
-            f"got {metadata.get('format_version')!r}"
-        )
+    check_version(metadata, name)
     vectors: dict[str, dict[str, np.ndarray]] = {}
     for key in sorted(flat, key=_in_network_order):
         path, _, branch = current_path(key).rpartition("/")
@@ -314,4 +340,4 @@ def parse_scales(data: bytes, name: str) -> Scales:
 
 def _in_network_order(key: str) -> list[tuple[int, int, str]]:
     """Sort ``stage1/2`` before ``stage1/10``."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split("/")]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in key.split("/")]

@@ -71,3 +71,12 @@ def official_scales():
     if not folder.is_dir():
         pytest.skip("the released scale files (../shared/official_scales) are not on this machine")
     return folder
+
+
+@pytest.fixture
+def golden_family():
+    """Folder of float64 results of the sibling papers' PyTorch code, which users do not have."""
+    folder = SHARED / "golden_family"
+    if not folder.is_dir():
+        pytest.skip("the siblings' results (../shared/golden_family) are not on this machine")
+    return folder

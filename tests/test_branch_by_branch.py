@@ -82,6 +82,7 @@ def test_networks_train_as_the_reference_does(optimizer, kind, results, x64):
         assert relative(jnp.concatenate(parts), wanted) <= bound, name
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_reference_gives(results, x64):
     found = reference.results()
     assert found.keys() == results.keys()
@@ -103,6 +104,7 @@ def parts_of(model):
     return trained, scales, strides
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_reference_trains_as_the_official_code_does(optimizer, golden, x64):
     """So that the file beside this test stands for the official results."""

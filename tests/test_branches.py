@@ -15,6 +15,7 @@ from repopt_jax import (
     Diagonal,
     Dilated,
     FoldedConv,
+    FoldedDepthwise,
     FrozenPointwise,
     Full,
     Identity,
@@ -22,12 +23,10 @@ from repopt_jax import (
     PooledPointwise,
     Window,
     branch_mult,
-    check_block,
     init_weights,
     initial_scales,
     merge,
     pull_back,
-    split_kernel,
 )
 
 BRANCHES = {
@@ -55,6 +54,7 @@ BRANCHES = {
     "frozen first factor": (FrozenPointwise(3), (4, 6), 1),
     "frozen second factor": (LowRank(3), (4, 6), 1),
     "folded convolution": (FoldedConv((4, 3), (3, 5)), (24, 36), 1),
+    "folded depthwise convolution": (FoldedDepthwise((4, 3), (3, 5)), (1, 1, 12, 24), 2),
     "folded convolution, grouped": (FoldedConv((3,), (3,), groups=2), (12, 18), 1),
 }
 every_branch = pytest.mark.parametrize(
@@ -166,6 +166,9 @@ def own_output(branch, x, weight, shape, groups):
         case FoldedConv():
             images = x.reshape(x.shape[0], *branch.image, -1)
             return convolve(images, weight, branch.groups).reshape(x.shape[0], -1)
+        case FoldedDepthwise():
+            images = jnp.moveaxis(x.reshape(-1, groups, *branch.image), 1, -1)
+            return jnp.moveaxis(convolve(images, weight, groups), -1, 1).reshape(x.shape)
         case BlockDiagonal() if len(shape) == 2:
             pairs = zip(*(jnp.split(a, branch.groups, -1) for a in (x, weight)), strict=True)
             return jnp.concatenate([part @ block for part, block in pairs], -1)
@@ -270,6 +273,9 @@ def test_initial_scales_are_those_of_the_branches():
         (Diagonal(), (1, 4, 4)),
         (FoldedConv((2, 2), (3, 3)), (8, 6)),
         (FoldedConv((2,), (3,), groups=3), (4, 12)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 4, 6)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 8, 8)),
+        (FoldedDepthwise((2, 2), (3, 3)), (3, 3, 4, 8)),
         (LowRank(5), (4, 8)),
     ],
 )
@@ -325,115 +331,3 @@ def test_what_has_no_element_wise_multiplier_is_not_given_one():
     mult = branch_mult({"average": Average()}, {"average": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"dense.*average"):
         mult.dense((3, 3, 2, 2))
-
-
-@pytest.mark.parametrize("branch", [Full(), Centre(1), Identity()], ids=str)
-def test_a_block_is_checked_where_promotion_is_refused(branch, x64, strict):
-    """In float64 too, whichever test checked the type first."""
-    own = type("Own", (type(branch),), {})(**dataclasses.asdict(branch))
-    check_block({"b": own}, (3, 3, 2, 2))
-
-
-@pytest.mark.parametrize(
-    ("embed", "message"),
-    [
-        (lambda w, k: jnp.zeros(k).at[0, 0].set(w[0, 0]), "mask"),
-        (
-            lambda w, k: Centre(1).embed(w[..., ::-1], k),
-            "by_channel",
-        ),
-    ],
-    ids=["another place", "channels exchanged"],
-)
-def test_a_subclass_that_breaks_what_its_parent_says_of_itself_is_refused(embed, message):
-    class Changed(Centre):
-        def embed(self, weight, kernel_shape):
-            return embed(weight, kernel_shape)
-
-    with pytest.raises(ValueError, match=message):
-        check_block({"changed": Changed(1)}, (3, 3, 2, 4))
-
-
-class Spread(Full):
-    """One weight per channel, in every tap: no placement, though its parent is one."""
-
-    def weight_shape(self, kernel_shape):
-        return (1, 1, *kernel_shape[2:])
-
-    def embed(self, weight, kernel_shape):
-        return jnp.broadcast_to(weight, kernel_shape)
-
-
-class Negative(Full):
-    def embed(self, weight, kernel_shape):
-        return -weight
-
-
-@pytest.mark.parametrize("branch", [Spread(), Negative()], ids=["several places", "not a copy"])
-def test_a_branch_that_is_no_placement_may_not_say_that_it_is(branch):
-    """Its multiplier would be a mask, and silently wrong."""
-    with pytest.raises(ValueError, match="placement"):
-        check_block({"odd": branch}, (3, 3, 2, 2))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shifted(Branch):
-    """Linear, and a placement, for some of its fields' values alone."""
-
-    shift: float = 0.0
-    taps: int = 1
-    placement = True
-
-    def weight_shape(self, kernel_shape):
-        return kernel_shape[-2:]
-
-    def embed(self, weight, kernel_shape):
-        kernel = jnp.zeros(kernel_shape, weight.dtype)
-        return kernel.at[: self.taps].set(weight) + jnp.asarray(self.shift, weight.dtype)
-
-
-@pytest.mark.parametrize(
-    ("branch", "reason"), [(Shifted(shift=1.0), "constant"), (Shifted(taps=2), "placement")]
-)
-def test_every_statement_of_a_branch_is_checked(branch, reason):
-    """Another one of its class that passed says nothing of it."""
-    check_block({"good": Shifted()}, (3, 2, 4))
-    with pytest.raises(ValueError, match=reason):
-        check_block({"bad": branch}, (3, 2, 4))
-
-
-def test_every_shape_of_a_kernel_is_checked():
-    @dataclasses.dataclass(frozen=True)
-    class Wide(Shifted):
-        def embed(self, weight, kernel_shape):
-            return super().embed(weight, kernel_shape) + jnp.float32(kernel_shape[-1] == 8)
-
-    check_block({"branch": Wide()}, (3, 2, 4))
-    with pytest.raises(ValueError, match="constant"):
-        check_block({"branch": Wide()}, (3, 2, 8))
-
-
-def test_types_of_the_package_are_what_they_say():
-    """They are not asked where they are used; here they are, as anyone's are."""
-    for branch, shape, _ in BRANCHES.values():
-        own = type("Own", (type(branch),), {})
-        fields = {f.name: getattr(branch, f.name) for f in dataclasses.fields(branch)}
-        check_block({"b": own(**fields)}, shape)
-
-
-@every_branch
-def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x64, strict):
-    block = {"first": branch, "full": Full()}
-    scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
-    kernel = normal(5, shape)
-    weights = split_kernel(block, kernel, scales)
-    np.testing.assert_allclose(merge(block, weights, scales, shape), kernel, rtol=0, atol=1e-10)
-    assert abs(weights["first"]).max() > 1e-3  # it takes its share
-
-
-def test_what_no_branch_reaches_is_left_out_of_a_split(x64, strict):
-    """A window of 3 without a branch at its border, and a channel whose scale is 0."""
-    kernel, scales = normal(0, (3, 2, 2)), {"centre": jnp.array([2.0, 0.0])}
-    weights = split_kernel({"centre": Centre(1)}, kernel, scales)["centre"]
-    np.testing.assert_allclose(weights[0, :, 0], kernel[1, :, 0] / 2, rtol=1e-15)
-    assert (weights[0, :, 1] == 0).all()

@@ -4,10 +4,11 @@ import math
 
 import pytest
 
+from repopt_jax.branches import presets
 from repopt_jax.check_equivalence import layers, networks
 from repopt_jax.check_equivalence.__main__ import main
 
-FEW = {n: layers.LAYERS[n] for n in ("dense, identity", "1x1, then pooling")}
+FEW = {n: layers.LAYERS[n] for n in ("dense, identity", "DBB, depthwise")}
 CASE = ("block, stride 2", "SGD Nesterov, decay", True)
 
 
@@ -57,6 +58,12 @@ def test_a_layer_that_is_nan_is_the_largest_difference(monkeypatch, x64):
     """Wherever it stands among the layers."""
     monkeypatch.setattr(networks, "differences", lambda *_: {"a": 1e-16, "b": float("nan")})
     assert math.isnan(networks.difference(*CASE, steps=1))
+
+
+def test_all_presets_are_among_the_layers():
+    names = {n.removesuffix("_branches") for n in vars(presets) if n.endswith("_branches")}
+    assert len(names) == 7
+    assert names <= {name.split(",")[0].lower() for name in layers.LAYERS}
 
 
 def test_forty_cases_without_all():

@@ -142,9 +142,13 @@ def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
     assert "plain step 33" in (tmp_path / "run" / "plain" / "train.log").read_text()
 
 
-def test_a_tilde_is_the_home_folder(tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "workdir"), [("--workdir=~/x", "{home}/x"), ("--config=~/mine.py", "runs/mine")]
+)
+def test_a_tilde_is_the_home_folder(flag, workdir, tmp_path):
     """No shell expands one after an equals sign."""
+    (tmp_path / "mine.py").write_text("from repopt_jax.training.digits import get_config\n")
     environment = os.environ | {"HOME": str(tmp_path)}
-    arguments = [sys.executable, str(REPOSITORY / "train.py"), "--mode=eval", "--workdir=~/x"]
+    arguments = [sys.executable, str(REPOSITORY / "train.py"), "--mode=eval", flag]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr.endswith(f"got {tmp_path}/x\n")
+    assert done.stderr.endswith(f"got {workdir.format(home=tmp_path)}\n")

@@ -1,5 +1,6 @@
 """Claims about worker processes: they change neither batches nor messages; none stays behind."""
 
+import functools
 import os
 import pathlib
 import re
@@ -7,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import numpy as np
 import pytest
 import simplejpeg
 
 from repopt_jax.data import eval_batches, load_dataset, train_batches
+from repopt_jax.data.randaugment import FIELDS, NAMES, Draw, apply_operations
+from repopt_jax.data.workers import _Worker
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,22 @@ def test_bad_images_of_all_workers_are_named_once(broken, caplog):
     assert found[0][1:] == found[2][1:] and len(found[2][1]) == 2 and found[2][3] == 2
 
 
+def test_operations_for_the_device_are_those_of_the_image_that_stands_in(broken):
+    for augment_on in ("host", "device"):
+        dataset = load_dataset("folder", data_dir=str(broken))
+        options = {"batch_size": 16, "seed": 0, "image_size": 32, "skip_bad": True}
+        batch = next(train_batches(dataset, augment="jitter", augment_on=augment_on, **options))
+        assert len(dataset.bad_images) == 2
+        if augment_on == "host":
+            expected = batch
+    for image, rows, wanted in zip(
+        batch["image"], batch["operations"], expected["image"], strict=True
+    ):
+        columns = [dict(zip(FIELDS, row, strict=True)) for row in rows]
+        drawn = [(NAMES[int(c["operation"])], Draw(factor=c["factor"])) for c in columns]
+        np.testing.assert_array_equal(apply_operations(image, drawn), wanted)
+
+
 def test_an_error_in_a_worker_is_the_same_sentence(broken):
     told = []
     for workers in (0, 2):
@@ -134,6 +154,19 @@ def test_a_killed_worker_ends_the_iteration_with_a_sentence(folder):
     with pytest.raises(OSError, match=r"a worker process .* status -9"):
         for _ in range(50):
             next(batches)
+
+
+def test_the_error_about_a_lost_worker_can_be_collected():
+    """From Python 3.13 on, a BytesIO with a view that goes at the same time says so anywhere."""
+    worker = _Worker(1)
+    for _ in range(2):  # the process ends in the first call, and the second cannot reach it
+        with pytest.raises(OSError, match=r"a worker process .* status 3") as caught:
+            worker.run(functools.partial(os._exit, 3), ())
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__context__.__traceback__)]
+    values = [value for frame in frames for value in frame.f_locals.values()]
+    views = [value for value in values if isinstance(value, memoryview)]
+    assert views and all(isinstance(view.obj, bytes) for view in views)
+    worker.stop()
 
 
 def test_signals_to_a_whole_terminal_leave_workers_to_their_parent(folder):

@@ -23,9 +23,11 @@ from repopt_jax.deploy.command_line import main
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.deploy.stablehlo_export import load_stablehlo
+from repopt_jax.deploy.trained import load_run, run_config
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.torch_files import export_weights
 from repopt_jax.training import run
+from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.report import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -168,6 +170,21 @@ def test_a_network_that_the_checkpoint_is_not_of_is_refused(documented, folder, 
     status, _, told = command(f"{line} --config.model.widths='(8,8,8,8,8)'")
     assert status == 2 and "model must be that of the checkpoint of 'plain', where params/" in told
     assert command(line)[0] == 0
+
+
+@pytest.mark.parametrize(("end", "value"), [("conv/kernel", np.nan), ("bn/var", -1.0)])
+def test_a_checkpoint_with_numbers_that_mean_nothing_is_refused(folder, end, value, monkeypatch):
+    """As weights files are, by the tensor and the run."""
+    restore, workdir = Checkpoints.restore, folder / "runs" / "digits"
+
+    def damaged(self, **options):
+        step, arrays = restore(self, **options)
+        path = next(p for p in arrays if p.startswith(("params/", "stats/")) and p.endswith(end))
+        return step, {**arrays, path: jnp.full_like(arrays[path], value)}
+
+    monkeypatch.setattr(Checkpoints, "restore", damaged)
+    with pytest.raises(ValueError, match=rf"'target' in .*digits.*{end} must"):
+        load_run(run_config(workdir), workdir)
 
 
 def test_averaged_weights_are_others(documented, folder, command):

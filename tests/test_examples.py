@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("resnet_digits", "stage2/conv1"), ("depthwise_digits", "body/1/depthwise")],

@@ -65,6 +65,7 @@ def test_multipliers(golden, x64):
         assert relative(one, dense) <= 1e-12, path
 
 
+@pytest.mark.slow
 def test_target_training_with_sgd(golden, summary, batches, x64):
     model, setup = load(golden, "ghost_target_init"), summary["setup"]
     params = nnx.state(model, nnx.Param)

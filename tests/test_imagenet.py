@@ -27,6 +27,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_on_encoded_images_and_is_evaluated_on_all(tfds_dir, tmp_path):
     """RandAugment, bfloat16, SGD with multipliers, 1000 classes."""
     config = runpy.run_path(str(REPOSITORY / "configs" / "imagenet.py"))["get_config"]()

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from small_run import small_config
 
-from repopt_jax.training import evaluation, loop, run
+from repopt_jax.training import evaluation, inputs, loop, run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.interruption import RunStopped, StopSignal
-from repopt_jax.training.parts import prepare
+from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import read_metrics
 
 
@@ -29,22 +29,20 @@ def fake_step(monkeypatch):
         return state._replace(step=state.step + 1), {"loss": jnp.asarray(loss)}
 
     found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
-    monkeypatch.setattr(loop, "jitted_train_step", step)
+    monkeypatch.setattr(inputs, "jitted_train_step", step)
     monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
     return losses
 
 
-class Loss(float):
+class Loss:
     """A loss that tells when the loop reads it, as a device's would make the loop wait."""
 
-    def __new__(cls, step, events):
-        loss = super().__new__(cls, 1.0)
-        loss.step, loss.events = step, events
-        return loss
+    def __init__(self, step, events):
+        self.step, self.events = step, events
 
-    def __float__(self):
+    def __array__(self, dtype=None, copy=None):
         self.events.append(("read", self.step))
-        return 1.0
+        return np.ones((), dtype)
 
 
 def test_the_next_step_has_its_batch_and_is_dispatched_before_a_loss_is_read(
@@ -52,7 +50,7 @@ def test_the_next_step_has_its_batch_and_is_dispatched_before_a_loss_is_read(
 ):
     """Between reports: the device has step n + 1 to do while the loop waits for step n."""
     events = []
-    put, placed = loop.put_batch, [0]
+    put, placed = inputs.put_batch, [0]
 
     def put_batch(*arguments):
         placed[0] += 1
@@ -64,8 +62,8 @@ def test_the_next_step_has_its_batch_and_is_dispatched_before_a_loss_is_read(
         events.append(("dispatch", number))
         return state._replace(step=state.step + 1), {"loss": Loss(number, events)}
 
-    monkeypatch.setattr(loop, "put_batch", put_batch)
-    monkeypatch.setattr(loop, "jitted_train_step", step)
+    monkeypatch.setattr(inputs, "put_batch", put_batch)
+    monkeypatch.setattr(inputs, "jitted_train_step", step)
     config = small_config(parts=("plain",), target__epochs=1.0, eval_every=1.0, log_every=100)
     config.checkpoint.every = 1.0
     config.target.schedule.warmup_epochs = 0.0
@@ -135,7 +133,7 @@ def test_a_broken_state_is_not_saved_over_the_last_good_one(tmp_path):
 def test_an_error_of_the_computation_keeps_its_traceback(tmp_path, fake_step, monkeypatch):
     """It is no sentence about the user's input, though it is a ValueError as well."""
     broken = lambda *_: jnp.ones(2) + jnp.ones((2, 2))  # noqa: E731
-    monkeypatch.setattr(loop, "jitted_train_step", broken)
+    monkeypatch.setattr(inputs, "jitted_train_step", broken)
     with pytest.raises(ValueError, match="rank_promotion"):
         run.run(small_config(parts=("plain",)), tmp_path)
 
@@ -143,6 +141,8 @@ def test_an_error_of_the_computation_keeps_its_traceback(tmp_path, fake_step, mo
 @pytest.mark.parametrize("split", ["train_batches", "eval_batches"])
 def test_a_broken_image_ends_the_run_with_its_sentence(tmp_path, fake_step, monkeypatch, split):
     class Broken:
+        start_prefetch = dict
+
         def __iter__(self):
             return self
 
@@ -151,13 +151,12 @@ def test_a_broken_image_ends_the_run_with_its_sentence(tmp_path, fake_step, monk
 
         get_state = dict
 
-    monkeypatch.setattr(
-        type(prepare(small_config(), "plain", make_mesh())), split, lambda _: Broken()
-    )
+    broken = lambda *_, **__: Broken()  # noqa: E731
+    monkeypatch.setattr(Part, split, broken if split == "train_batches" else Broken())
     monkeypatch.setattr(
         loop,
         "evaluate_state",
-        lambda part, *_: evaluation._evaluate_network(part, None, None, None),
+        lambda part, _, __, wait: evaluation._evaluate_network(part, None, None, None, wait),
     )
     with pytest.raises(RunStopped, match=r"^image cat.jpg cannot be decoded$") as stopped:
         run.run(small_config(parts=("plain",)), tmp_path)
@@ -253,9 +252,9 @@ def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
     config = small_config(parts=("plain",), eval_every=0.5, checkpoint__every=9.0)
     real = evaluation._evaluate_network
 
-    def interrupting(part, params, stats, stop):
+    def interrupting(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        found = real(part, params, stats, stop)
+        found = real(*arguments)
         assert found is None
         return found
 

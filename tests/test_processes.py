@@ -118,6 +118,36 @@ def test_a_killed_process_ends_the_other_with_a_sentence(story, tmp_path, victim
     assert "Traceback" not in said
 
 
+ABORT = """
+import ctypes, socket, sys, threading
+from repopt_jax.training import processes
+here, there = socket.socketpair()
+processes._hold_aborts()
+threading.Thread(target=processes._watch, args=(here,), daemon=True).start()
+if sys.argv[1] == "lost":
+    threading.Timer(0.5, there.close).start()
+ctypes.CDLL(None).abort()  # as jax does, outside of the interpreter
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="aborts are held on Linux only")
+@pytest.mark.parametrize(
+    ("reason", "status", "sentence"),
+    [("lost", 1, True), pytest.param("other", -signal.SIGABRT, False, marks=pytest.mark.slow)],
+)
+def test_an_abort_waits_for_the_sentence_about_another_process(tmp_path, reason, status, sentence):
+    """jax may see that the first process is gone before our thread does; other aborts happen."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ABORT, reason],
+        env=environment(tmp_path, 1),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == status, ended.stderr
+    assert ("another process of this run has ended" in ended.stderr) == sentence
+
+
 GATHER = """
 import sys
 from repopt_jax.training.processes import gathered, join_processes

@@ -116,6 +116,7 @@ def test_csgd(x64):
             np.testing.assert_allclose(param, array, rtol=1e-9, err_msg=path)
 
 
+@pytest.mark.slow
 def test_csgd_surgery(x64):
     golden = load_golden("csgd_surgery")
     model = load(CifarResNet(), section(golden, "before/"))
@@ -182,6 +183,7 @@ def test_resrep(x64):
             np.testing.assert_allclose(params[path], expected, rtol=1e-9, err_msg=path)
 
 
+@pytest.mark.slow
 def test_resrep_conversion(x64):
     golden = load_golden("resrep_conversion")
     model = load(compacted_resnet(), section(golden, "before/"))

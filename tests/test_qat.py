@@ -16,7 +16,7 @@ from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.parts import initial_scales, prepare
 from repopt_jax.training.report import read_metrics
-from repopt_jax.training.trained import trained_network
+from repopt_jax.training.trained import load_part
 from repopt_jax.tree_paths import by_path
 
 
@@ -40,7 +40,7 @@ def test_a_finished_run_goes_on_in_int8(workdir):
     """Its first step has the loss of the trained network; its length is free until it begins."""
     config = small_config(parts=("plain_qat",), qat__epochs=0.2, **SHORT)
     run.run(config, workdir)
-    trained = trained_network(config, workdir, "plain", checkpoint="latest")
+    trained, _ = load_part(config, workdir, part="plain", checkpoint="latest")
     first = read_metrics(workdir / "plain_qat" / "metrics.jsonl")[0]
     before = read_metrics(workdir / "plain" / "metrics.jsonl")[-1]
     assert first["train/lr"] == pytest.approx(0.01 * before["train/lr"], rel=1e-3)

@@ -43,7 +43,7 @@ CONFIGS = [
     ({"scales": "nowhere.safetensors"}, "must be an existing file, got .*nowhere"),
     ({"identity": "two"}, "identity must be 'searched' or 'one', got 'two'"),
     ({"model.name": "VGG"}, "model: name must be one of .* got 'VGG'"),
-    ({"model.widths": (4, 4)}, r"model: widths must have 5 entries, got \(4, 4\)"),
+    ({"model.widths": (4, 4)}, r"model: widths must be 5 whole numbers .*got \(4, 4\)"),
     ({"model.widths": (4, 4, 4, 8, "8")}, "model.widths must be whole numbers above 0"),
     ({"model.num_blocks": (1, 1, 0, 1)}, "model.num_blocks must be whole numbers above 0"),
     ({"model.strides": (1, 2, 2, 1, -1)}, "model.strides must be whole numbers above 0"),
@@ -70,6 +70,9 @@ SECTIONS = [
     ({"data.classes": (3, 99)}, "classes must lie in 0..9 for 'digits'"),
     ({"data.image_size": 0}, "image_size must be .* got 0"),
     ({"data.augment": "heavy"}, "augment must be one of .* got 'heavy'"),
+    ({"data.on_device": "yes"}, "data.on_device must be one of .* got 'yes'"),
+    ({"data.on_device_bytes": -1}, "data.on_device_bytes must be at least 0, got -1"),
+    ({"data.augment_on": "gpu"}, "data.augment_on must be one of .* got 'gpu'"),
     ({"data.threads": -1}, "threads must be .* got -1"),
     ({"data.workers": -1}, "workers must be .* got -1"),
     ({"data.mean": (0.5,)}, r"data.mean must be 3 numbers, one per channel, got \(0.5,\)"),
@@ -243,6 +246,14 @@ def test_a_run_without_fields_that_came_later_goes_on_with_their_defaults(begun)
     assert "target.label_smoothing (0.1 there, 0.3 here)" in refused(other, begun)
     with pytest.raises(pytest.fail.Exception, match="a part was trained"):
         run.run(small_config(), begun)
+
+
+@pytest.mark.parametrize("field", ["augment_on", "threads"])
+def test_a_run_goes_on_where_others_make_its_images(begun, field):
+    """They are the same images."""
+    value = {"augment_on": "device", "threads": 1}[field]
+    with pytest.raises(pytest.fail.Exception, match="a part was trained"):
+        run.run(small_config(**{f"target__data__{field}": value}), begun)
 
 
 def test_a_run_whose_classes_have_other_names_is_refused(begun, monkeypatch):

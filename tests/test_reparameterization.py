@@ -249,10 +249,10 @@ def test_nnx_states_are_parameters_too():
 def test_weights_of_another_kernel_are_refused_by_name(x64):
     """The mistake that would train another network without a word."""
     other = {**WEIGHTS, "dense": jax.tree.map(lambda w: w + 1e-6, WEIGHTS["dense"])}
-    with pytest.raises(ValueError, match=r"weights\['dense'\].*params\['dense/kernel'\]"):
+    with pytest.raises(ValueError, match=r"'dense'.*weights"):
         exact(optax.sgd(0.1), weights=other).init(plain_params())
     nan = {**WEIGHTS, "conv": jax.tree.map(lambda w: w * np.nan, WEIGHTS["conv"])}
-    with pytest.raises(ValueError, match=r"params\['conv/kernel'\]"):
+    with pytest.raises(ValueError, match=r"'conv'.*weights"):
         exact(optax.sgd(0.1), weights=nan).init(plain_params())
 
 
@@ -292,36 +292,6 @@ def test_weights_of_another_shape_are_refused_by_name():
         exact(optax.sgd(0.1), jnp.float32, other).init(plain_params(jnp.float32))
 
 
-def three_updates(tx, jit=True):
-    """The kernel "dense" after three updates."""
-    update = jax.jit(tx.update) if jit else tx.update
-    params = plain_params()
-    state = tx.init(params)
-    for i in range(3):
-        value, grads = jax.value_and_grad(loss)(params, float(i))
-        updates, state = update(grads, state, params, value=value)
-        params = optax.apply_updates(params, updates)
-    return params["dense"]["kernel"]
-
-
-MOVERS = {
-    "scale": lambda tx: optax.chain(tx, optax.scale(0.9)),
-    "frozen": lambda tx: optax.chain(tx, optax.scale(0.0)),
-    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
-    "mechanize": optax.contrib.mechanize,
-}
-
-
-@pytest.mark.parametrize("mover", MOVERS)
-def test_a_kernel_that_something_else_moves_is_refused(mover, x64):
-    """By a sentence, and under jit by NaN in its update."""
-    tx = MOVERS[mover](exact(optax.sgd(0.1)))
-    tx = optax.with_extra_args_support(tx)
-    assert np.isnan(three_updates(tx)).all()
-    with pytest.raises(ValueError, match=r"params\['\w+/kernel'\]"):
-        three_updates(tx, jit=False)
-
-
 def test_a_kernel_of_other_branches_is_refused_by_the_first_update_under_jit(x64):
     """Where `init` could not see the values."""
     tx, params = exact(optax.sgd(0.1)), plain_params()
@@ -345,19 +315,6 @@ def test_roundings_move_no_kernel_too_far(dtype):
     params = {"dense": {"kernel": kernel}}
     params, _ = train(tx, params, steps=100)
     assert np.isfinite(params["dense"]["kernel"].astype(jnp.float32)).all()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda tx: optax.contrib.schedule_free(tx, 0.1),
-        lambda tx: optax.chain(tx, optax.contrib.reduce_on_plateau()),
-        lambda tx: optax.chain(tx, optax.scale(0.5)),
-    ],
-    ids=["schedule_free", "reduce_on_plateau", "scale"],
-)
-def test_what_moves_parameters_is_exact_inside(make, x64):
-    assert_trains_as_branches(exact(make(optax.sgd(0.1))), make(optax.sgd(0.1)))
 
 
 def test_a_kernel_that_is_none_is_passed_over(x64):

@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from test_reparameterization import csla_params, exact, loss, merged, plain_params
+from test_reparameterization import (
+    assert_trains_as_branches,
+    csla_params,
+    exact,
+    loss,
+    merged,
+    plain_params,
+)
 
 from repopt_jax import Full, merge, reparameterize
 from repopt_jax.tree_paths import by_path
@@ -140,3 +147,46 @@ def test_lookahead_outside_is_refused(x64):
         for i in range(4):
             updates, state = tx.update(jax.grad(loss)(pair.fast, float(i)), state, pair)
             pair = optax.apply_updates(pair, updates)
+
+
+def three_updates(tx, jit=True):
+    """The kernel "dense" after three updates."""
+    update = jax.jit(tx.update) if jit else tx.update
+    params = plain_params()
+    state = tx.init(params)
+    for i in range(3):
+        value, grads = jax.value_and_grad(loss)(params, float(i))
+        updates, state = update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    return params["dense"]["kernel"]
+
+
+MOVERS = {
+    "scale": lambda tx: optax.chain(tx, optax.scale(0.9)),
+    "frozen": lambda tx: optax.chain(tx, optax.scale(0.0)),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+    "mechanize": optax.contrib.mechanize,
+}
+
+
+@pytest.mark.parametrize("mover", MOVERS)
+def test_a_kernel_that_something_else_moves_is_refused(mover, x64):
+    """By a sentence, and under jit by NaN in its update."""
+    tx = MOVERS[mover](exact(optax.sgd(0.1)))
+    tx = optax.with_extra_args_support(tx)
+    assert np.isnan(three_updates(tx)).all()
+    with pytest.raises(ValueError, match=r"params\['\w+/kernel'\]"):
+        three_updates(tx, jit=False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tx: optax.contrib.schedule_free(tx, 0.1),
+        lambda tx: optax.chain(tx, optax.contrib.reduce_on_plateau()),
+        lambda tx: optax.chain(tx, optax.scale(0.5)),
+    ],
+    ids=["schedule_free", "reduce_on_plateau", "scale"],
+)
+def test_what_moves_parameters_is_exact_inside(make, x64):
+    assert_trains_as_branches(exact(make(optax.sgd(0.1))), make(optax.sgd(0.1)))

@@ -74,7 +74,7 @@ def test_evaluation_counts_every_image_exactly_once(finished):
     """Equal to plain numpy over all 360 images, with batches of 104 and a partial last one."""
     config, workdir, summary, _ = finished
     part, _, state = restored(config, workdir, "target")
-    batches = list(part.eval_batches())
+    batches = list(part.eval_batches)
     assert [len(b["mask"]) for b in batches] == [104] * 4
     assert sum(int(b["mask"].sum()) for b in batches) == len(part.dataset.eval) == 360
     data = part.dataset.eval
@@ -131,12 +131,21 @@ def test_eval_mode_asks_for_nothing_that_only_training_needs(finished):
 
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
-    """Its table is printed at once."""
+    """Its table is printed at once; a last line says that the images may be others by now."""
     config, workdir, summary, _ = finished
     monkeypatch.setattr(run, "train", lambda *_: pytest.fail("trained again"))
     assert run.run(config, workdir) == summary
     table = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in table[2:4]] == [PARTS[name].title for name in NAMES]
+    assert "images were not read" in table[-1]
+
+
+def test_a_tilde_in_the_working_directory_is_the_home_folder(finished, monkeypatch):
+    config, workdir, summary, _ = finished
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("trained again"))
+    assert run.run(config, f"~/{workdir.name}") == summary
+    assert "target/latest" in run.evaluate(config, f"~/{workdir.name}")
 
 
 def test_a_command_for_one_part_keeps_the_others_in_the_summary(finished):

@@ -38,6 +38,14 @@ def test_file_keeps_everything(tmp_path, model):
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+def test_blocks_of_a_file_are_in_the_order_of_the_network(tmp_path):
+    """The tenth layer after the second, though the file's keys are sorted as text."""
+    paths = ["stage1/2/conv", "stage1/10/conv", "stage2/0/conv"]
+    scales = Scales({path: {"full": np.ones(2, np.float32)} for path in paths[::-1]})
+    save_scales(tmp_path / "s.safetensors", scales)
+    assert list(load_scales(tmp_path / "s.safetensors")) == paths
+
+
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "s.safetensors"
     save_scales(path, Scales({"a": {"full": np.ones(2)}}))
@@ -68,9 +76,9 @@ def test_check_lists_all_problems_in_one_message(model):
 
 
 def test_variants_of_the_ablation(model):
-    scales = Scales({"a": {"conv3x3": np.array([1.0, 3.0]), "identity": np.array([0.0, 1.0])}})
+    scales = Scales({"a": {"conv3x3": np.array([1.0, -3.0]), "identity": np.array([0.0, 1.0])}})
     assert scales.ones()["a"]["conv3x3"].tolist() == [1.0, 1.0]
-    assert scales.averaged()["a"]["conv3x3"].tolist() == [2.0, 2.0]
+    assert scales.averaged()["a"]["conv3x3"].tolist() == [-1.0, -1.0]
     assert scales.averaged()["a"]["identity"].tolist() == [0.5, 0.5]
     initial = Scales.initial(model)
     np.testing.assert_allclose(initial["stage2/1/conv"]["conv1x1"], np.sqrt(2), rtol=1e-6)

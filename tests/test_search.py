@@ -12,8 +12,6 @@ from flax import nnx
 from repopt_jax import (
     Centre,
     Diagonal,
-    FoldedConv,
-    FrozenPointwise,
     Full,
     Identity,
     LowRank,
@@ -72,26 +70,6 @@ def abstract(make):
     return nnx.eval_shape(lambda: make(nnx.Rngs(0)))
 
 
-def test_rule_finds_every_3x3_convolution():
-    blocks = find_blocks(abstract(Net), repvgg_branches)
-    identity = {path: block.get("identity") for path, block in blocks.items()}
-    assert identity == {
-        "body/0": Identity(groups=2),
-        "body/1": Identity(groups=4),
-        "stem": None,
-    }
-
-
-def test_patterns_name_layers_and_the_first_match_counts():
-    model = abstract(Net)
-    blocks = find_blocks(model, {"body/1": {"first": Full()}, "body/*": FULL})
-    assert blocks == {"body/0": FULL, "body/1": {"first": Full()}}
-    with pytest.raises(ValueError, match=r"rule.*\['tail'\]"):
-        find_blocks(model, {"tail": FULL, "head": FULL})
-    with pytest.raises(ValueError, match=r"rule.*body/0"):
-        find_blocks(model, lambda path, layer: None)
-
-
 def test_search_network_trains_branches_and_scales_and_keeps_everything_else():
     search = abstract(lambda rngs: search_network(Net(rngs), BLOCKS, rngs=rngs))
     expected = {"stem/kernel", "stem/bias", "body/0/bias", "head/bias"}
@@ -125,6 +103,15 @@ def test_search_network_computes_what_the_plain_one_does_with_merged_kernels(x64
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_identities_of_a_search_start_at_the_scales_that_it_is_given():
+    """Not at their branches' own value, which is 1."""
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    scales = {"layers/0": {"identity": jnp.array([0.5, 2.0])}}
+    blocks = {"layers/0": {"identity": Identity()}}
+    search = search_network(model, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(0))
+    assert jnp.diag(search.layers[0].kernel).tolist() == [0.5, 2.0]
+
+
 @pytest.fixture
 def graph_mode():
     """Flax's mode that lets a network share layers; the default in versions that have but one."""
@@ -153,60 +140,6 @@ def test_shared_layer_stays_shared(graph_mode):
     assert isinstance(model.first, nnx.Linear)  # the plain network is not changed
     with pytest.raises(ValueError, match=r"'first'.*'again/0'"):
         search_network(model, {"first": FULL, "again/0": FULL}, rngs=nnx.Rngs(0))
-
-
-def stacked(rngs):
-    layer = nnx.Linear(2, 2, rngs=rngs)
-    layer.kernel = nnx.Param(jnp.ones((3, 2, 2)))
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("make", "block", "message"),
-    [
-        (lambda r: nnx.LayerNorm(2, rngs=r), FULL, "kernel.*LayerNorm"),
-        (
-            lambda r: nnx.ConvTranspose(2, 2, (3, 3), transpose_kernel=True, rngs=r),
-            FULL,
-            "ConvTranspose.*transpose_kernel",
-        ),
-        (stacked, FULL, r"rank 2.*\(3, 2, 2\)"),
-        (
-            lambda r: nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=r),
-            {"identity": Identity(groups=4)},
-            "'identity'.*groups=2.*4",
-        ),
-        (
-            lambda r: nnx.Conv(4, 8, (3, 3), rngs=r),
-            {"frozen": FrozenPointwise(4, groups=2)},
-            "'frozen'.*groups=1.*2",
-        ),
-        (lambda r: nnx.Linear(2, 3, rngs=r), {"centre": Centre(1)}, "'centre'"),
-        (lambda r: nnx.Linear(2, 3, rngs=r), {"two": [Full(), Full()]}, "'two'.*Branch"),
-    ],
-)
-def test_layers_without_an_equivalence_are_refused_by_path(make, block, message):
-    model = nnx.eval_shape(lambda: nnx.Sequential(make(nnx.Rngs(0))))
-    with pytest.raises(ValueError, match=f"block 'layers/0': .*{message}"):
-        search_network(model, {"layers/0": block}, rngs=nnx.Rngs(0))
-    scales = {"layers/0": {name: jnp.ones(2) for name in block}}
-    with pytest.raises(ValueError, match=f"block 'layers/0': .*{message}"):
-        init_target(model, scales, blocks={"layers/0": block}, rngs=nnx.Rngs(0))
-
-
-@pytest.mark.parametrize(
-    ("make", "block"),
-    [
-        (lambda r: nnx.Conv(2, 2, (3,), rngs=r), {"conv1": Centre(1), "identity": Identity()}),
-        (lambda r: nnx.Conv(2, 4, 3, rngs=r), {"conv1": Centre(1)}),
-        (lambda r: nnx.ConvTranspose(2, 3, (4, 4), strides=2, rngs=r), {"small": Centre(2)}),
-        (lambda r: nnx.Linear(8, 8, rngs=r), {"folded": FoldedConv((2, 2), (3, 3))}),
-    ],
-)
-def test_layers_of_other_kinds_get_branches(make, block):
-    blocks = {"layers/0": block}
-    search = abstract(lambda r: search_network(nnx.Sequential(make(r)), blocks, rngs=r))
-    assert list(search.layers[0].branch_weights) == list(block)
 
 
 def test_unknown_kind_and_path_are_refused():

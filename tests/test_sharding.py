@@ -41,6 +41,7 @@ def transforms(params):
         "operator": repopt_sgd(0.1, mults[2]),
         "array": repopt_sgd(0.1, dense),
         "reparameterize": reparameterize(optax.adam(0.1), **exact),
+        "split": reparameterize(optax.adam(0.1), {"conv": POOLED}, {"conv": SCALES}),
     }
 
 

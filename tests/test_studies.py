@@ -4,6 +4,7 @@ import json
 import sys
 
 import ablation
+import accelerator
 import input_pipeline
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import small_models
 import step_time
 import variants
 
+from repopt_jax.data.workers import usable_cores
 from repopt_jax.training import run as training_run
 from repopt_jax.training.devices import make_mesh
 
@@ -165,7 +167,7 @@ def measured(monkeypatch, tmp_path, benchmark, *flags):
 @pytest.mark.slow
 def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_path):
     flags = ("--models", "RepOpt-VGG-A0", "--sizes", "32", "--batches", "2", "--rounds", "1")
-    found = measured(monkeypatch, tmp_path, step_time, *flags, "--variants", "target", "--no_torch")
+    found = measured(monkeypatch, tmp_path, step_time, *flags, "--variants", "target")
     (setting,), (update,) = found["steps"], found["updates"]
     (row,) = setting["rows"]
     # Two vectors of float32 for each of the 22 blocks, of 4,496 channels together.
@@ -173,6 +175,39 @@ def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_
     assert update["extra_state_to_parameters"] == pytest.approx(35_968 / 33_255_520, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_the_script_for_an_accelerator_has_a_row_of_each_kind(monkeypatch, tmp_path, tfds_dir):
+    found = measured(monkeypatch, tmp_path, accelerator, "--quick", "--minutes=20")
+    rows = {row.pop("section"): row for row in found["rows"]}
+    assert {s for s, row in rows.items() if "left_out" not in row} >= {
+        "randaugment", "steps", "batch_norm", "training", "input"
+    }  # fmt: skip
+    assert found["real_images"] and rows["training"]["share"] > 0
+
+
+def test_a_row_that_fails_or_comes_too_late_says_why():
+    """And the next ones are measured."""
+
+    def fail():
+        raise RuntimeError("out of memory\nat address 7")
+
+    row = accelerator.Row("steps", "one", 30, fail)
+    assert accelerator.measured(row, 60)["left_out"] == "RuntimeError: out of memory"
+    assert accelerator.measured(row, 29)["left_out"] == "takes about 30 s, and 29 were left"
+    assert accelerator.measured(row._replace(measure=lambda: {"a": 1}), 30)["a"] == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scaling_counts_threads_and_processes(monkeypatch, tmp_path, tfds_dir):
+    flags = ("--scaling", "--images=32", "--rounds=1", "--seconds=0.1")
+    found = measured(monkeypatch, tmp_path, input_pipeline, *flags)
+    rows = {(row["augment"], row["kind"], row["count"]) for row in found["rows"]}
+    assert {("raug15", "threads", 1), ("raug15", "workers", usable_cores())} <= rows
+    weak, raug15 = found["locks"]
+    assert 0 < weak["lock_ms"] < raug15["lock_ms"] < raug15["cpu_ms"]
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, tfds_dir):
     found = measured(monkeypatch, tmp_path, input_pipeline, "--images=32", "--rounds=1")
     variants = {(row["augment"], row["variant"]) for row in found["rows"]}

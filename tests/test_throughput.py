@@ -1,10 +1,12 @@
 """`throughput` times the step of every part, and leaves no file."""
 
+import pytest
 from small_run import small_config
 
 from repopt_jax.training import run
 
 
+@pytest.mark.slow
 def test_throughput_prints_a_table_of_the_parts(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "TIMED_STEPS", 3)

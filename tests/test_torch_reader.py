@@ -9,6 +9,7 @@ import pytest
 import torch_file_builder as build
 
 from repopt_jax.torch_files import Standin, TorchFileError, read_torch_file, state_dict
+from repopt_jax.torch_files.modules import find_weights
 
 FORMATS = {"archive": build.archive_of, "legacy": build.legacy_of}
 DTYPES = [*build.STORAGE_KINDS]
@@ -290,6 +291,33 @@ def test_files_written_by_torch_itself_give_its_numbers(tmp_path):
             array = result["tensors"][key]
             assert array.dtype.name == str(value.dtype).removeprefix("torch.")
             np.testing.assert_array_equal(array.astype(np.float32), value.float().numpy())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_that_numpy_pickles_are_weights(tmp_path, protocol):
+    """Of all types of numbers, in both orders of bytes and of axes; other types stay stand-ins."""
+    arrays = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in ("?", "u1", "<i2", ">i8")}
+    arrays |= {kind: np.linspace(-1, 1, 6).reshape(2, 3).astype(kind) for kind in ("<f4", ">f8")}
+    arrays |= {"columns": np.asfortranarray(arrays["<f4"]), "complex": arrays["<f4"] * 1j}
+    others = {"text": np.array(["a"]), "objects": np.array([{}]), "accuracy": np.float64(0.5)}
+    others["record"] = np.zeros(2, [("a", "f4")])
+    path = tmp_path / "file.pth"
+    path.write_bytes(build.write_archive(pickle.dumps(arrays | others, protocol), {}))
+    found = find_weights(read_torch_file(path))
+    assert found.arrays.keys() == arrays.keys() and found.left_out == list(others)
+    for name, value in arrays.items():
+        native = value.astype(value.dtype.newbyteorder("="))
+        np.testing.assert_array_equal(found.arrays[name], native, strict=True)
+
+
+def test_tensors_without_numbers_that_torch_writes_are_told_by_their_kind(tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    path = tmp_path / "file.pth"
+    tensors = {"meta": torch.empty(2, device="meta"), "sparse": torch.eye(2).to_sparse()}
+    for kind, value in tensors.items():
+        torch.save({"weight": value}, path)
+        with pytest.raises(TorchFileError, match=f"'weight' is a {kind} tensor"):
+            find_weights(read_torch_file(path))
 
 
 def test_state_dict_refuses_what_is_no_module():

@@ -195,7 +195,7 @@ def read_mutants(folder: str, mutants: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mutants", "seed"), [(1000, 1), pytest.param(20_000, 0, marks=pytest.mark.slow)]
+    ("mutants", "seed"), [(300, 1), pytest.param(20_000, 0, marks=pytest.mark.slow)]
 )
 def test_damaged_files_end_in_a_result_or_an_error(tmp_path, mutants, seed):
     """In a process of its own, whose memory nothing else takes; a minute for one file ends it."""

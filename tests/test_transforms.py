@@ -1,29 +1,16 @@
 """scale_by_grad_mult as a citizen of Optax, and the assembled optimizers."""
 
-import pickle
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import repopt_jax
-from repopt_jax import (
-    Centre,
-    Full,
-    Identity,
-    grad_mults,
-    merge,
-    reparameterize,
-    repopt_adamw,
-    repopt_sgd,
-)
+from repopt_jax import Centre, Full, Identity, grad_mults, repopt_adamw, repopt_sgd
 from repopt_jax import scale_by_grad_mult as by_mult
-from repopt_jax.tree_paths import path_str
 
 BLOCK = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
 BLOCKS = {"conv": BLOCK}
@@ -263,66 +250,6 @@ def test_a_parameter_that_is_none_needs_no_multiplier_and_gets_none():
         one_update(by_mult(mults | {"linear": {"weight": None, "nope": None}}), params)
 
 
-def test_weight_decay_mask_is_the_recipes():
-    """Rank 2 and more, and identity vectors of search networks; no BN, bias, scale."""
-    model = repopt_jax.create_model(
-        "RepOpt-VGG",
-        "hs",
-        num_blocks=(1, 2, 1, 1),
-        widths=(4, 4, 4, 8, 8),
-        num_classes=3,
-        se=True,
-        rngs=nnx.Rngs(0),
-    )
-    params = nnx.state(model, nnx.Param)
-    mask = repopt_jax.weight_decay_mask(params)
-    decayed = {path_str(path) for path, decay in jax.tree_util.tree_leaves_with_path(mask) if decay}
-    assert "stage2/1/conv/branch_weights/identity" in decayed
-    assert "stage2/1/conv/branch_weights/conv1x1" in decayed
-    assert "linear/kernel" in decayed
-    assert "stage0/post_se/down/kernel" in decayed
-    assert not any(name.endswith("bias") or "/bn/" in name or "scale" in name for name in decayed)
-
-
-def test_weight_decay_mask_decays_the_identities_of_repvgg():
-    """As the official code does, which goes by the name."""
-    block = {"conv3x3": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2)}
-    norms = {name: {"scale": jnp.ones(2), "bias": jnp.ones(2)} for name in ("bn3x3", "bn_identity")}
-    mask = repopt_jax.weight_decay_mask({"stage1": {**block, **norms}})["stage1"]
-    assert mask["bn_identity"] == {"scale": True, "bias": False}
-    assert mask["bn3x3"] == {"scale": False, "bias": False}
-    assert (mask["conv3x3"], mask["bias"]) == (True, False)
-
-
-def test_weight_decay_mask_goes_by_the_names_of_biases_and_norms_too():
-    """An Equinox convolution's bias has rank 3; all of an ensemble's vectors have rank 2."""
-    ensemble = {"kernel": jnp.ones((5, 2, 2)), "bias": jnp.ones((5, 2)), "scale": jnp.ones((5, 2))}
-    params = {
-        "equinox": {"weight": jnp.ones((8, 3, 3, 3)), "bias": jnp.ones((8, 1, 1))},
-        "ensemble": ensemble,
-        "search": {"branch_scales": {"full": jnp.ones((5, 2))}},
-    }
-    mask = repopt_jax.weight_decay_mask(params)
-    assert mask["equinox"] == {"weight": True, "bias": False}
-    assert mask["ensemble"] == {"kernel": True, "bias": False, "scale": False}
-    assert mask["search"] == {"branch_scales": {"full": False}}
-
-
-def test_weight_decay_mask_under_inject_hyperparams_decays_or_is_refused():
-    """Optax calls a function that is not in `static_args` with a step count."""
-    params = make_params()
-    options = {"weight_decay": 0.5, "mask": repopt_jax.weight_decay_mask}
-    make = optax.inject_hyperparams(repopt_sgd, static_args=("nesterov", "mask"))
-    tx = make(0.1, mults_of(params), **options)
-    updates = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]
-    expected = -0.1 * 1.9 * 0.5 * params["conv"]["kernel"]
-    np.testing.assert_allclose(updates["conv"]["kernel"], expected, rtol=1e-6)
-    assert (updates["bn"]["scale"] == 0).all()
-    tx = optax.inject_hyperparams(repopt_sgd, static_args=("nesterov",))
-    with pytest.raises(ValueError, match=r"params.*static_args"):
-        tx(0.1, mults_of(params), **options).init(params)
-
-
 @pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
 def test_a_bare_multiplier_under_inject_hyperparams_must_be_static(make):
     """Optax calls whatever can be called with a step count, as a schedule."""
@@ -385,38 +312,3 @@ def test_parameters_that_are_none_need_no_kernel_for_their_multiplier():
         updates = one_update(by_mult(mults), half)
         assert updates["conv"]["kernel"] is None
         assert updates["bn"]["scale"].tolist() == [3.0, 3.0]
-
-
-WEIGHTS = {name: jnp.ones(branch.weight_shape((3, 3, 2, 2))) for name, branch in BLOCK.items()}
-
-
-def reparameterized(learning_rate, mults):
-    return reparameterize(optax.adamw(learning_rate), BLOCKS, SCALES, weights={"conv": WEIGHTS})
-
-
-@pytest.mark.parametrize("how", ["flax", "msgpack", "pickle", "orbax"])
-@pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw, reparameterized])
-def test_states_can_be_serialized(make, how, tmp_path):
-    """Into a state of other numbers, and with the same update afterwards."""
-    params = make_params()
-    if make is reparameterized:
-        params["conv"]["kernel"] = merge(BLOCK, WEIGHTS, SCALES["conv"], (3, 3, 2, 2))
-    tx = make(1e-3, mults_of(params, "direction" if make is repopt_adamw else "linear"))
-    updates, state = tx.update(params, tx.init(params), params)
-    params = optax.apply_updates(params, updates)
-    blank = jax.tree.map(jnp.zeros_like, state)
-    if how == "flax":
-        found = serialization.from_bytes(blank, serialization.to_bytes(state))
-    elif how == "msgpack":
-        data = serialization.msgpack_serialize(serialization.to_state_dict(state))
-        found = serialization.from_state_dict(blank, serialization.msgpack_restore(data))
-    elif how == "pickle":
-        found = pickle.loads(pickle.dumps(state))
-    else:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "state", state)
-            checkpointer.wait_until_finished()
-            found = checkpointer.restore(tmp_path / "state", blank)
-    assert jax.tree.structure(found) == jax.tree.structure(state)
-    assert_trees_equal(found, state)
-    assert_trees_equal(tx.update(params, found, params), tx.update(params, state, params))

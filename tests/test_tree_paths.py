@@ -8,7 +8,9 @@ import repopt_jax
 from repopt_jax.tree_paths import current_path, path_str
 
 
-@pytest.mark.parametrize("kind", ["target", "hs", "rep"])
+@pytest.mark.parametrize(
+    "kind", ["target", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hs", "rep"))]
+)
 def test_every_old_path_of_a_ghostnet_becomes_todays(kind):
     model = nnx.eval_shape(
         lambda: repopt_jax.create_model("RepOpt-GhostNet", kind, width=0.1, rngs=nnx.Rngs(0))

@@ -74,11 +74,11 @@ def searched(network):
 
 CASES = [
     ("RepOpt-VGG", "sgd", "searched"),
-    ("RepOpt-VGG", "sgd", "one"),
     ("RepOpt-VGG", "adamw", "searched"),
-    ("RepOpt-VGG", "adamw", "one"),
-    ("RepOpt-GhostNet", "sgd", "one"),
-    ("RepOpt-GhostNet", "adamw", "searched"),
+    pytest.param("RepOpt-VGG", "sgd", "one", marks=pytest.mark.slow),
+    pytest.param("RepOpt-VGG", "adamw", "one", marks=pytest.mark.slow),
+    pytest.param("RepOpt-GhostNet", "sgd", "one", marks=pytest.mark.slow),
+    pytest.param("RepOpt-GhostNet", "adamw", "searched", marks=pytest.mark.slow),
 ]
 
 

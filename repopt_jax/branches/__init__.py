@@ -11,6 +11,8 @@ RepOpt-VGG ``{"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}``
 statement alone follow the merged kernel, the Rule of Initialization, the multipliers of the
 Rule of Iteration and, through ``jax.linear_transpose``, the exact operator for any branch.
 
+The blocks of sibling papers are in `repopt_jax.branches.presets`, which alone loads Flax.
+
 Layout: kernels are ``(*window, in / groups, out)`` (HWIO for images, IO for dense layers);
 scales are vectors over the last axis.
 
@@ -30,7 +32,13 @@ from repopt_jax.branches.blocks import (
 from repopt_jax.branches.branch import Branch, Full, Identity, is_known, uniform_fan_in, wide_type
 from repopt_jax.branches.frozen import frozen_uniform
 from repopt_jax.branches.kernels import Centre, Dilated, FrozenPointwise, PooledPointwise, Window
-from repopt_jax.branches.matrices import BlockDiagonal, Diagonal, FoldedConv, LowRank
+from repopt_jax.branches.matrices import (
+    BlockDiagonal,
+    Diagonal,
+    FoldedConv,
+    FoldedDepthwise,
+    LowRank,
+)
 from repopt_jax.branches.multiplier import (
     RULES,
     BranchMult,
@@ -39,11 +47,12 @@ from repopt_jax.branches.multiplier import (
     check_layout,
     grad_mults,
     outputs_last,
-    split_kernel,
 )
 from repopt_jax.branches.sharding import in_auto_mode, placed_like, replicated_like
+from repopt_jax.branches.split import ROUNDING, check_merges, split_kernel
 
 __all__ = [
+    "ROUNDING",
     "RULES",
     "Block",
     "BlockDiagonal",
@@ -53,6 +62,7 @@ __all__ = [
     "Diagonal",
     "Dilated",
     "FoldedConv",
+    "FoldedDepthwise",
     "FrozenPointwise",
     "Full",
     "Identity",
@@ -63,6 +73,7 @@ __all__ = [
     "branch_mult",
     "check_block",
     "check_layout",
+    "check_merges",
     "frozen_uniform",
     "grad_mults",
     "in_auto_mode",

@@ -1,11 +1,13 @@
-"""Branches of the matrices of dense layers, ``(in, out)``."""
+"""Branches of matrices, ``(in, out)``: of dense layers, and of 1x1 convolutions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from repopt_jax.branches.branch import Branch
@@ -132,6 +134,50 @@ class FoldedConv(Branch):
         rows = (*range(2, 2 + 2 * rank, 2), 0)
         columns = (*range(3, 3 + 2 * rank, 2), 1)
         return weight.transpose(*rows, *columns).reshape(kernel_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedDepthwise(Branch):
+    """A depthwise convolution folded into a 1x1 convolution over pixels (RepMLPNet).
+
+    The layer has a pixel in each channel: set after set of channels, each with the pixels of an
+    image in order. Its ``feature_group_count`` is the number of sets, so its kernel is
+    ``(1, ..., 1, pixels, sets * pixels)``. The convolution has a kernel per set, stride 1, and pads
+    with zeros ("SAME").
+
+    Attributes:
+      image: size of the image, such as ``(7, 7)``.
+      window: size of the convolution's kernel, odd, of the same rank.
+
+    >>> weight = jnp.array([[[1.0, 10.0]], [[2.0, 20.0]], [[3.0, 30.0]]])
+    >>> FoldedDepthwise((2,), (3,)).embed(weight, (1, 2, 4))[0].tolist()
+    [[2.0, 1.0, 20.0, 10.0], [3.0, 2.0, 30.0, 20.0]]
+    """
+
+    image: tuple[int, ...]
+    window: tuple[int, ...]
+
+    def __post_init__(self):
+        one_set = FoldedConv(self.image, self.window)  # which checks both
+        object.__setattr__(self, "image", one_set.image)
+        object.__setattr__(self, "window", one_set.window)
+
+    def weight_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """``(*window, 1, sets)``."""
+        *window, inputs, outputs = kernel_shape
+        pixels = math.prod(self.image)
+        if math.prod(window) != 1 or inputs != pixels or outputs % pixels:
+            raise self.refuse(
+                f"a 1x1 with {pixels} inputs per group and as many outputs", kernel_shape
+            )
+        return (*self.window, 1, outputs // pixels)
+
+    def embed(self, weight: Array, kernel_shape: tuple[int, ...]) -> Array:
+        """``W[p, (s, q)] = w[p - q + centre, s]`` for positions ``p`` and ``q`` and sets ``s``."""
+        pixels = math.prod(self.image)
+        one_set = FoldedConv(self.image, self.window)
+        fold = functools.partial(one_set.embed, kernel_shape=(pixels, pixels))
+        return jax.vmap(fold, -2, 1)(weight[..., None]).reshape(kernel_shape)
 
 
 @dataclasses.dataclass(frozen=True)

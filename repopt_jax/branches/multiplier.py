@@ -216,43 +216,6 @@ def branch_mult(
     return BranchMult(vectors, tuple(block.items()), rule)
 
 
-def split_kernel(
-    block: Block,
-    kernel: Float[Array, "*kernel_shape"],
-    scales: Mapping[str, Float[Array, " out"]],
-) -> dict[str, Array]:
-    """Branch weights whose sum is a trained kernel, so that it can go on training as branches.
-
-    Of all ``w_b`` with ``sum_b s_b * E_b(w_b) = W`` the smallest in the sum of squares: with ``y``
-    such that the block's linear multiplier takes it to ``W``, ``w_b = E_b^T(s_b * y)``. Where no
-    branch reaches an entry, or all that do have a scale of 0, the sum is 0 there: the least-squares
-    solution. A `Full` branch with no scale of 0 makes it exact.
-
-    Args:
-      block: branch name -> branch ``E_b``.
-      kernel: ``W``, ``(*window, in / groups, out)``.
-      scales: branch name -> ``s_b``, shape ``(out,)``; entries of unscaled branches are ignored.
-
-    Returns:
-      Branch name -> ``w_b``, to be given to `reparameterize` as `weights`.
-
-    >>> from repopt_jax import Centre, Full
-    >>> block = {"conv3x3": Full(), "conv1x1": Centre(1)}
-    >>> scales = {"conv3x3": jnp.array([1.0]), "conv1x1": jnp.array([2.0])}
-    >>> weights = split_kernel(block, jnp.full((3, 3, 1, 1), 5.0), scales)
-    >>> weights["conv1x1"].item(), weights["conv3x3"][1, :, 0, 0].tolist()
-    (2.0, [5.0, 1.0, 5.0])
-    """
-    check_block(block, kernel.shape)
-    mult = branch_mult(block, scales)
-    if mult.is_elementwise:
-        dense = mult.dense(kernel.shape, kernel.dtype)
-        solved = jnp.where(dense > 0, kernel / jnp.where(dense > 0, dense, 1), 0)
-    else:
-        solved, _ = jax.scipy.sparse.linalg.cg(mult, kernel, tol=float(jnp.finfo(kernel.dtype).eps))
-    return pull_back(block, scales, solved.astype(kernel.dtype))
-
-
 def grad_mults(
     params: PyTree,
     blocks: Mapping[str, Block],

@@ -24,7 +24,7 @@ def network_rows(steps: int) -> Iterator[Row]:
 
 
 def layer_rows(steps: int) -> Iterator[Row]:
-    """Every branch type under every optimizer."""
+    """Every preset and branch type under every optimizer."""
     for optimizer, method in layers.METHODS.items():
         for layer, found in layers.layer_differences(method, layers.LAYERS, steps).items():
             yield layer, optimizer, "mixed", found, method.bound
@@ -36,8 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m repopt_jax.check_equivalence",
         description=check_equivalence.__doc__.split("\n\n")[1],
     )
-    parser.add_argument("--all", action="store_true", help="every branch type and optimizer too")
-    default = f"default: {networks.STEPS} for networks, {layers.STEPS} for branch types"
+    parser.add_argument(
+        "--all", action="store_true", help="every preset, branch type and optimizer too"
+    )
+    default = f"default: {networks.STEPS} for networks, {layers.STEPS} for layers"
     parser.add_argument("--steps", type=int, help=default)
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:

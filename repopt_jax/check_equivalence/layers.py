@@ -1,4 +1,4 @@
-"""Every branch type under every optimizer.
+"""Every branch type and every preset under every optimizer.
 
 One network holds a layer of every type, so that clipping and other global norms see all of them.
 It is trained twice: as a network of branches with the plain optimizer, and as a plain network with
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,8 +30,7 @@ from repopt_jax.branches import (
     Full,
     Identity,
     LowRank,
-    PooledPointwise,
-    Window,
+    presets,
 )
 from repopt_jax.check_equivalence.training import Method, differences, start
 from repopt_jax.transforms import repopt_adamw, repopt_sgd
@@ -67,6 +66,13 @@ def _conv(window: tuple[int, ...], block: Block, *, out: int = 4, groups: int = 
     return LayerType(nnx.Conv, (*(5,) * len(window), 4), options, {"full": Full(), **block})
 
 
+def _preset(rule: Callable[..., Block | None], size: int = 3, groups: int = 1, **options: Any):
+    """A square convolution of 4 to 4 channels with the branches of a paper."""
+    kind = _conv((size, size), {}, groups=groups)
+    layer = nnx.eval_shape(lambda: kind.layer(**kind.options, rngs=nnx.Rngs(0)))
+    return dataclasses.replace(kind, block=rule("", layer, **options))
+
+
 def _dense(block: Block, inputs: int = 6, outputs: int = 6) -> LayerType:
     options = {"in_features": inputs, "out_features": outputs}
     return LayerType(nnx.Linear, (inputs,), options, {"full": Full(), **block})
@@ -78,19 +84,20 @@ def _transposed(block: Block) -> LayerType:
 
 
 LAYERS: dict[str, LayerType] = {
-    "several full kernels": _conv((3, 3), {"second": Full(), "third": Full()}),
-    "1x1 and identity": _conv((3, 3), {"conv1x1": Centre(1), "identity": Identity()}),
-    "3x3 in 7x7": _conv((7, 7), {"conv3x3": Centre(3)}, out=2),
-    "1x3 and 3x1": _conv((3, 3), {"row": Window((1, 3)), "column": Window((3, 1))}),
+    "RepVGG": _preset(presets.repvgg_branches),
+    "ACNet": _preset(presets.acnet_branches),
+    "DBB, grouped": _preset(presets.dbb_branches, groups=2),
+    "DBB, depthwise": _preset(presets.dbb_branches, groups=4),
+    "MobileOne": _preset(presets.mobileone_branches, groups=4),
+    "RepLKNet": _preset(presets.replknet_branches, 7, groups=4),
+    "RepGhost": _preset(presets.repghost_branches, groups=4),
+    "RepMLP": _preset(presets.repmlp_branches, 1, groups=2, image=(1, 2)),
     "dilated 3x3 in 5x5": _conv((5, 5), {"dilated": Dilated(3, 2)}, out=2),
     "grouped identity": _conv((3, 3), {"identity": Identity(groups=2)}, groups=2),
-    "depthwise identity": _conv((3, 3), {"identity": Identity(groups=4)}, groups=4),
     "1 in 3, one axis": _conv((3,), {"conv1": Centre(1), "identity": Identity()}),
     "1 in 3, three axes": _conv((3, 3, 3), {"conv1": Centre(1)}, out=2),
     "1x1 in transposed 3x3": _transposed({"conv1x1": Centre(1)}),
     "grouped in ordinary": _conv((3, 3), {"grouped": BlockDiagonal(2)}),
-    "1x1, then pooling": _conv((3, 3), {"pooled": PooledPointwise()}),
-    "frozen 1x1, then 3x3": _conv((3, 3), {"frozen": FrozenPointwise(6, groups=2)}, groups=2),
     "dense, diagonal": _dense({"diagonal": Diagonal()}),
     "dense, block-diagonal": _dense({"blocks": BlockDiagonal(3)}),
     "dense, identity": _dense({"identity": Identity()}),

@@ -3,6 +3,7 @@
 from repopt_jax.extras import needs_extra
 
 with needs_extra("train"):
+    from repopt_jax.data.batches import image_shape
     from repopt_jax.data.datasets import dataset_arguments, load_dataset
     from repopt_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
     from repopt_jax.data.sources import Dataset
@@ -11,6 +12,7 @@ __all__ = [
     "Dataset",
     "dataset_arguments",
     "eval_batches",
+    "image_shape",
     "load_dataset",
     "steps_per_epoch",
     "train_batches",

@@ -11,7 +11,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from repopt_jax.data.randaugment import brightness, colour, contrast, rand_augment
+from repopt_jax.data.randaugment import Draw, apply_operations, draw_jitter, draw_rand_augment
 from repopt_jax.data.resize import random_resized_crop
 
 
@@ -85,24 +85,26 @@ class ResizedCrop:
         self, image: np.ndarray | bytes, seed: int, size: int, fast: bool = False
     ) -> np.ndarray:
         """Augments one image to uint8 (size, size, 3); `fast` as in `random_resized_crop`."""
+        return apply_operations(*self.crop(image, seed, size, fast))
+
+    def crop(
+        self, image: np.ndarray | bytes, seed: int, size: int, fast: bool = False
+    ) -> tuple[np.ndarray, list[tuple[str, Draw]]]:
+        """The first half of `image`: the crop, mirrored or not, and the operations to apply."""
         rng = np.random.default_rng(seed)
         bicubic = self.random_interpolation and rng.random() < 0.5
         image = random_resized_crop(image, size, rng, bicubic=bicubic, fast=fast)
         if rng.random() < 0.5:
             image = cv2.flip(image, 1)
-        if self.rand_augment:
-            image = rand_augment(image, rng)
+        drawn = draw_rand_augment(rng) if self.rand_augment else []
         if self.jitter:
-            image = _jitter(image, self.jitter, rng)
-        return image
+            drawn += draw_jitter(rng, self.jitter)
+        return image, drawn
 
-
-def _jitter(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    adjustments = (brightness, contrast, colour)
-    factors = rng.uniform(1 - strength, 1 + strength, 3)
-    for index in rng.permutation(3).tolist():
-        image = adjustments[index](image, factors[index])
-    return image
+    @property
+    def operations(self) -> int:
+        """How many operations follow the crop."""
+        return 2 * self.rand_augment + 3 * (self.jitter > 0)
 
 
 PRESETS = {

@@ -10,6 +10,7 @@ import numpy as np
 
 from repopt_jax.data.augment import FlipCrop, ResizedCrop
 from repopt_jax.data.decode import decode
+from repopt_jax.data.randaugment import FIELDS, packed
 from repopt_jax.data.resize import resize_and_crop
 from repopt_jax.data.sources import ArraySource, Dataset, read_items
 
@@ -22,6 +23,7 @@ class TrainBatch:
 
     Attributes:
       augment: the augmentation.
+      augment_on: `host`, or `device`, which gets the operations beside the images.
       rows: this process's part of the global batch.
 
     The other attributes are arguments of `train_batches`.
@@ -34,27 +36,47 @@ class TrainBatch:
     image_size: int | None
     fast: bool
     skip_bad: bool
+    augment_on: str
     rows: slice
     split: ClassVar[str] = "train"
 
-    def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns `{"image", "label"}`; `rng` must be in the same state for the same step."""
+    def draw(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """What is random in a batch: which images, `index`, and what is done to them, `draw`.
+
+        `rng` must be in the same state for the same step.
+        """
         count = len(self.dataset.train)
         epoch, position = divmod(step, count // self.batch_size)
         start = position * self.batch_size
         indices = _order(self.seed, epoch, count)[start : start + self.batch_size][self.rows]
-        draws = self.augment.draw(self.batch_size, rng)[self.rows]
+        return {"index": indices, "draw": self.augment.draw(self.batch_size, rng)[self.rows]}
+
+    def __call__(self, step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns a batch, of what `draw` draws."""
+        indices, draws = self.draw(step, rng).values()
         if isinstance(self.augment, ResizedCrop):
-            size = image_shape(self.dataset, self.image_size)[0]
-            return self._read(
-                indices, lambda data, row: self.augment.image(data, draws[row], size, self.fast)
-            )
-        if _fits(self.dataset.train, self.image_size):
+            return self._resized_crops(indices, draws)
+        if in_memory(self.dataset.train, self.image_size):
             source = self.dataset.train
             batch = {"image": source.images[indices], "label": source.labels[indices]}
         else:
             batch = self._read(indices, lambda data, row: _whole(data, self.image_size))
         return batch | {"image": self.augment.batch(batch["image"], draws)}
+
+    def _resized_crops(self, indices: np.ndarray, seeds: np.ndarray) -> dict[str, np.ndarray]:
+        size = image_shape(self.dataset, self.image_size)[0]
+        if self.augment_on == "host" or not self.augment.operations:
+            return self._read(
+                indices, lambda data, row: self.augment.image(data, seeds[row], size, self.fast)
+            )
+        operations = np.empty((len(seeds), self.augment.operations, len(FIELDS)), np.float32)
+
+        def crop(data, row):
+            image, drawn = self.augment.crop(data, seeds[row], size, self.fast)
+            operations[row] = packed(drawn, size)
+            return image
+
+        return self._read(indices, crop) | {"operations": operations}
 
     def _read(self, indices: np.ndarray, make: Callable) -> dict[str, np.ndarray]:
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
@@ -76,6 +98,12 @@ class EvalBatch:
     skip_bad: bool
     rows: slice
 
+    def indices(self, number: int) -> dict[str, np.ndarray]:
+        """Which images are in a batch: `index`, and `mask`, which is False where there is none."""
+        count = len(getattr(self.dataset, self.split))
+        indices = (number * self.batch_size + np.arange(self.batch_size))[self.rows]
+        return {"index": np.minimum(indices, count - 1), "mask": indices < count}
+
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         """Returns `{"image", "label", "mask"}`."""
         source = getattr(self.dataset, self.split)
@@ -83,7 +111,7 @@ class EvalBatch:
         batch = _zeros(len(indices), image_shape(self.dataset, self.image_size))
         batch["mask"] = np.zeros(len(indices), bool)
         indices = indices[indices < len(source)]
-        if self.resize is None and _fits(source, self.image_size):
+        if self.resize is None and in_memory(source, self.image_size):
             batch["image"][: len(indices)] = source.images[indices]
             batch["label"][: len(indices)] = source.labels[indices]
             batch["mask"][: len(indices)] = True
@@ -194,8 +222,8 @@ def _zeros(count: int, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     return {"image": np.zeros((count, *shape), np.uint8), "label": np.zeros(count, np.int32)}
 
 
-def _fits(source, image_size: int | None) -> bool:
-    """Whether a batch can be copied out of memory as it lies there."""
+def in_memory(source, image_size: int | None) -> bool:
+    """Whether the images of a source lie in memory as arrays of the wanted size."""
     return isinstance(source, ArraySource) and (
         image_size is None or source.images.shape[1:3] == (image_size, image_size)
     )

@@ -57,10 +57,12 @@ def train_batches(
     image_size: int | None = None,
     fast: bool = False,
     skip_bad: bool = False,
+    augment_on: str = "host",
     threads: int | None = None,
     workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
+    images: bool = True,
 ) -> grain.DatasetIterator:
     """Shuffled, augmented training batches.
 
@@ -78,17 +80,24 @@ def train_batches(
         `crop` and `flip_crop`.
       skip_bad: take the next image for one that cannot be decoded, whose name is added to
         `dataset.bad_images`; False stops the run.
+      augment_on: `host`, or `device` for batches without RandAugment's and jitter's operations,
+        which `repopt_jax.training.randaugment.apply_operations` then applies.
       threads: threads that make batches, at most two batches each ahead; None is one per core,
         0 makes them in the caller's. Not used with workers.
       workers: processes that make batches, likewise; None is one per core for images that have to
         be decoded, if there are at least 4 cores, else 0: threads make them.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
+      images: False leaves making the images to the caller, see below.
 
     Returns:
       An iterator of `{"image": uint8 (batch_size / process_count, height, width, 3),
-      "label": int32 (batch_size / process_count,)}`. `get_state` and `set_state` (and so
-      `grain.checkpoint.CheckpointSave` and `CheckpointRestore`) keep the exact position.
+      "label": int32 (batch_size / process_count,)}`; for operations on the device also
+      `"operations": float32 (batch_size / process_count, operations, values)`. `get_state` and
+      `set_state` (and so `grain.checkpoint.CheckpointSave` and `CheckpointRestore`) keep the exact
+      position. Without images, of what they would be made of: `{"index": int64 (batch_size /
+      process_count,), "draw"}`, places in `dataset.train` and what the augmentation has drawn.
+      The position means the same.
 
     Raises:
       ValueError: an argument is out of its range or, from the iterator, an image is broken.
@@ -108,12 +117,15 @@ def train_batches(
         raise ValueError(f"seed must be in 0..2**32-1, got {seed}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be None or at least 1, got {num_epochs}")
+    if augment_on not in ("host", "device"):
+        raise ValueError(f"augment_on must be 'host' or 'device', got {augment_on!r}")
     rows = _rows(batch_size, process_index, process_count)
     image_shape(dataset, image_size)  # refuses some
     augmentation = preset(augment)
-    make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, fast, skip_bad, rows)
+    how = {"fast": fast, "skip_bad": skip_bad, "augment_on": augment_on, "rows": rows}
+    make = TrainBatch(dataset, batch_size, seed, augmentation, image_size, **how)
     total = sys.maxsize if num_epochs is None else steps * num_epochs
-    call, options = _executors(make, threads, workers)
+    call, options = _executors(make, threads, workers) if images else (make.draw, _at_once())
     batches = grain.MapDataset.range(total).seed(seed).random_map(call)
     return iter(batches.to_iter_dataset(options))
 
@@ -130,6 +142,7 @@ def eval_batches(
     workers: int | None = 0,
     process_index: int = 0,
     process_count: int = 1,
+    images: bool = True,
 ) -> grain.IterDataset:
     """Every evaluation image exactly once, in order; iterate as often as needed.
 
@@ -149,10 +162,11 @@ def eval_batches(
       workers: likewise.
       process_index: number of this process.
       process_count: number of processes; must divide batch_size.
+      images: False leaves making the images to the caller.
 
     Returns:
       An iterable of `{"image", "label", "mask"}`; `mask` is bool, False where the row is filler
-      (a black image with label 0).
+      (a black image with label 0). Without images, of `{"index", "mask"}`: places in the split.
 
     Raises:
       ValueError: an argument is out of its range or, from the iterator, an image is broken.
@@ -173,7 +187,7 @@ def eval_batches(
     rows = _rows(batch_size, process_index, process_count)
     image_shape(dataset, image_size)  # refuses some
     make = EvalBatch(dataset, split, batch_size, image_size, resize, skip_bad, rows)
-    call, options = _executors(make, threads, workers)
+    call, options = _executors(make, threads, workers) if images else (make.indices, _at_once())
     batches = grain.MapDataset.range(-(-len(getattr(dataset, split)) // batch_size)).map(call)
     return batches.to_iter_dataset(options)
 
@@ -191,6 +205,13 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
         )
     local = batch_size // process_count
     return slice(process_index * local, (process_index + 1) * local)
+
+
+def _at_once() -> grain.ReadOptions:
+    """In the caller's thread: to draw is cheaper than to hand over."""
+    import grain
+
+    return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 def _executors(

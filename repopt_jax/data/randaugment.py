@@ -1,19 +1,19 @@
 """RandAugment's sixteen operations on uint8 images (Cubuk et al., arXiv 1909.13719).
 
 The results are Pillow's, in which the published models were trained: bit for bit where an
-operation looks values up or blends, within rounding where it moves pixels. Pillow itself takes
-1 to 2 ms to move an image of 224 pixels, OpenCV 0.1 to 0.9 ms. One difference: where rotating
-and shearing use OpenCV's cubic filter, it is a little softer (a = -0.75) than Pillow's (a = -1).
+operation looks values up or blends, within rounding where it moves pixels.
 """
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-_GREY = (128, 128, 128)  # fills what a moved image uncovers
-_CUTOUT_COLOUR = (125, 122, 113)  # ImageNet's mean
+from repopt_jax.data.moves import rotate, shear, translate
+
+MAGNITUDES = 15  # they are drawn from 0..14
+CUTOUT_COLOUR = (125, 122, 113)  # ImageNet's mean
 _VALUES = np.arange(256)
 # Pillow's weights of red, green and blue, in units of 1/65536 and thus exact in float32.
 _LUMA = np.array([[19595, 38470, 7471]], np.float32) / 65536
@@ -29,12 +29,14 @@ class Draw:
       negative: turn, shear or translate the other way.
       bicubic: move pixels with bicubic instead of bilinear interpolation.
       centre: (vertical, horizontal) place of a cut-out, as fractions of the sides.
+      factor: of a blend. None: what RandAugment makes of the magnitude.
     """
 
-    magnitude: int
+    magnitude: int = 0
     negative: bool = False
     bicubic: bool = False
     centre: tuple[float, float] = (0.5, 0.5)
+    factor: float | None = None
 
     @property
     def level(self) -> float:
@@ -45,6 +47,31 @@ class Draw:
     def signed_level(self) -> float:
         """The level with its random sign."""
         return -self.level if self.negative else self.level
+
+    @property
+    def degrees(self) -> float:
+        """How far a turn goes, counter-clockwise."""
+        return 30 * self.signed_level
+
+    @property
+    def shear(self) -> float:
+        """By how many pixels a sheared line is shifted against its neighbour."""
+        return 0.3 * self.signed_level
+
+    @property
+    def translation(self) -> float:
+        """How far the image is moved, as a share of its side."""
+        return 0.45 * self.signed_level
+
+    @property
+    def blend(self) -> float:
+        """The factor of a blend."""
+        return 1.8 * self.level + 0.1 if self.factor is None else self.factor
+
+    @property
+    def cutout_side(self) -> float:
+        """Side of the square that a cut-out paints, in pixels."""
+        return max(2, 40 * self.level)
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -76,12 +103,15 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
     def table(histogram):
         used = np.flatnonzero(histogram)
         low, high = used[0], used[-1]
-        if high == low:
-            return _VALUES
-        scale = 255.0 / (high - low)
-        return np.clip((_VALUES * scale - low * scale).astype(int), 0, 255)
+        return _VALUES if high == low else stretched(low, high)
 
     return _look_up_channels(image, table)
+
+
+def stretched(low: int, high: int | np.ndarray) -> np.ndarray:
+    """What becomes of the values 0..255 where `low` becomes 0 and `high` becomes 255."""
+    scale = 255.0 / (high - low)
+    return np.clip((_VALUES * scale - low * scale).astype(int), 0, 255)
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
@@ -117,50 +147,23 @@ def solarize_add(image: np.ndarray, amount: int) -> np.ndarray:
     return _look_up(image, np.where(_VALUES < 128, np.minimum(_VALUES + amount, 255), _VALUES))
 
 
-def rotate(image: np.ndarray, degrees: float, bicubic: bool = False) -> np.ndarray:
-    """Turns counter-clockwise about the centre."""
-    height, width = image.shape[:2]
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x, y = width / 2, height / 2
-    matrix = [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
-    return _affine(image, matrix, bicubic)
-
-
-def shear(image: np.ndarray, factor: float, axis: int, bicubic: bool = False) -> np.ndarray:
-    """Shifts rows (axis 1) or columns (axis 0) in proportion to their position."""
-    matrix = [[1, factor, 0], [0, 1, 0]] if axis == 1 else [[1, 0, 0], [factor, 1, 0]]
-    return _affine(image, matrix, bicubic)
-
-
-def translate(image: np.ndarray, pixels: float, axis: int, bicubic: bool = False) -> np.ndarray:
-    """Moves the image by a fraction of pixels, towards 0 where positive, along axis 0 or 1."""
-    whole = math.floor(pixels + 0.5)
-    fraction = pixels - whole  # -0.5..0.5
-    # The taps start two pixels before the value if it lies left of the pixel, else one before.
-    first = 2 if fraction < 0 else 1
-    taps, one = _taps(fraction % 1, bicubic), np.ones(1, np.float32)
-    kernels, anchor = ((taps, one), (first, 0)) if axis == 1 else ((one, taps), (0, first))
-    moved = cv2.sepFilter2D(image, -1, *kernels, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
-    out = np.full_like(image, _GREY[0])
-    side = image.shape[axis]
-    target = slice(max(0, -whole), min(side, side - whole))
-    source = slice(target.start + whole, target.stop + whole)
-    if axis == 1:
-        out[:, target] = moved[:, source]
-    else:
-        out[target] = moved[source]
-    return out
-
-
 def cutout(image: np.ndarray, side: float, centre: tuple[float, float]) -> np.ndarray:
     """Paints a square of `side` pixels around a place given in fractions of the sides."""
     out = image.copy()
-    spans = []
-    for length, fraction in zip(image.shape[:2], centre, strict=True):
-        start = int(max(0, fraction * length - side / 2))
-        spans.append(slice(start, int(min(length, start + side))))
-    out[tuple(spans)] = _CUTOUT_COLOUR
+    top, bottom, left, right = square(side, centre, *image.shape[:2])
+    out[top:bottom, left:right] = CUTOUT_COLOUR
     return out
+
+
+def square(
+    side: float, centre: tuple[float, float], height: int, width: int
+) -> tuple[int, int, int, int]:
+    """The first row, the row after the last one, and likewise the columns of a cut-out."""
+    edges = []
+    for length, fraction in zip((height, width), centre, strict=True):
+        start = int(max(0, fraction * length - side / 2))
+        edges += [start, int(min(length, start + side))]
+    return tuple(edges)
 
 
 # The argument that a magnitude becomes. Magnitudes beyond 10 are intended.
@@ -168,51 +171,84 @@ OPERATIONS = {
     "AutoContrast": lambda image, draw: auto_contrast(image),
     "Equalize": lambda image, draw: equalize(image),
     "Invert": lambda image, draw: invert(image),
-    "Rotate": lambda image, draw: rotate(image, 30 * draw.signed_level, draw.bicubic),
+    "Rotate": lambda image, draw: rotate(image, draw.degrees, draw.bicubic),
     "PosterizeTpu": lambda image, draw: posterize(image, int(4 * draw.level)),
     "Solarize": lambda image, draw: solarize(image, int(256 * draw.level)),
     "SolarizeAdd": lambda image, draw: solarize_add(image, int(110 * draw.level)),
-    "Color": lambda image, draw: colour(image, 1.8 * draw.level + 0.1),
-    "Contrast": lambda image, draw: contrast(image, 1.8 * draw.level + 0.1),
-    "Brightness": lambda image, draw: brightness(image, 1.8 * draw.level + 0.1),
-    "Sharpness": lambda image, draw: sharpness(image, 1.8 * draw.level + 0.1),
-    "ShearX": lambda image, draw: shear(image, 0.3 * draw.signed_level, 1, draw.bicubic),
-    "ShearY": lambda image, draw: shear(image, 0.3 * draw.signed_level, 0, draw.bicubic),
+    "Color": lambda image, draw: colour(image, draw.blend),
+    "Contrast": lambda image, draw: contrast(image, draw.blend),
+    "Brightness": lambda image, draw: brightness(image, draw.blend),
+    "Sharpness": lambda image, draw: sharpness(image, draw.blend),
+    "ShearX": lambda image, draw: shear(image, draw.shear, 1, draw.bicubic),
+    "ShearY": lambda image, draw: shear(image, draw.shear, 0, draw.bicubic),
     "TranslateXRel": lambda image, draw: translate(
-        image, 0.45 * draw.signed_level * image.shape[1], 1, draw.bicubic
+        image, draw.translation * image.shape[1], 1, draw.bicubic
     ),
     "TranslateYRel": lambda image, draw: translate(
-        image, 0.45 * draw.signed_level * image.shape[0], 0, draw.bicubic
+        image, draw.translation * image.shape[0], 0, draw.bicubic
     ),
-    "Cutout": lambda image, draw: cutout(image, max(2, 40 * draw.level), draw.centre),
+    "Cutout": lambda image, draw: cutout(image, draw.cutout_side, draw.centre),
 }
-_FUNCTIONS = tuple(OPERATIONS.values())
+NAMES = tuple(OPERATIONS)
 
 
-def rand_augment(
-    image: np.ndarray, rng: np.random.Generator, *, layers: int = 2, magnitudes: int = 15
-) -> np.ndarray:
-    """Applies operations drawn uniformly, each with its own random strength.
+def draw_rand_augment(rng: np.random.Generator) -> list[tuple[str, Draw]]:
+    """Draws RandAugment's two operations uniformly, each with its own random strength.
 
-    Args:
-      image: uint8 (height, width, 3).
-      rng: source of everything random.
-      layers: number of operations in a row.
-      magnitudes: magnitudes are drawn from 0..magnitudes-1.
-
-    Returns:
-      uint8 of the same shape.
-
-    >>> image = np.full((4, 4, 3), 200, np.uint8)
-    >>> rand_augment(image, np.random.default_rng(1)).shape
-    (4, 4, 3)
+    >>> [name for name, _ in draw_rand_augment(np.random.default_rng(1))]
+    ['Color', 'Rotate']
     """
-    for _ in range(layers):
-        function = _FUNCTIONS[rng.integers(len(_FUNCTIONS))]
-        magnitude, negative, bicubic = rng.integers((magnitudes, 2, 2)).tolist()
-        draw = Draw(magnitude, bool(negative), bool(bicubic), tuple(rng.random(2)))
-        image = function(image, draw)
+    drawn = []
+    for _ in range(2):
+        name = NAMES[rng.integers(len(NAMES))]
+        magnitude, negative, bicubic = rng.integers((MAGNITUDES, 2, 2)).tolist()
+        drawn.append((name, Draw(magnitude, bool(negative), bool(bicubic), tuple(rng.random(2)))))
+    return drawn
+
+
+def draw_jitter(rng: np.random.Generator, strength: float) -> list[tuple[str, Draw]]:
+    """Draws factors from 1-strength..1+strength for three blends, and their order.
+
+    >>> [name for name, _ in draw_jitter(np.random.default_rng(1), 0.4)]
+    ['Contrast', 'Brightness', 'Color']
+    """
+    names = ("Brightness", "Contrast", "Color")
+    factors = rng.uniform(1 - strength, 1 + strength, 3)
+    return [(names[i], Draw(factor=factors[i])) for i in rng.permutation(3).tolist()]
+
+
+def apply_operations(image: np.ndarray, drawn: Sequence[tuple[str, Draw]]) -> np.ndarray:
+    """Applies operations one after the other to uint8 (height, width, 3)."""
+    for name, draw in drawn:
+        image = OPERATIONS[name](image, draw)
     return image
+
+
+# The values by which the device applies an operation.
+FIELDS = (
+    *("operation", "magnitude", "negative", "bicubic", "factor"),
+    *("top", "bottom", "left", "right"),
+)
+
+
+def packed(drawn: Sequence[tuple[str, Draw]], size: int) -> np.ndarray:
+    """Operations on an image of `size` pixels as float32 (operations, FIELDS).
+
+    >>> packed([("Invert", Draw(3, factor=0.5))], 224)[0, :5].tolist()
+    [2.0, 3.0, 0.0, 0.0, 0.5]
+    """
+    rows = [
+        (
+            NAMES.index(name),
+            draw.magnitude,
+            draw.negative,
+            draw.bicubic,
+            draw.blend,
+            *square(draw.cutout_side, draw.centre, size, size),
+        )
+        for name, draw in drawn
+    ]
+    return np.array(rows, np.float32)
 
 
 def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -241,29 +277,3 @@ def _blend(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
     mixed *= np.float32(factor)
     mixed += start
     return np.clip(mixed, 0, 255, out=mixed).astype(np.uint8)
-
-
-def _taps(fraction: float, bicubic: bool) -> np.ndarray:
-    """Weights of the pixels at -1, 0, 1 and 2 for a value between 0 and 1."""
-    if not bicubic:
-        return np.array([0, 1 - fraction, fraction, 0], np.float32)
-    x = np.array([1 + fraction, fraction, 1 - fraction, 2 - fraction])
-    near = x**3 - 2 * x**2 + 1
-    far = -(x**3) + 5 * x**2 - 8 * x + 4
-    return np.where(x < 1, near, far).astype(np.float32)
-
-
-def _affine(image: np.ndarray, matrix, bicubic: bool) -> np.ndarray:
-    """Samples at matrix @ (x, y, 1), where pixel (0, 0) has its middle at (0.5, 0.5)."""
-    matrix = np.array(matrix, np.float64)
-    # OpenCV counts from the middle of the first pixel.
-    matrix[:, 2] += matrix[:, :2].sum(axis=1) * 0.5 - 0.5
-    size = image.shape[1::-1]
-    if bicubic:
-        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(image, matrix, size, flags=flags, borderValue=_GREY)
-    # Four channels take less than half the time of three.
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
-    image = cv2.warpAffine(image, matrix, size, flags=flags, borderValue=(*_GREY, 0))
-    return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)

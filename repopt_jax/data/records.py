@@ -6,52 +6,30 @@ bytes), the length of the image's name (2 bytes), both little-endian, the name i
 image file.
 """
 
-import functools
 import json
 import pathlib
 import struct
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from repopt_jax.data.sources import Dataset, read_labels
+from repopt_jax.data.sources import ArrayRecordSource, Dataset
 
 FACTS = "dataset.json"
 FORMAT_VERSION = 1
 _HEAD = struct.Struct("<iH")
 
 
-class RecordSource:
-    """One split of a prepared set.
-
-    Raises:
-      OSError: when records are read from a damaged file.
-    """
+class RecordSource(ArrayRecordSource):
+    """One split of a prepared set."""
 
     def __init__(self, folder: pathlib.Path, split: str, shards: int):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self._folder = folder
         paths = [str(folder / shard_name(split, shard, shards)) for shard in range(shards)]
-        self._reader = ArrayRecordDataSource(paths)
+        super().__init__(ArrayRecordDataSource(paths), folder)
 
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        try:
-            return [unpack(record) for record in self._reader.__getitems__(indices)]
-        except RuntimeError as error:  # ArrayRecord's for all that goes wrong
-            raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """The label of every image, int32 (n,), for which all records are read."""
-        return read_labels(self)
+    def item(self, record: bytes) -> dict[str, Any]:
+        """The image of a record."""
+        return unpack(record)
 
 
 def load_records(folder: pathlib.Path, train_split: str | None, eval_split: str | None) -> Dataset:

@@ -7,7 +7,9 @@ and, where it is not `i`, their `index` in the data set.
 and one alone in 160. A source of which some classes are kept needs `labels`.
 """
 
+import abc
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +57,43 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+class ArrayRecordSource(abc.ABC):
+    """The images of ArrayRecord files, still encoded.
+
+    Args:
+      reader: random access to the records.
+      folder: of the files, for messages.
+
+    Raises:
+      OSError: when records are read from a damaged file.
+    """
+
+    def __init__(self, reader: Any, folder: os.PathLike):
+        self._reader, self._folder = reader, folder
+
+    @abc.abstractmethod
+    def item(self, record: Any) -> dict[str, Any]:
+        """The image of a record, its label and its name."""
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            records = self._reader.__getitems__(indices)
+        except RuntimeError as error:  # ArrayRecord raises it for every failure
+            raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
+        return [self.item(record) for record in records]
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every image, int32 (n,), for which all records are read."""
+        return read_labels(self)
 
 
 class SubsetSource:

@@ -1,58 +1,32 @@
 """TFDS sets stored as ArrayRecord, read without TensorFlow. Nothing is downloaded."""
 
-import functools
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from repopt_jax.data.sources import Dataset, printable, read_labels
+from repopt_jax.data.sources import ArrayRecordSource, Dataset, printable
 
 # TFDS 4.9 declares none of the three, and its command cannot do without them.
 _COMMAND = "the command needs `pip install tensorflow apache-beam mlcroissant`"
 
 
-class TfdsSource:
-    """One split of a TFDS set, its images still encoded.
-
-    Raises:
-      OSError: when records are read from a damaged file.
-    """
+class TfdsSource(ArrayRecordSource):
+    """One split of a TFDS set."""
 
     def __init__(self, builder, split: str):
         import tensorflow_datasets as tfds
 
         self._image_key, self._label_key = _keys(builder)
-        self._folder = builder.data_dir
-        self._reader = builder.as_data_source(
-            split=split, decoders={self._image_key: tfds.decode.SkipDecoding()}
-        )
+        decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        reader = builder.as_data_source(split=split, decoders=decoders)
+        super().__init__(reader, builder.data_dir)
 
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        try:
-            records = self._reader.__getitems__(indices)
-        except RuntimeError as error:  # ArrayRecord raises it for every failure
-            raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
-        return [
-            {
-                "image": record[self._image_key],
-                "label": int(record[self._label_key]),
-                "name": printable(record.get("file_name", "")),
-            }
-            for record in records
-        ]
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """The label of every image, int32 (n,), for which all records are read."""
-        return read_labels(self)
+    def item(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The image of a record."""
+        return {
+            "image": record[self._image_key],
+            "label": int(record[self._label_key]),
+            "name": printable(record.get("file_name", "")),
+        }
 
 
 def load_tfds(

@@ -84,7 +84,8 @@ class _Worker:
         if self.process is None:
             self._start(make)
         try:
-            self._connection.send(arguments)
+            # `send` would give its error a view of a BytesIO, which could then not be collected.
+            self._connection.send_bytes(pickle.dumps(arguments))
             error, batch, bad_images = self._connection.recv()
         except (EOFError, OSError):
             raise OSError(

@@ -24,8 +24,9 @@ from repopt_jax.deploy.qdq import insert_qdq
 from repopt_jax.extras import needs_extra
 from repopt_jax.models.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.models.layers import SqueezeExcite, check_numbers
+from repopt_jax.models.mobileone import MobileOne
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
-from repopt_jax.models.repopt_vgg import RepOptVGG
+from repopt_jax.models.repopt_vgg import FiveStages, RepOptVGG
 from repopt_jax.models.simulated_int8 import (
     SimulatedInt8,
     float_network,
@@ -135,23 +136,24 @@ def _preprocess(graph: GraphWriter, preprocessing: Preprocessing) -> str:
     return graph.mul(x, factor, "preprocess/mul")
 
 
-def _repopt_vgg(graph: GraphWriter, x: str, model: RepOptVGG) -> tuple[str, int]:
+def _five_stages(graph: GraphWriter, x: str, model: FiveStages) -> tuple[str, int]:
     if not isinstance(model.stage0, FoldedBlock):
         model = fold(model)
-    x = _block(graph, x, model.stage0, "stage0")
-    for stage in range(1, 5):
-        for i, block in enumerate(getattr(model, f"stage{stage}")):
-            x = _block(graph, x, block, f"stage{stage}/{i}")
+    for path, block in model.layers():
+        x = _block(graph, x, block, path)
     layer = model.linear
     x = graph.flatten(graph.pool(x, "pool"), "flatten")
     return graph.linear(x, layer, "linear"), layer.kernel.shape[-1]
 
 
 def _block(graph: GraphWriter, x: str, block: FoldedBlock, path: str) -> str:
-    x = graph.relu(graph.conv(x, block.conv, f"{path}/conv"), f"{path}/relu")
-    if block.post_se is None:
-        return x
-    return _squeeze_excite(graph, x, block.post_se, f"{path}/post_se")
+    x = graph.conv(x, block.conv, f"{path}/conv")
+    if block.pre_se is not None:
+        x = _squeeze_excite(graph, x, block.pre_se, f"{path}/pre_se")
+    x = graph.relu(x, f"{path}/relu")
+    if block.post_se is not None:
+        x = _squeeze_excite(graph, x, block.post_se, f"{path}/post_se")
+    return x
 
 
 def _repopt_ghost(graph: GraphWriter, x: str, model: RepOptGhost) -> tuple[str, int]:
@@ -206,6 +208,7 @@ def _squeeze_excite(graph: GraphWriter, x: str, layer: SqueezeExcite, path: str)
 # Network type -> function of (graph, name of the input, network) that writes the network and
 # returns the name of the logits and the number of classes.
 WRITERS: dict[type, Callable[[GraphWriter, str, nnx.Module], tuple[str, int]]] = {
-    RepOptVGG: _repopt_vgg,
+    RepOptVGG: _five_stages,
+    MobileOne: _five_stages,
     RepOptGhost: _repopt_ghost,
 }

@@ -16,10 +16,9 @@ from flax import nnx
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.stablehlo_export import WEIGHTS, read_stablehlo
-from repopt_jax.files import has_torch_names, load_weights, read_weights
-from repopt_jax.torch_files import read_state_dict, recognize
+from repopt_jax.files import load_network
 from repopt_jax.training.config import PARTS, default_config
-from repopt_jax.training.trained import trained_network
+from repopt_jax.training.trained import load_part
 from repopt_jax.training.workdir import CONFIG
 
 if TYPE_CHECKING:
@@ -75,18 +74,14 @@ def load_run(
 
     The run's images are read only if `config` leaves them their own size (`image_size` of None).
 
-    The arguments and the errors are those of `trained_network`.
+    The arguments and the errors are those of `load_part`.
     """
-    options = {"checkpoint": checkpoint, "averaged": averaged}
-    model = trained_network(config, workdir, part, **options)
+    model, arguments = load_part(
+        config, workdir, part=part, checkpoint=checkpoint, averaged=averaged
+    )
     data = data_section(config, part)
     side = data.image_size
     size = configured_images(data).size if side is None else (side, side)
-    arguments = None
-    if not PARTS[part].tunes:
-        given = {key: value for key, value in config.model.items() if value is not None}
-        last = model.linear if hasattr(model, "linear") else model.classifier
-        arguments = {**given, "kind": PARTS[part].network, "num_classes": last.out_features}
     preprocessing = Preprocessing(*size, tuple(data.mean), tuple(data.std))
     return Trained(model, config.model.name, preprocessing, arguments)
 
@@ -111,18 +106,17 @@ def load_weights_file(
     Raises:
       ValueError: the file is no such file, or holds another model or kind.
     """
-    from_torch = has_torch_names(path, what="weights")
-    facts = recognize(read_state_dict(path)) if from_torch else read_weights(path)[1]
-    model = load_weights(path, **({} if strides is None else {"strides": tuple(strides)}))
+    told = {} if strides is None else {"strides": tuple(strides)}
+    model, facts = load_network(path, **told)
     if name not in (None, facts["name"]):
         raise ValueError(f"model must be {facts['name']!r} as in {path}, got {name!r}")
     # A search's network and one with constant scales have the same weights.
-    kinds = ("hs", "csla") if facts["kind"] == "hs" else (facts["kind"],)
+    searches = ("hs", "csla")
+    kinds = searches if facts["kind"] in searches else (facts["kind"],)
     if kind not in (None, *kinds):
         raise ValueError(f"kind must be {' or '.join(kinds)} as in {path}, got {kind!r}")
     model.eval()
-    arguments = facts | ({} if strides is None else {"strides": tuple(strides)})
-    return Trained(model, facts["name"], preprocessing, arguments)
+    return Trained(model, facts["name"], preprocessing, facts)
 
 
 def load_stablehlo_weights(path: str | os.PathLike) -> Trained:

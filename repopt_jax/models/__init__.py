@@ -2,8 +2,8 @@
 
 from repopt_jax.models.branched_layers import check_layer as check_layer
 from repopt_jax.models.branched_layers import find_blocks as find_blocks
-from repopt_jax.models.branched_layers import repvgg_branches as repvgg_branches
 from repopt_jax.models.create import create_model as create_model
+from repopt_jax.models.mobileone import MobileOne as MobileOne
 from repopt_jax.models.repopt_ghost import RepOptGhost as RepOptGhost
 from repopt_jax.models.repopt_vgg import RepOptVGG as RepOptVGG
 from repopt_jax.models.search import SearchLayer as SearchLayer

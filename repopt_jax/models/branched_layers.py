@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Centre, FrozenPointwise, Full, Identity, check_block
+from repopt_jax.branches import Block, FrozenPointwise, Identity, check_block
 from repopt_jax.tree_paths import errors_at, layer_at
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -35,6 +35,7 @@ def check_layer(layer: Any, block: Block) -> None:
       ValueError: no kernel, a kernel whose last axis is the input or with an axis of stacked
         layers, or groups other than those of a branch.
 
+    >>> from repopt_jax import Full
     >>> check_layer(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), {"full": Full()})
     Traceback (most recent call last):
     ValueError: layer must have a kernel, got a LayerNorm
@@ -97,31 +98,6 @@ def _layers_with_kernel(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def repvgg_branches(path: str, layer: Any) -> Block | None:
-    """RepVGG's branches for every 3x3 convolution, grouped and depthwise ones included.
-
-    A rule for `find_blocks`: 3x3, 1x1 and, where input and output have the same shape, identity.
-
-    >>> from flax import nnx
-    >>> list(repvgg_branches("conv", nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))))
-    ['conv3x3', 'conv1x1', 'identity']
-    >>> list(repvgg_branches("conv", nnx.Conv(4, 4, (3, 3), strides=2, rngs=nnx.Rngs(0))))
-    ['conv3x3', 'conv1x1']
-    """
-    del path
-    if not isinstance(layer, nnx.Conv) or layer.kernel_size != (3, 3):
-        return None
-    block = {"conv3x3": Full(), "conv1x1": Centre(1)}
-    if layer.in_features == layer.out_features and _strides_one(layer):
-        block["identity"] = Identity(groups=layer.feature_group_count)
-    return block
-
-
-def _strides_one(layer: nnx.Conv) -> bool:
-    strides = layer.strides
-    return all(s == 1 for s in ((strides,) if isinstance(strides, int) else strides or ()))
-
-
 def find_blocks(
     model: nnx.Module,
     rule: Callable[[str, Any], Block | None] | Mapping[str, Block],
@@ -131,16 +107,17 @@ def find_blocks(
     Args:
       model: a plain network; it is not changed.
       rule: a function of a layer's path and the layer that returns its branches or None, such as
-        `repvgg_branches`; or branches by pattern, such as ``{"stages/*/conv": block}`` (``*``
-        stands for any text; the first pattern that matches counts). It is asked about every
-        layer that has a `kernel`; a layer used in several places has one path.
+        `repvgg_branches` and the others in `repopt_jax.branches.presets`; or branches by pattern,
+        such as ``{"stages/*/conv": block}`` (``*`` stands for any text; the first pattern that
+        matches counts). It is asked about every layer that has a `kernel`; a layer used in several
+        places has one path.
 
     Raises:
       ValueError: if no layer gets branches, a pattern matches none, or a layer is refused by
         `check_layer`.
 
     >>> from flax import nnx
-    >>> from repopt_jax import Centre, Full
+    >>> from repopt_jax import Full, repvgg_branches
     >>> layers = [nnx.Conv(2, 2, (k, k), rngs=nnx.Rngs(0)) for k in (3, 1, 3)]
     >>> model = nnx.Sequential(*layers)
     >>> list(find_blocks(model, repvgg_branches))

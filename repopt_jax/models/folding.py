@@ -1,67 +1,205 @@
 """Folding: a plain network without BatchNorm that computes the same as a trained one.
 
-A convolution with kernel ``k`` and the BatchNorm after it become one convolution::
-
-    k' = k * scale / sqrt(var + epsilon)        b' = bias - mean * scale / sqrt(var + epsilon)
-
-The branches of RepVGG and RepGhost are folded each by its own BatchNorm and added; an identity
-branch is a kernel with ones on the centre's diagonal (arXiv 2101.03697, section 3.3).
+In inference the BatchNorm after a branch is a scale and a bias. So the kernel of every
+re-parameterized block is the merged kernel, with ``gamma / sigma`` as the branches' scales
+(RepVGG, arXiv 2101.03697, section 3.3).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Centre, Identity
-from repopt_jax.models.layers import BatchNorm, check_numbers
+from repopt_jax.branches import Block, Full, check_block, merge, wide_type
+from repopt_jax.branches.presets import repghost_branches
+from repopt_jax.models.layers import check_numbers
+from repopt_jax.models.mobileone import MobileOne, MobileOneBlock
 from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
-from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock
+from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock, activate
 from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
-class FoldedBlock(nnx.Module):
-    """3x3 convolution with bias, ReLU and, if the block had it, squeeze-excite."""
+def fold_block(
+    block: Block,
+    weights: Mapping[str, Array],
+    norms: Mapping[str, Any],
+    kernel_shape: tuple[int, ...],
+    *,
+    biases: Mapping[str, Array] | None = None,
+    norm: Any = None,
+) -> tuple[Float[Array, "*kernel_shape"], Float[Array, " out"]]:
+    """Kernel and bias of the one layer that computes the same as trained branches in inference.
 
-    def __init__(self, block: PlainBlock | RepVGGBlock):
+    Branch ``b`` is followed by a BatchNorm with scale ``gamma_b``, bias ``beta_b`` and running
+    ``mean_b`` and ``var_b``. With ``r_b = gamma_b / sqrt(var_b + epsilon)`` and the bias ``a_b`` of
+    the layer in the branch::
+
+        kernel = sum_b r_b * E_b(w_b)
+        bias   = sum_b beta_b + r_b * (a_b - mean_b)
+
+    Squeeze-excite and activations after the sum stay as they are. In two cases a branch is two
+    layers: fold the first on its own. For a mean over its outputs (Diverse Branch Block), give its
+    kernel as the weight and its bias as the entry of `biases`; for a kernel after a 1x1, first call
+    `fold_pointwise`. Both are exact if the border of the second layer's input is filled with what
+    the first gives for zeros, as that paper does.
+
+    Args:
+      block: branch name -> branch ``E_b``, such as `repvgg_branches` returns.
+      weights: branch name -> ``w_b``. Without an entry, an identity's weight is 1.
+      norms: branch name -> `BatchNorm`, or any object with scale, bias, mean, var and epsilon.
+        Branches without an entry have none. One with fewer channels than there are outputs stands
+        for as many outputs in a row (RepMLP's, which have a channel per set).
+      kernel_shape: ``(*window, in / groups, out)``.
+      biases: branch name -> ``a_b``, ``(out,)``. None: no layer has a bias.
+      norm: BatchNorm after the sum (QARepVGG). None: there is none.
+
+    Returns:
+      The kernel, and the bias, ``(out,)``, in float32 or a wider type of the parts.
+
+    Raises:
+      ValueError: a branch that does not fit the kernel, or weights, biases or BatchNorms that do
+        not fit the branches.
+
+    >>> from repopt_jax import Centre
+    >>> from repopt_jax.models.layers import BatchNorm
+    >>> block = {"conv3x3": Full(), "conv1x1": Centre(1)}
+    >>> weights = {"conv3x3": jnp.ones((3, 3, 1, 1)), "conv1x1": jnp.ones((1, 1, 1, 1))}
+    >>> bn = BatchNorm(1, epsilon=0.0)
+    >>> bn.scale[...], bn.mean[...] = jnp.array([3.0]), jnp.array([2.0])
+    >>> kernel, bias = fold_block(block, weights, {"conv1x1": bn}, (3, 3, 1, 1))
+    >>> kernel[1, :, 0, 0].tolist(), bias.tolist()
+    ([1.0, 4.0, 1.0], [-6.0])
+    """
+    biases = biases or {}
+    check_block(block, kernel_shape)
+    _check_parts(block, weights, norms, biases, norm, kernel_shape)
+    used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
+    dtype = jnp.result_type(jnp.float32, *weights.values(), *used)
+    weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
+    scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
+    for name, branch in block.items():
+        scales[name], shift = _affine(norms.get(name), kernel_shape[-1], dtype)
+        total += shift + scales[name] * biases.get(name, 0)
+        if not branch.scaled:
+            weights[name] = weights.get(name, 1) * scales[name]
+    factor, shift = _affine(norm, kernel_shape[-1], dtype)
+    kernel = merge(block, weights, scales, kernel_shape)
+    return kernel * jnp.broadcast_to(factor, kernel_shape), total * factor + shift
+
+
+def fold_pointwise(
+    kernel: Array, pointwise: Array, bias: Array, groups: int = 1
+) -> tuple[Array, Array]:
+    """Kernel and bias of a 1x1 convolution with a bias, followed by another convolution.
+
+    For Diverse Branch Block's "1x1, then kernel"::
+
+        W[t, i, o] = sum_m pointwise[i, m] * kernel[t, m, o]
+        a[o]       = sum_t sum_m bias[m] * kernel[t, m, o]
+
+    over taps ``t``, inputs ``i``, channels ``m`` between the two, and outputs ``o``, each group by
+    itself.
+
+    Args:
+      kernel: of the second convolution, ``(*window, features / groups, out)``.
+      pointwise: kernel of the first one, ``(1, ..., 1, in / groups, features)``.
+      bias: of the first one, ``(features,)``.
+      groups: of both.
+
+    Returns:
+      ``W``, ``(*window, in / groups, out)``, and ``a``, ``(out,)``: a `Full` branch's entries of
+      `weights` and `biases` in `fold_block`.
+
+    Raises:
+      ValueError: layers that do not have the same channels between them.
+
+    >>> kernel, bias = jnp.full((3, 1, 1), 2.0), jnp.array([10.0])
+    >>> [array.tolist() for array in fold_pointwise(kernel, jnp.full((1, 1, 1), 5.0), bias)]
+    [[[[10.0]], [[10.0]], [[10.0]]], [60.0]]
+    """
+    features, outputs = bias.shape[0], kernel.shape[-1]
+    if not features == pointwise.shape[-1] == kernel.shape[-2] * groups:
+        raise ValueError(
+            f"kernel, pointwise and bias must have the same channels between them, got shapes "
+            f"{kernel.shape}, {pointwise.shape} and {bias.shape} with groups={groups}"
+        )
+    # The bias is one more input, which is 1 everywhere.
+    rows = jnp.concatenate([pointwise.reshape(-1, features), bias[None]])
+    first = rows.reshape(-1, groups, features // groups)
+    second = kernel.reshape(*kernel.shape[:-1], groups, outputs // groups)
+    joined = jnp.einsum("igm,...mgo->...igo", first, second, precision="highest")
+    joined = joined.reshape(*kernel.shape[:-2], -1, outputs)
+    return joined[..., :-1, :], joined[..., -1, :].reshape(-1, outputs).sum(0)
+
+
+def _affine(norm: Any, outputs: int, dtype: Any) -> tuple[Array, Array]:
+    """Factor and shift of a BatchNorm in inference, by output."""
+    if norm is None:
+        return jnp.ones(outputs, dtype), jnp.zeros(outputs, dtype)
+    parts = (norm.scale, norm.bias, norm.mean, norm.var)
+    scale, bias, mean, var = (jnp.repeat(p[...], outputs // p.size).astype(dtype) for p in parts)
+    factor = scale * jax.lax.rsqrt(var + norm.epsilon)
+    return factor, bias - mean * factor
+
+
+def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
+    """Refuse parts of branches that `block` does not have, and parts of the wrong shape."""
+    for argument, parts in {"weights": weights, "norms": norms, "biases": biases}.items():
+        if surplus := sorted(set(parts) - set(block)):
+            raise ValueError(f"{argument} must be of branches {list(block)}, got {surplus}")
+    arrays = {
+        f"weights of {name!r}": (weights.get(name), branch.weight_shape(kernel_shape))
+        for name, branch in block.items()
+        if branch.scaled or name in weights
+    }
+    arrays |= {f"biases of {name!r}": (bias, kernel_shape[-1:]) for name, bias in biases.items()}
+    for argument, (array, wanted) in arrays.items():
+        found = None if array is None else jnp.shape(array)
+        if found != wanted:
+            raise ValueError(f"{argument} must have the shape {wanted}, got {found}")
+    named = {f"norms of {name!r}": bn for name, bn in norms.items()}
+    for argument, bn in {**named, "norm": norm}.items():
+        if bn is not None and kernel_shape[-1] % bn.scale.size:
+            raise ValueError(
+                f"{argument} must have channels that divide the {kernel_shape[-1]} outputs, "
+                f"got {bn.scale.size}"
+            )
+
+
+class FoldedBlock(nnx.Module):
+    """Convolution with bias, ReLU and the squeeze-excites that the block had."""
+
+    def __init__(self, block: PlainBlock | RepVGGBlock | MobileOneBlock):
         if isinstance(block, PlainBlock):
-            self.conv = _folded(block.conv, (block.conv.kernel[...], block.bn))
+            self.conv = _folded_pair(block.conv, block.bn)
         else:
-            kernel = block.conv3x3.kernel[...]
-            centre = Centre(1).embed(block.conv1x1.kernel[...], kernel.shape)
-            branches = [(kernel, block.bn3x3), (centre, block.bn1x1)]
-            if block.bn_identity is not None:
-                unit = Identity().embed(jnp.ones(kernel.shape[-1], kernel.dtype), kernel.shape)
-                branches.append((unit, block.bn_identity))
-            self.conv = _folded(block.conv3x3, *branches)
-        self.post_se = block.post_se
+            self.conv = _folded(*block.parts())
+        self.post_se, self.pre_se = block.post_se, block.pre_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
-        x = jax.nn.relu(self.conv(x))
-        return x if self.post_se is None else self.post_se(x)
+        return activate(self, self.conv(x))
 
 
 class FoldedGhost(nnx.Module):
     """Pointwise and depthwise convolution with bias, and ReLU after each if the module had it."""
 
     def __init__(self, module: PlainGhost | RepGhost):
-        primary, cheap = module.primary_conv, module.cheap_conv
-        self.primary_conv = _folded(primary, (primary.kernel[...], module.primary_bn))
-        kernel = cheap.kernel[...]
+        self.primary_conv = _folded_pair(module.primary_conv, module.primary_bn)
+        layer = module.cheap_conv
         if isinstance(module, PlainGhost):
-            branches = [(kernel, module.final_bn)]
+            self.cheap_conv = _folded_pair(layer, module.final_bn)
         else:
-            ones = jnp.ones(kernel.shape[-1], kernel.dtype)
-            unit = Identity(groups=kernel.shape[-1]).embed(ones, kernel.shape)
-            branches = [(kernel, module.cheap_bn), (unit, module.fusion_bn)]
-        self.cheap_conv = _folded(cheap, *branches)
+            norms = {"conv": module.cheap_bn, "identity": module.fusion_bn}
+            weights = {"conv": layer.kernel[...]}
+            self.cheap_conv = _folded(layer, repghost_branches("", layer), weights, norms)
         self.relu = module.relu
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
@@ -71,14 +209,19 @@ class FoldedGhost(nnx.Module):
         return x
 
 
-FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock}
+FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock, MobileOneBlock: FoldedBlock}
 FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
 # Layers outside such blocks, and the BatchNorm that follows each.
 PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
 
-def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
+Network = RepOptVGG | RepOptGhost | MobileOne
+
+
+def fold(model: Network) -> Network:
     """A copy of `model`, of any kind, with its BatchNorms folded into convolutions.
+
+    Numbers of fewer bits than float32 become float32, so that nothing is rounded on the way.
 
     Raises:
       ValueError: `model` has blocks that cannot be folded, such as folded ones, or numbers that are
@@ -95,6 +238,7 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
     """
     check_numbers(model)
     folded = nnx.clone(model)
+    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     modules = [module for _, module in nnx.iter_modules(folded)]
     if not any(type(module) in FOLDED for module in modules):
         raise ValueError(
@@ -106,19 +250,25 @@ def fold(model: RepOptVGG | RepOptGhost) -> RepOptVGG | RepOptGhost:
             if type(child) in FOLDED:
                 setattr(module, name, FOLDED[type(child)](child))
             elif isinstance(child, nnx.Conv) and hasattr(module, PAIRS.get(name, "")):
-                norm = getattr(module, PAIRS[name])
-                setattr(module, name, _folded(child, (child.kernel[...], norm)))
+                setattr(module, name, _folded_pair(child, getattr(module, PAIRS[name])))
                 setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
     return folded
 
 
-def _folded(layer: nnx.Conv | SearchLayer, *branches: tuple[Array, BatchNorm]) -> nnx.Conv:
-    """`layer` with the sum of the branches, each a kernel and the BatchNorm after it."""
-    kernel = bias = 0
-    for branch, bn in branches:
-        factor = bn.scale[...] * jax.lax.rsqrt(bn.var[...] + bn.epsilon)
-        kernel += branch * jnp.broadcast_to(factor, branch.shape)
-        bias += bn.bias[...] - bn.mean[...] * factor
+def _widened(value: Array) -> Array:
+    return value.astype(wide_type(value.dtype))
+
+
+def _folded_pair(layer: nnx.Conv | SearchLayer, norm: Any) -> nnx.Conv:
+    """`layer` with the BatchNorm after it."""
+    weights = {"conv": jnp.asarray(layer.kernel[...])}
+    return _folded(layer, {"conv": Full()}, weights, {"conv": norm})
+
+
+def _folded(layer: nnx.Conv | SearchLayer, block: Block, weights, norms) -> nnx.Conv:
+    """`layer` with the kernel and bias of `fold_block`."""
+    norms = {name: norms[name] for name in block}
+    kernel, bias = fold_block(block, weights, norms, layer.kernel_shape)
     if isinstance(layer, SearchLayer):
         layer = nnx.merge(layer.layer_def, {"kernel": nnx.Param(kernel)})
     layer.kernel, layer.bias, layer.use_bias = nnx.Param(kernel), nnx.Param(bias), True

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.branches import is_known, uniform_fan_in, wide_type
+from repopt_jax.messages import listed, quote
 from repopt_jax.models.small_maps import conv_general_dilated
 
 if TYPE_CHECKING:
@@ -255,6 +256,9 @@ class SqueezeExcite(nnx.Module):
       features: channels of the input and output.
       hidden: channels between `down` and `up`.
       gate: from any number to 0..1.
+
+    Raises:
+      ValueError: `hidden` is below 1, as where a network's share of few channels is rounded down.
     """
 
     def __init__(
@@ -267,6 +271,8 @@ class SqueezeExcite(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden} for {features} channels")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = conv(features, hidden, 1, use_bias=True, **types)
         self.up = conv(hidden, features, 1, use_bias=True, **types)
@@ -278,11 +284,25 @@ class SqueezeExcite(nnx.Module):
         return x * self.gate(self.up(jax.nn.relu(self.down(pooled))))
 
 
-def check_lengths(**sequences: tuple[Sequence, int]) -> None:
-    """Refuse a sequence of the wrong length, given as ``name=(sequence, length)``."""
-    for name, (sequence, length) in sequences.items():
-        if len(sequence) != length:
-            raise ValueError(f"{name} must have {length} entries, got {tuple(sequence)}")
+MAX_WIDTH = 1 << 20  # channels of a layer, or classes
+
+
+def check_sizes(**sizes: tuple[Sequence[int], int, int]) -> None:
+    """Refuse sizes that no network has, given as ``name=(sizes, their number, the largest)``.
+
+    A file may state any, and a network of absurd ones takes hours to build.
+
+    >>> check_sizes(strides=((2, 2, 0), 3, 64))
+    Traceback (most recent call last):
+    ValueError: strides must be 3 whole numbers from 1 to 64, got (2, 2, 0)
+    """
+    for name, (found, length, largest) in sizes.items():
+        found = (found,) if length == 1 or not isinstance(found, Sequence) else tuple(found)
+        whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in found)
+        if len(found) != length or not whole or not all(1 <= n <= largest for n in found):
+            some = f"{length} whole numbers" if length > 1 else "a whole number"
+            shown = f"({listed(map(quote, found), ', ')})" if length > 1 else quote(found[0])
+            raise ValueError(f"{name} must be {some} from 1 to {largest}, got {shown}")
 
 
 def bad_numbers(value: np.ndarray, *, variance: bool) -> str | None:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block, Full, Identity
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, linear
+from repopt_jax.messages import quote
+from repopt_jax.models.layers import MAX_WIDTH, BatchNorm, SqueezeExcite, check_sizes, conv, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
@@ -58,6 +59,7 @@ STAGES = (
         Bottleneck(5, 480, 160, True, 1),
     ),
 )
+MAX_FACTOR = 100  # of all channels
 STEM, LAST, HEAD = 16, 960, 1280  # the head has the same channels at every width
 
 FAMILY = "RepOpt-GhostNet"
@@ -249,7 +251,7 @@ class RepOptGhost(nnx.Module):
       rngs: draws the parameters.
 
     Raises:
-      ValueError: `width` is not above 0, or `dropout` not in [0, 1).
+      ValueError: `width` or `num_classes` is out of its range, or `dropout` not in [0, 1).
 
     >>> net = nnx.eval_shape(lambda: RepOptGhost(0.1, num_classes=10, rngs=nnx.Rngs(0)))
     >>> jax.eval_shape(lambda net, x: net(x), net, jnp.ones((2, 32, 32, 3))).shape
@@ -270,10 +272,11 @@ class RepOptGhost(nnx.Module):
         module_type: type[PlainGhost] | type[RepGhost] = PlainGhost,
         rngs: nnx.Rngs,
     ):
-        if not width > 0:
-            raise ValueError(f"width must be above 0, got {width}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not (isinstance(width, (int, float)) and 0 < width <= MAX_FACTOR):
+            raise ValueError(f"width must be above 0 and at most {MAX_FACTOR}, got {quote(width)}")
+        check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+            raise ValueError(f"dropout must be in [0, 1), got {quote(dropout)}")
         make = _Makers(bn_group, dtype, param_dtype, rngs)
         features = ghost_channels(STEM * width)
         self.conv_stem = conv(3, features, 3, 2, **make.types)

@@ -1,25 +1,28 @@
-"""RepOpt-VGG: a plain stack of 3x3 convolutions that states RepVGG's branches as blocks.
+"""RepOpt-VGG and RepVGG: a stack of 3x3 convolutions, plain or with a BatchNorm in each branch.
 
-Papers: RepOptimizers, arXiv 2205.15242, section 4 and table 1; sizes A0 to B0 from RepVGG,
-arXiv 2101.03697.
+Papers: RepOptimizers, arXiv 2205.15242, section 4 and table 1; RepVGG, arXiv 2101.03697, tables 2
+to 4. The plain stack states RepVGG's branches as blocks.
 Stage 0 is one block, then four stages, global average pooling and a dense layer. Images are NHWC.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Centre, Full, Identity
+from repopt_jax.branches import Block
+from repopt_jax.branches.presets import repvgg_branches
 from repopt_jax.models.layers import (
+    MAX_WIDTH,
     BatchNorm,
     SqueezeExcite,
-    check_lengths,
+    check_sizes,
     conv,
     linear,
     materialize,
@@ -28,17 +31,8 @@ from repopt_jax.models.layers import (
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
-# name -> blocks of stages 1 to 4, width multipliers of stages 1 to 4
-SIZES = {
-    "RepOpt-VGG-A0": ((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
-    "RepOpt-VGG-A1": ((2, 4, 14, 1), (1, 1, 1, 2.5)),
-    "RepOpt-VGG-A2": ((2, 4, 14, 1), (1.5, 1.5, 1.5, 2.75)),
-    "RepOpt-VGG-B0": ((4, 6, 16, 1), (1, 1, 1, 2.5)),
-    "RepOpt-VGG-B1": ((4, 6, 16, 1), (2, 2, 2, 4)),
-    "RepOpt-VGG-B2": ((4, 6, 16, 1), (2.5, 2.5, 2.5, 5)),
-    "RepOpt-VGG-L1": ((8, 14, 24, 1), (2, 2, 2, 4)),
-    "RepOpt-VGG-L2": ((8, 14, 24, 1), (2.5, 2.5, 2.5, 5)),
-}
+LAST_GROUPED = 26  # of the layers, counted from stage 0; deeper ones are never grouped
+MAX_BLOCKS = 128  # of a stage
 
 
 def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
@@ -51,20 +45,67 @@ def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
     return (min(64, stages[0]), *stages)
 
 
-def size_name(num_blocks: Sequence[int], widths: Sequence[int]) -> str | None:
-    """The published name of a size; None if it has none.
+def _size(num_blocks: tuple, multipliers: Sequence[float], **options: Any) -> dict[str, Any]:
+    return {"num_blocks": num_blocks, "widths": stage_widths(multipliers), **options}
 
-    >>> size_name((4, 6, 16, 1), (64, 128, 256, 512, 2048))
+
+# name -> options of `RepOptVGG`
+_A, _B, _L = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+SIZES = {
+    "RepOpt-VGG-A0": _size(_A, (0.75, 0.75, 0.75, 2.5)),
+    "RepOpt-VGG-A1": _size(_A, (1, 1, 1, 2.5)),
+    "RepOpt-VGG-A2": _size(_A, (1.5, 1.5, 1.5, 2.75)),
+    "RepOpt-VGG-B0": _size(_B, (1, 1, 1, 2.5)),
+    "RepOpt-VGG-B1": _size(_B, (2, 2, 2, 4)),
+    "RepOpt-VGG-B2": _size(_B, (2.5, 2.5, 2.5, 5)),
+    "RepOpt-VGG-L1": _size(_L, (2, 2, 2, 4)),
+    "RepOpt-VGG-L2": _size(_L, (2.5, 2.5, 2.5, 5)),
+}
+REPVGG_SIZES = {
+    **{f"RepVGG-{n}": SIZES[f"RepOpt-VGG-{n}"] for n in ("A0", "A1", "A2", "B0", "B1", "B2")},
+    "RepVGG-B3": _size(_B, (3, 3, 3, 5)),
+    "RepVGG-D2se": _size(_L, (2.5, 2.5, 2.5, 5), pre_se=True),
+    "RepVGGplus-L2pse": _size(_L, (2.5, 2.5, 2.5, 5), se=True),
+}
+REPVGG_SIZES |= {
+    f"RepVGG-{n}g{groups}": REPVGG_SIZES[f"RepVGG-{n}"] | {"groups": groups}
+    for n in ("B1", "B2", "B3")
+    for groups in (2, 4)
+}
+
+
+def size_name(options: dict[str, Any], sizes: dict[str, dict[str, Any]] = SIZES) -> str | None:
+    """The published name among `sizes` of a network with these options; None if it has none.
+
+    >>> size = {"num_blocks": (4, 6, 16, 1), "widths": (64, 128, 256, 512, 2048)}
+    >>> size_name({**size, "groups": 1, "pre_se": False, "se": True})
     'RepOpt-VGG-B1'
     """
-    for name, (blocks, multipliers) in SIZES.items():
-        if (tuple(num_blocks), tuple(widths)) == (blocks, stage_widths(multipliers)):
-            return name
-    return None
+    defaults = {"groups": 1, "pre_se": False}
+    matching = (n for n, size in sizes.items() if (defaults | size).items() <= options.items())
+    return next(matching, None)
+
+
+def activate(block: nnx.Module, x: Array) -> Array:
+    """ReLU, with the squeeze-excite that `block` has before or after it."""
+    x = jax.nn.relu(x if block.pre_se is None else block.pre_se(x))
+    return x if block.post_se is None else block.post_se(x)
 
 
 class PlainBlock(nnx.Module):
-    """3x3 convolution, BatchNorm, ReLU and, if wanted, squeeze-excite."""
+    """Convolution, BatchNorm and ReLU, with squeeze-excite before or after the ReLU if wanted.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      stride: of the convolution.
+      size: of its window.
+      groups: of its channels.
+      rule: from a layer to its branches, see `find_blocks`.
+      se: squeeze-excite after the ReLU, of a quarter of the channels.
+      pre_se: squeeze-excite before the ReLU, of a sixteenth of the channels.
+      bn_group: see `RepOptVGG`, as for the rest.
+    """
 
     def __init__(
         self,
@@ -72,22 +113,27 @@ class PlainBlock(nnx.Module):
         out_features: int,
         stride: int,
         *,
-        se: bool,
+        size: int = 3,
+        groups: int = 1,
+        rule: Callable[[str, Any], Block | None] = repvgg_branches,
+        se: bool = False,
+        pre_se: bool = False,
         bn_group: int | None,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.has_identity = in_features == out_features and stride == 1
-        self.conv = conv(in_features, out_features, 3, stride, **types)
+        self.conv = conv(in_features, out_features, size, stride, groups=groups, **types)
         self.bn = BatchNorm(out_features, group=bn_group, param_dtype=param_dtype)
+        # A tuple, as the parts of a network that are no arrays must have a hash.
+        self.branches = tuple((rule("", self.conv) or {}).items())
         self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None
+        self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
-        x = jax.nn.relu(self.bn(self.conv(x)))
-        return x if self.post_se is None else self.post_se(x)
+        return activate(self, self.bn(self.conv(x)))
 
 
 class RepVGGBlock(nnx.Module):
@@ -99,7 +145,9 @@ class RepVGGBlock(nnx.Module):
         out_features: int,
         stride: int,
         *,
-        se: bool,
+        groups: int = 1,
+        se: bool = False,
+        pre_se: bool = False,
         bn_group: int | None,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
@@ -107,24 +155,62 @@ class RepVGGBlock(nnx.Module):
     ):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = {"group": bn_group, "param_dtype": param_dtype}
-        self.conv3x3 = conv(in_features, out_features, 3, stride, **types)
+        self.conv3x3 = conv(in_features, out_features, 3, stride, groups=groups, **types)
         self.bn3x3 = BatchNorm(out_features, **norm)
-        self.conv1x1 = conv(in_features, out_features, 1, stride, **types)
+        self.conv1x1 = conv(in_features, out_features, 1, stride, groups=groups, **types)
         self.bn1x1 = BatchNorm(out_features, **norm)
         has_identity = in_features == out_features and stride == 1
         self.bn_identity = BatchNorm(out_features, **norm) if has_identity else None
         self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None
+        self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
         y = self.bn3x3(self.conv3x3(x)) + self.bn1x1(self.conv1x1(x))
         if self.bn_identity is not None:
             y = y + self.bn_identity(materialize(x))
-        y = jax.nn.relu(y)
-        return y if self.post_se is None else self.post_se(y)
+        return activate(self, y)
+
+    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
+        """The layer with the whole kernel, and its branches with their weights and BatchNorms."""
+        norms = {"conv3x3": self.bn3x3, "conv1x1": self.bn1x1, "identity": self.bn_identity}
+        weights = {"conv3x3": self.conv3x3.kernel[...], "conv1x1": self.conv1x1.kernel[...]}
+        return self.conv3x3, repvgg_branches("", self.conv3x3) or {}, weights, norms
 
 
-class RepOptVGG(nnx.Module):
+class FiveStages(nnx.Module):
+    """A block, four lists of blocks, global average pooling and a dense layer.
+
+    Attributes:
+      stage0: the block.
+      stage1: the first list; `stage2`, `stage3` and `stage4` follow.
+      linear: the dense layer.
+    """
+
+    def layers(self) -> Iterator[tuple[str, nnx.Module]]:
+        """Path and block, in the order in which they run."""
+        yield "stage0", self.stage0
+        for stage in range(1, 5):
+            for i, block in enumerate(getattr(self, f"stage{stage}")):
+                yield f"stage{stage}/{i}", block
+
+    def __call__(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch classes"]:
+        """Logits of normalized `images`."""
+        x = images
+        for _, block in self.layers():
+            x = block(x)
+        return self.linear(x.mean((1, 2)))
+
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
+        if not isinstance(self.stage0, PlainBlock):
+            return {}
+        return {f"{path}/conv": dict(block.branches) for path, block in self.layers()}
+
+
+class RepOptVGG(FiveStages):
     """The network; `PlainBlock` makes it RepOpt-VGG, `RepVGGBlock` RepVGG in training form.
 
     Args:
@@ -132,7 +218,9 @@ class RepOptVGG(nnx.Module):
       widths: channels of stages 0 to 4.
       num_classes: outputs of the dense layer.
       strides: of the first block of stages 0 to 4.
-      se: squeeze-excite at the end of every block.
+      groups: of every second layer, from layer 2 to layer 26; stage 0 is layer 0.
+      se: squeeze-excite of a quarter of the channels at the end of every block.
+      pre_se: squeeze-excite of a sixteenth of the channels before the ReLU of every block.
       bn_group: samples per BatchNorm group. None: the whole batch.
       dtype: of the computation. None: that of inputs and parameters.
       param_dtype: of the parameters.
@@ -140,7 +228,7 @@ class RepOptVGG(nnx.Module):
       rngs: draws the parameters.
 
     Raises:
-      ValueError: a sequence of the wrong length.
+      ValueError: a size is out of its range, or `groups` do not divide the widths.
 
     >>> from flax import nnx
     >>> net = RepOptVGG((1, 2, 1, 1), (4, 4, 4, 8, 8), num_classes=10, rngs=nnx.Rngs(0))
@@ -158,32 +246,39 @@ class RepOptVGG(nnx.Module):
         *,
         num_classes: int,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
+        groups: int = 1,
         se: bool = False,
+        pre_se: bool = False,
         bn_group: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         block_type: type[PlainBlock] | type[RepVGGBlock] = PlainBlock,
         rngs: nnx.Rngs,
     ):
-        check_lengths(num_blocks=(num_blocks, 4), widths=(widths, 5), strides=(strides, 5))
+        check_sizes(
+            num_blocks=(num_blocks, 4, MAX_BLOCKS),
+            widths=(widths, 5, MAX_WIDTH),
+            strides=(strides, 5, MAX_WIDTH),
+            groups=(groups, 1, MAX_WIDTH),
+            num_classes=(num_classes, 1, MAX_WIDTH),
+        )
+        if any(width % groups for width in widths[1:]):
+            raise ValueError(f"groups must divide the widths {tuple(widths[1:])}, got {groups}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"se": se, "bn_group": bn_group, **types}
+        options = {"se": se, "pre_se": pre_se, "bn_group": bn_group, **types}
         self.stage0 = block_type(3, widths[0], strides[0], **options)
+        layer = 0
         for stage, count in enumerate(num_blocks, 1):
             features = [widths[stage - 1], *[widths[stage]] * count]
-            steps = [strides[stage], *[1] * (count - 1)]
-            blocks = [block_type(*features[i : i + 2], steps[i], **options) for i in range(count)]
+            blocks = []
+            for i in range(count):
+                layer += 1
+                grouped = layer % 2 == 0 and layer <= LAST_GROUPED
+                stride = 1 if i else strides[stage]
+                kinds = {"groups": groups if grouped else 1, **options}
+                blocks.append(block_type(*features[i : i + 2], stride, **kinds))
             setattr(self, f"stage{stage}", nnx.List(blocks))
         self.linear = linear(widths[-1], num_classes, **types)
-
-    def __call__(
-        self, images: Float[Array, "batch height width 3"]
-    ) -> Float[Array, "batch classes"]:
-        """Logits of normalized `images`."""
-        x = self.stage0(images)
-        for block in (*self.stage1, *self.stage2, *self.stage3, *self.stage4):
-            x = block(x)
-        return self.linear(x.mean((1, 2)))
 
     def blocks(self) -> dict[str, Block]:
         """Path of a layer -> its branches; empty if the blocks are not plain ones.
@@ -191,16 +286,10 @@ class RepOptVGG(nnx.Module):
         A search starts the convolutions' scales at 1 in the first block of a stage and at
         ``sqrt(2 / i)`` in block ``i``.
         """
-        if not isinstance(self.stage0, PlainBlock):
-            return {}
-        found = {"stage0/conv": _branches(self.stage0, 1.0)}
-        for stage in range(1, 5):
-            for i, block in enumerate(getattr(self, f"stage{stage}")):
-                scale = math.sqrt(2 / i) if i else 1.0
-                found[f"stage{stage}/{i}/conv"] = _branches(block, scale)
+        found = super().blocks()
+        for path, block in found.items():
+            if i := int(path.split("/")[1]) if path.count("/") > 1 else 0:
+                for name, branch in block.items():
+                    if branch.scaled:
+                        block[name] = dataclasses.replace(branch, scale=math.sqrt(2 / i))
         return found
-
-
-def _branches(block: PlainBlock, scale: float) -> Block:
-    branches = {"conv3x3": Full(scale=scale), "conv1x1": Centre(1, scale=scale)}
-    return {**branches, "identity": Identity()} if block.has_identity else branches

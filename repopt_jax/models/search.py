@@ -19,10 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.branches import Block, init_weights, initial_scales, merge
+from repopt_jax.branches import (
+    Block,
+    check_merges,
+    init_weights,
+    initial_scales,
+    merge,
+    split_kernel,
+)
 from repopt_jax.models.branched_layers import check_layers, copy_model
 from repopt_jax.scales import Scales, check_scales, frozen_seeds
-from repopt_jax.tree_paths import layer_at
+from repopt_jax.tree_paths import errors_at, layer_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -48,7 +55,7 @@ class SearchLayer(nnx.Module):
       block: branch name -> branch.
       kind: "hs" or "csla".
       scales: branch name -> vector to start from. None: the branches' own initial values.
-      rngs: draws the branches' weights.
+      rngs: draws the branches' weights. None: their sum is the layer's kernel, see `split_kernel`.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class SearchLayer(nnx.Module):
         *,
         kind: Literal["hs", "csla"],
         scales: Mapping[str, Array] | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.layer_def, state = nnx.split(layer)
         kernel = state.pop("kernel")[...]
@@ -67,17 +74,16 @@ class SearchLayer(nnx.Module):
             setattr(self, name, state[name])
         self.block = tuple(block.items())
         self.kernel_shape = kernel.shape
-        weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, scales)
         vectors = scales if scales is not None else initial_scales(block, kernel.shape)
+        vectors = {n: jnp.asarray(vectors[n], kernel.dtype) for n, b in self.block if b.scaled}
+        if rngs is None:
+            weights = split_kernel(block, kernel, vectors)
+            check_merges(block, weights, vectors, kernel)
+        else:
+            weights = init_weights(block, rngs.params(), kernel.shape, kernel.dtype, scales)
         scale_type = nnx.Param if kind == "hs" else ConstantScale
         self.branch_weights = nnx.Dict({n: nnx.Param(w) for n, w in weights.items()})
-        self.branch_scales = nnx.Dict(
-            {
-                n: scale_type(jnp.asarray(vectors[n], kernel.dtype))
-                for n, b in self.block
-                if b.scaled
-            }
-        )
+        self.branch_scales = nnx.Dict({n: scale_type(v) for n, v in vectors.items()})
 
     @property
     def kernel(self) -> Array:
@@ -125,7 +131,8 @@ def search_network(
     *,
     kind: Literal["hs", "csla"] = "hs",
     scales: Mapping[str, Mapping[str, Array]] | None = None,
-    rngs: nnx.Rngs,
+    keep_kernels: bool = False,
+    rngs: nnx.Rngs | None = None,
 ) -> ModelT:
     """A copy of `model` in which the layers named by `blocks` are merged from branches.
 
@@ -135,10 +142,13 @@ def search_network(
       kind: "hs" to train the scales, "csla" to hold them constant.
       scales: path of a layer -> branch name -> vector to start from. None: the branches' own
         initial values.
-      rngs: draws the branches' weights.
+      keep_kernels: whether the search goes on from the kernels of `model`, a trained network: the
+        branches' weights are those of `split_kernel`, and the copy computes what `model` does.
+      rngs: draws the branches' weights. None: only with `keep_kernels`.
 
     Raises:
-      ValueError: unknown kind, a path without a layer, two paths of one layer, `scales` that are
+      ValueError: unknown kind, neither `keep_kernels` nor `rngs`, kernels to keep that are no sum
+        of their branches, a path without a layer, two paths of one layer, `scales` that are
         not those of the blocks (as ``Scales.check``), or a layer or branch for which there is no
         equivalence; see `check_layer` and `check_block`.
 
@@ -149,9 +159,14 @@ def search_network(
     >>> search = search_network(model, blocks, rngs=nnx.Rngs(0))
     >>> searched_scales(search)["layers/0"]["conv1x1"].tolist()
     [1.0, 1.0]
+    >>> kept = search_network(model, blocks, keep_kernels=True)
+    >>> bool(jnp.allclose(kept.layers[0].kernel, model.layers[0].kernel[...]))
+    True
     """
     if kind not in ("hs", "csla"):
         raise ValueError(f"kind of a search network must be 'hs' or 'csla', got {kind!r}")
+    if not keep_kernels and rngs is None:
+        raise ValueError("rngs must be given unless keep_kernels=True, got None")
     check_layers(model, blocks)
     if scales is not None:
         check_scales(scales, model, blocks)
@@ -160,7 +175,9 @@ def search_network(
     for path, block in blocks.items():
         vectors = None if scales is None else scales[path]
         layer = layer_at(model, path)
-        new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=rngs)
+        with errors_at(f"block {path!r}"):
+            draws = None if keep_kernels else rngs
+            new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=draws)
         swapped[id(layer)] = layer, new  # both, so that no other object gets the same id
     swap_layers(model, swapped, set())
     missed = [path for path in blocks if not isinstance(layer_at(model, path), SearchLayer)]

@@ -59,19 +59,19 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
     >>> groups["stage4/0"].readers
     ('linear',)
     """
-    counts = {stage: len(getattr(model, f"stage{stage}")) for stage in range(1, 5)}
-    blocks = ["stage0", *(f"stage{s}/{i}" for s, count in counts.items() for i in range(count))]
-    nexts = [*(f"{block}/conv" for block in blocks[1:]), "linear"]
+    blocks = dict(model.layers())
+    nexts = [*(f"{path}/conv" for path in list(blocks)[1:]), "linear"]
     groups = {}
-    for block, reader in zip(blocks, nexts, strict=True):
-        layers: dict[str, str | None] = {f"{block}/conv": f"{block}/bn"}
+    for (path, block), reader in zip(blocks.items(), nexts, strict=True):
+        layers: dict[str, str | None] = {f"{path}/conv": f"{path}/bn"}
         readers = (reader,)
-        if layer_at(model, block).post_se is not None:
-            down, up = f"{block}/post_se/down", f"{block}/post_se/up"
-            layers[up] = None
-            readers = (down, reader)
-            groups[f"{block}/post_se"] = ChannelGroup({down: None}, (up,))
-        groups[block] = ChannelGroup(layers, readers)
+        for gate in ("pre_se", "post_se"):
+            if getattr(block, gate) is not None:
+                down, up = f"{path}/{gate}/down", f"{path}/{gate}/up"
+                layers[up] = None
+                readers = (down, *readers)
+                groups[f"{path}/{gate}"] = ChannelGroup({down: None}, (up,))
+        groups[path] = ChannelGroup(layers, readers)
     return groups
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from repopt_jax.messages import check_names, listed, quote
 from repopt_jax.scales import parse_safetensors
-from repopt_jax.torch_files.pickles import MAX_DEPTH, Standin, TorchFileError, quote
+from repopt_jax.torch_files.numpy_values import array_of
+from repopt_jax.torch_files.pickles import MAX_DEPTH, Standin, TorchFileError
 from repopt_jax.torch_files.reader import read_torch_file
 
 # Keys under which checkpoints keep their weights, the likeliest first, averages last.
@@ -19,7 +23,9 @@ WEIGHT_KEYS = (
     *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "student", "teacher"),
 )
 # What stands before the first layer of a network of ours in the names of its tensors.
-_OUTERMOST = re.compile(r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1)\.")
+_OUTERMOST = re.compile(
+    r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1|stem\.(?:conv_kxk|reparam_conv))\."
+)
 # About the bytes of all names, one for each entry of a module, those that are None included.
 # A module held under n names counts n times: so it does in torch.
 MAX_SIZE = 1 << 26
@@ -62,8 +68,7 @@ def state_dict(module: Standin) -> dict[str, np.ndarray]:
             if isinstance(value, np.ndarray):
                 result[prefix + name] = value
             elif value is not None:
-                found = f"{quote(prefix + name)} is {quote(value)}"
-                raise TorchFileError(f"{found} and no plain tensor")
+                raise TorchFileError(_no_plain_tensor(prefix + name, value))
         for name, child in modules.items():
             if child is not None:
                 visit(f"{prefix}{name}.", child)
@@ -87,6 +92,16 @@ def _tables(prefix: str, module: Any) -> tuple[dict, dict, dict, set]:
     return *tables, {name for name in hidden if isinstance(name, str)}
 
 
+def _no_plain_tensor(name: str, value: Any) -> str:
+    """What an entry is that torch calls a tensor, and that has no array of numbers."""
+    made_by = re.fullmatch(r"torch\._utils\._rebuild_([a-z0-9_]{1,40})", getattr(value, "name", ""))
+    if made_by is None:
+        return f"{quote(name)} is {quote(value)} and no plain tensor"
+    kinds = {"qtensor": "quantized", "meta_tensor_no_storage": "meta"}
+    kind = kinds.get(made_by[1], made_by[1].removesuffix("_tensor"))
+    return f"{quote(name)} is a {kind} tensor" + ", without numbers" * (kind == "meta")
+
+
 class Weights(NamedTuple):
     """What `find_weights` found.
 
@@ -94,11 +109,15 @@ class Weights(NamedTuple):
       arrays: name -> array.
       key: where they were, such as ``state_dict``; "" for the outermost dict.
       others: further places with weights that could have been meant.
+      left_out: names of the entries beside them that are no weights, such as ``epoch``.
+      metadata: of a safetensors file.
     """
 
     arrays: dict[str, np.ndarray]
     key: str
     others: list[str]
+    left_out: list[str]
+    metadata: Mapping[str, str] = {}
 
 
 def find_weights(content: Any, key: str | None = None) -> Weights:
@@ -107,21 +126,24 @@ def find_weights(content: Any, key: str | None = None) -> Weights:
     Checkpoints keep them under a name such as ``model``, ``state_dict`` or ``ema``, which may be
     nested: the first of `WEIGHT_KEYS` is taken. Pickled modules are turned into their state dict.
     A prefix of all names that training wrappers put there (``module.``, ``_orig_mod.``) is
-    removed, and entries that are no weights, such as an epoch, are left out.
+    removed, and entries that are no weights, such as an epoch, are left out and named.
 
     Args:
       content: the object that the file holds.
       key: where the weights are, such as ``state_dict_ema`` or ``model/ema``. None: see above.
 
     Raises:
-      TorchFileError: there are none, or they hold a tensor that is sparse or quantized.
+      TorchFileError: there are none, they hold a tensor that is sparse, quantized or meta, or a
+        name cannot be printed.
 
-    >>> find_weights({"model": {"module.stage0.a": np.ones(1)}, "ema": {"a": np.ones(1)}})
-    Weights(arrays={'stage0.a': array([1.])}, key='model', others=['ema'])
+    >>> found = find_weights({"model": {"module.stage0.a": np.ones(1)}, "ema": {"a": np.ones(1)}})
+    >>> found.arrays, found.key, found.others
+    ({'stage0.a': array([1.])}, 'model', ['ema'])
     """
     wanted = key.split("/") if key else []
     path: list[str] = []
     others: list[str] = []
+    left_out: list[str] = []
     while True:
         if isinstance(content, Standin):
             content = state_dict(content)
@@ -132,33 +154,41 @@ def find_weights(content: Any, key: str | None = None) -> Weights:
         if wanted:
             inner = [k for k in content if k == wanted[0]]
             if not inner:
-                found = [quote(k) for k in content][:8]
-                raise TorchFileError(f"key must be among {', '.join(found)}, got {wanted[0]!r}")
+                found = listed(map(quote, content), ", ")
+                raise TorchFileError(f"key must be among {found}, got {wanted[0]!r}")
             del wanted[0]
         elif key or not inner or len(path) == 4:
             break
         others += ["/".join((*path, k)) for k in inner[1:]]
+        left_out += [str(k) for k in content if k not in inner]
         path.append(inner[0])
         content = content[inner[0]]
     arrays = _arrays(content)
     if not arrays:
-        found = ", ".join([quote(k) for k in content][:8])
+        found = listed(map(quote, content), ", ")
         keys = ", ".join(WEIGHT_KEYS)
         raise TorchFileError(f"it has no weights under any of {keys}, but {found}")
-    return Weights(arrays, "/".join(path), others)
+    left_out += [str(k) for k in content if k not in arrays]
+    return Weights(_without_prefix(arrays), "/".join(path), others, left_out)
 
 
 def _arrays(content: dict) -> dict[str, np.ndarray]:
-    """The weights among a dict's entries, under their names in the network itself."""
+    """The weights among a dict's entries."""
     arrays = {}
     for name, value in content.items():
         if isinstance(value, Standin) and value.name.startswith("torch._utils._rebuild"):
-            kind = value.name.rpartition("_rebuild_")[2]
-            raise TorchFileError(f"{quote(name)} is a tensor of the kind {quote(kind)}")
+            raise TorchFileError(_no_plain_tensor(str(name), value))
+        value = array_of(value)
         # thop, a package that counts operations, leaves its counts among the weights.
         counts = str(name).rpartition(".")[2] in ("total_ops", "total_params")
         if isinstance(name, str) and isinstance(value, np.ndarray) and not counts:
             arrays[name] = value
+    check_names(arrays)
+    return arrays
+
+
+def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights under their names in the network itself."""
     matches = (_OUTERMOST.match(name) for name in arrays)
     prefix = next((match[1] for match in matches if match), None) or "module."
     while arrays and all(name.startswith(prefix) for name in arrays):
@@ -187,10 +217,21 @@ def read_torch_weights(path: str | os.PathLike, key: str | None = None) -> Weigh
         with source.open("rb") as file:
             head = file.read(9)
     if head[8:] == b"{":  # after its length, the header of a safetensors file is JSON
-        content = parse_safetensors(source.read_bytes(), os.fspath(path))[0]
+        content, metadata = parse_safetensors(source.read_bytes(), os.fspath(path))
     else:
-        content = read_torch_file(path)
+        content, metadata = read_torch_file(path), {}
+    with usable(path):
+        return find_weights(content, key)._replace(metadata=metadata)
+
+
+@contextlib.contextmanager
+def usable(path: str | os.PathLike) -> Iterator[None]:
+    """Say which file holds what the block refuses.
+
+    Raises:
+      TorchFileError: in place of any ValueError.
+    """
     try:
-        return find_weights(content, key)
-    except TorchFileError as error:
+        yield
+    except ValueError as error:
         raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None

@@ -2,12 +2,15 @@
 
 The path of a variable is that of a block, a layer in it and an array: ``stage1/0``, ``conv``,
 ``kernel``. The official code calls the same tensor ``stage1.0``, ``conv``, ``weight``. To read
-the weights of another network, add a row to `_LAYERS`.
+the weights of another network, add a row to `_LAYERS`; to read another code's files of the same
+network, add a `Dialect`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +22,11 @@ _LAYERS = (
             **{"conv": "conv", "conv3x3": "conv_3x3", "conv1x1": "conv_1x1"},
             **{"bn": "bn", "bn3x3": "bn_3x3", "bn1x1": "bn_1x1", "bn_identity": "bn_identity"},
             **{"post_se/down": "post_se.down", "post_se/up": "post_se.up"},
+            **{"pre_se/down": "se.down", "pre_se/up": "se.up"},
+            # MobileOne's, up to ten copies of a kernel.
+            **{f"conv{i}": f"rbr_conv.{i}.conv" for i in range(10)},
+            **{f"bn{i}": f"rbr_conv.{i}.bn" for i in range(10)},
+            **{"conv_scale": "rbr_scale.conv", "bn_scale": "rbr_scale.bn", "bn_skip": "rbr_skip"},
         },
     ),
     (
@@ -53,6 +61,132 @@ _BRANCHES = {
 }
 # What a scales file has of these: torch's layer -> layer, branch. An identity counts as a scale.
 SCALES = {names.get("scales", names["weights"]): key for key, names in _BRANCHES.items()}
+
+
+class Dialect(NamedTuple):
+    """The names that one code base has for a network of ours.
+
+    Attributes:
+      family: what messages call it.
+      mark: pattern of a name that only it has.
+      words: parts of its names, each after a dot or at the start -> the official parts.
+      fused: whether its convolutions have taken in the BatchNorms after them.
+    """
+
+    family: str
+    mark: str
+    words: Mapping[str, str]
+    fused: bool = False
+
+    def official(self, name: str) -> str:
+        """The official name of one of its own."""
+        return _replaced(self.words, name)
+
+    def own(self, name: str) -> str:
+        """Its own name of an official one."""
+        return _replaced({new: old for old, new in self.words.items()}, name)
+
+
+def _replaced(words: Mapping[str, str], name: str) -> str:
+    pattern = "|".join(re.escape(word) for word in words) or "(?!)"
+    return re.sub(rf"(?<![^.])(?:{pattern})", lambda match: words[match[0]], name)
+
+
+OFFICIAL = Dialect("RepOptimizers", "", {})
+_TIMM = {
+    **{"stem.": "stage0.", **{f"stages.{i}.": f"stage{i + 1}." for i in range(4)}},
+    **{"attn.fc1.": "se.down.", "attn.fc2.": "se.up.", "head.fc.": "linear."},
+}
+_TIMM_BLOCK = r"(stem|stages\.[0-3]\.\d+)"
+_FUSED = {"reparam_conv.weight": "conv.weight", "reparam_conv.bias": "bn.bias"}
+_MOBILEONE = {"se.reduce.": "se.down.", "se.expand.": "se.up."}
+DIALECTS = (
+    Dialect(
+        "RepVGG",
+        r"stage(0|\d\.\d+)\.rbr_(dense|1x1|identity)\..+",
+        {
+            **{"rbr_dense.conv.": "conv_3x3.", "rbr_dense.bn.": "bn_3x3."},
+            **{"rbr_1x1.conv.": "conv_1x1.", "rbr_1x1.bn.": "bn_1x1."},
+            "rbr_identity.": "bn_identity.",
+        },
+    ),
+    Dialect(
+        "RepVGG in deploy form",
+        r"stage(0|\d\.\d+)\.rbr_reparam\..+",
+        {"rbr_reparam.weight": "conv.weight", "rbr_reparam.bias": "bn.bias"},
+        fused=True,
+    ),
+    Dialect(
+        "timm's RepVGG",
+        rf"{_TIMM_BLOCK}\.(conv_kxk\.conv|conv_1x1\.conv)\..+",
+        {
+            **_TIMM,
+            **{"conv_kxk.conv.": "conv_3x3.", "conv_kxk.bn.": "bn_3x3."},
+            **{"conv_1x1.conv.": "conv_1x1.", "conv_1x1.bn.": "bn_1x1."},
+            "identity.": "bn_identity.",
+        },
+    ),
+    Dialect(
+        "timm's MobileOne",
+        rf"{_TIMM_BLOCK}\.(conv_kxk\.\d|conv_scale)\..+",
+        {
+            **_TIMM,
+            **{"conv_kxk.": "rbr_conv.", "conv_scale.": "rbr_scale.", "identity.": "rbr_skip."},
+        },
+    ),
+    Dialect(
+        "timm's RepVGG or MobileOne in deploy form",
+        rf"{_TIMM_BLOCK}\.reparam_conv\..+",
+        {**_TIMM, **_FUSED},
+        fused=True,
+    ),
+    Dialect("MobileOne", r"stage(0|\d\.\d+)\.rbr_(conv|scale|skip)\..+", _MOBILEONE),
+    Dialect(
+        "MobileOne in deploy form",
+        r"stage(0|\d\.\d+)\.reparam_conv\..+",
+        {**_MOBILEONE, **_FUSED},
+        fused=True,
+    ),
+    Dialect(
+        "RepGhostNet",
+        r"blocks\.\d\.\d\.ghost[12]\.fusion_bn\.0\..+",
+        {"fusion_bn.0.": "fusion_bn."},
+    ),
+    Dialect(
+        "RepGhostNet in deploy form",
+        r"blocks\.\d\.\d\.ghost[12]\.cheap_operation\.(weight|bias)",
+        {
+            "cheap_operation.weight": "cheap_operation.0.weight",
+            "cheap_operation.bias": "final_bn.bias",
+        },
+        fused=True,
+    ),
+)
+
+
+def to_official(weights: Mapping[str, np.ndarray]) -> tuple[Dialect, dict[str, np.ndarray]]:
+    """The dialect of a state dict, and the same weights under the official names.
+
+    A fused convolution becomes one with a BatchNorm that only adds the bias: mean 0, scale 1 and
+    variance ``1 - epsilon``. Its network is a plain one.
+
+    >>> weights = {"stage0.rbr_reparam.bias": np.ones(2), "stage1.0.rbr_1x1.bn.bias": np.ones(2)}
+    >>> dialect, official = to_official(weights)
+    >>> dialect.family, list(official)
+    ('RepVGG', ['stage0.rbr_reparam.bias', 'stage1.0.bn_1x1.bias'])
+    """
+    dialect = next(
+        (d for d in DIALECTS if any(re.fullmatch(d.mark, name) for name in weights)), OFFICIAL
+    )
+    official = {dialect.official(name): value for name, value in weights.items()}
+    if dialect.fused:
+        for name, bias in list(official.items()):
+            bn = name.removesuffix("bias")
+            if name.endswith("bn.bias") and f"{bn}weight" not in official:
+                official[f"{bn}weight"] = np.ones_like(bias)
+                official[f"{bn}running_mean"] = np.zeros_like(bias)
+                official[f"{bn}running_var"] = np.full_like(bias, 1 - 1e-5)
+    return dialect, official
 
 
 def torch_block(path: str) -> str:

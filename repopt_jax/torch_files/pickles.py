@@ -10,6 +10,8 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
+from repopt_jax.messages import quote
+
 # Each limit is far above what torch writes, and low enough that reading ends soon.
 MAX_STEPS = 5_000_000  # instructions; large checkpoints have about 100,000
 MAX_LINE = 1024  # characters of a class with its module, or of a number written in digits
@@ -100,22 +102,6 @@ class Budget:
         self.rare_keys -= flat is key or (isinstance(key, int) and key.bit_length() > 60)
         if self.rare_keys < 0:
             raise TorchFileError("it holds too many dict keys other than text")
-
-
-def quote(value: Any) -> str:
-    """Show a value from a file in one short line of ASCII.
-
-    >>> quote("a" * 100)
-    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'"
-    """
-    if isinstance(value, str | bytes):
-        rest = "..." if isinstance(value, str) else b"..."
-        return ascii(value if len(value) <= 40 else value[:40] + rest)
-    if value is None or isinstance(value, bool | float):
-        return repr(value)
-    if isinstance(value, int):
-        return str(value) if abs(value) < 1 << 64 else "a huge integer"
-    return f"a {type(value).__name__}"  # anything else may be nested without end
 
 
 class _Source:

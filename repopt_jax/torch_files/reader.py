@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from repopt_jax.torch_files.pickles import Budget, TorchFileError, check_nesting, quote, unpickle
+from repopt_jax.messages import quote
+from repopt_jax.torch_files.pickles import Budget, TorchFileError, check_nesting, unpickle
 from repopt_jax.torch_files.tensors import Storages
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001

@@ -8,34 +8,55 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.models.create import VGG
+from repopt_jax.messages import quote
+from repopt_jax.models.create import REPVGG, VGG
+from repopt_jax.models.mobileone import FAMILY as MOBILEONE
+from repopt_jax.models.mobileone import MOBILEONE_SIZES
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
-from repopt_jax.models.repopt_vgg import size_name
-from repopt_jax.torch_files.names import block_path
+from repopt_jax.models.repopt_vgg import LAST_GROUPED, REPVGG_SIZES, SIZES, size_name
+from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
 from repopt_jax.torch_files.pickles import TorchFileError
 
 # Tensors of a block that have as many rows as the block has outputs, in networks of all kinds.
 _ROWS = re.compile(
     r"(stage0|stage[1-4]\.\d+|blocks\.\d\.\d\.ghost[12])\."
-    r"(?:conv|conv_3x3|scale_conv|cheap_operation\.[01]|fusion_scale)\.weight"
+    r"(?:conv|conv_3x3|scale_conv|rbr_conv\.0\.conv|cheap_operation\.[01]|fusion_scale)\.weight"
 )
-# The name of a tensor that only one kind of network has -> that kind, for either family.
+# The name of a tensor that only one kind of network has -> that kind, for every family.
 _KINDS = {
     "stage0.scale_conv.weight": "hs",
     "stage0.conv_3x3.weight": "repvgg",
+    "stage0.rbr_conv.0.conv.weight": "mobileone",
     "stage0.conv.weight": "target",
     "blocks.0.0.ghost1.fusion_scale.weight": "hs",
     "blocks.0.0.ghost1.fusion_bn.weight": "rep",
     "blocks.0.0.ghost1.final_bn.weight": "target",
 }
+# Pattern of a name of a network whose weights are not read -> that network.
+_OTHERS = {
+    r".*ERBlock_\d\..*": "YOLOv6",
+    r".*\.rbr_(dense|1x1)\.[01]\..*": "YOLOv7",
+    r"stage\d(_first|_second)?\.blocks\.\d+\..*": "RepVGGplus",
+    r".*\.lkb_(origin|reparam)\..*": "RepLKNet",
+    r".*\.(repconv\d|fc3_bn)\..*": "RepMLPNet",
+    r".*\.(square_conv|fused_conv)\..*": "ACNet",
+    r".*\.dbb_(origin|reparam)\..*": "a network of Diverse Branch Blocks",
+}
+_FIRSTS = ("stage0", *(f"stage{i}.0" for i in range(1, 5)))
 
 
-def recognize_size(weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+def recognize_size(
+    weights: Mapping[str, np.ndarray], dialect: Dialect = OFFICIAL
+) -> dict[str, Any] | None:
     """Name and size of the network, as arguments of `create_model`; None for no network of ours.
 
     No file holds strides: a stage of which the first block has an identity has a stride of 1, all
     others are taken for 2, as published.
+
+    Args:
+      weights: arrays under the official names.
+      dialect: the names that the file has, which tell RepVGG from RepOpt-VGG.
 
     >>> recognize_size({"stage0.conv.weight": np.ones((4, 3, 3, 3))}) is None
     True
@@ -52,16 +73,59 @@ def recognize_size(weights: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
         if names:
             return {"name": names[0]}
         return None if width is None else {"name": GHOST, "width": width}
-    firsts = ("stage0", *(f"stage{i}.0" for i in range(1, 5)))
-    num_blocks = tuple(sum(key.startswith(f"stage{i}/") for key in rows) for i in range(1, 5))
-    widths = tuple(rows.get(block_path(first)) for first in firsts)
-    if None in widths:
+    if any(block_path(first) not in rows for first in _FIRSTS):
         return None
-    name = size_name(num_blocks, widths) or VGG
-    size = {"name": name, "num_blocks": num_blocks, "widths": widths}
+    counts = tuple(sum(key.startswith(f"stage{i}/") for key in rows) for i in range(1, 5))
+    pointwise = ("stage1.1.conv.weight", "stage1.1.rbr_conv.0.conv.weight")
+    if any(np.shape(weights.get(name))[2:] == (1, 1) for name in pointwise):
+        return _mobileone_size(weights, rows, counts)
+    return _vgg_size(weights, rows, counts, dialect)
+
+
+def _vgg_size(weights, rows, num_blocks, dialect) -> dict[str, Any]:
+    widths = tuple(rows[block_path(first)] for first in _FIRSTS)
+    size = {"num_blocks": num_blocks, "widths": widths}
+    options = {"groups": _groups(weights, rows, num_blocks)}
+    options |= {"pre_se": any(".se." in name for name in weights)}
+    options |= {"se": any(".post_se." in name for name in weights)}
+    family, sizes = (VGG, SIZES) if dialect is OFFICIAL else (REPVGG, REPVGG_SIZES)
+    name = size_name({**size, **options}, sizes) or family
     identities = ("scale_identity.weight", "bn_identity.weight")
-    strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in firsts)
-    return {**size, "strides": strides} if 1 in strides else size
+    strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in _FIRSTS)
+    told = {"strides": strides} if 1 in strides else {}
+    told |= {"groups": options["groups"]} if options["groups"] > 1 else {}
+    told |= {"pre_se": True} if options["pre_se"] else {}
+    return {"name": name, **size, **told}
+
+
+def _groups(weights, rows, num_blocks) -> int:
+    """The groups of a VGG's layers 2, 4, ..., from the first of them that has a kernel."""
+    layers = ["stage0", *(f"stage{s}/{i}" for s, n in enumerate(num_blocks, 1) for i in range(n))]
+    for i in range(2, min(len(layers), LAST_GROUPED + 1), 2):
+        for name in ("conv", "conv_3x3"):
+            shape = np.shape(weights.get(f"{layers[i].replace('/', '.')}.{name}.weight"))
+            if len(shape) == 4 and shape[1] and layers[i - 1] in rows:
+                return rows[layers[i - 1]] // shape[1]
+    return 1
+
+
+def _mobileone_size(weights, rows, counts) -> dict[str, Any]:
+    pairs = tuple(count // 2 for count in counts)
+    lasts = [f"stage{i}/{count - 1}" for i, count in enumerate(counts, 1)]
+    gated = [
+        sum(f"stage{i}.{j}.se.down.weight" in weights for j in range(n))
+        for i, n in enumerate(counts, 1)
+    ]
+    size = {
+        "num_blocks": pairs,
+        "widths": (rows["stage0"], *(rows.get(last, 0) for last in lasts)),
+        "se_blocks": tuple(n // 2 for n in gated),
+    }
+    names = [name for name, known in MOBILEONE_SIZES.items() if size.items() <= known.items()]
+    name = names[0] if names else MOBILEONE
+    copies = sum(f"stage1.0.rbr_conv.{i}.conv.weight" in weights for i in range(len(weights)))
+    # A plain network does not show how many copies it could have.
+    return {"name": name, **size, **({"copies": copies} if copies else {})}
 
 
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -69,19 +133,43 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     Search checkpoints are taken for kind "hs"; "csla" has the same names.
 
+    Args:
+      weights: torch name -> array, under the names of any of `DIALECTS` or the official ones.
+
     Raises:
-      TorchFileError: it is no network of ours.
+      TorchFileError: it is no network of ours; the message says what it looks like, and what is
+        missing.
     """
-    kinds = [kind for name, kind in _KINDS.items() if name in weights]
-    is_ghost = "conv_stem.weight" in weights
-    classes = np.shape(weights.get("classifier.weight" if is_ghost else "linear.weight"))
-    size = recognize_size(weights)
+    for pattern, family in _OTHERS.items():
+        if any(re.fullmatch(pattern, name) for name in weights):
+            raise TorchFileError(f"it looks like {family}, of which at most scales are read")
+    dialect, official = to_official(weights)
+    kinds = [kind for name, kind in _KINDS.items() if name in official]
+    size = recognize_size(official, dialect)
+    is_ghost = any(name.startswith(("conv_stem.", "blocks.0.0.ghost1.")) for name in official)
+    head = "classifier.weight" if is_ghost else "linear.weight"
+    classes = np.shape(official.get(head))
     if size is None or not kinds or not classes:
-        raise TorchFileError(
-            f"it is no {GHOST}: the channels of its modules are those of no width, or its last "
-            "layers are not all there"
-            if is_ghost
-            else f"it is no {VGG}: stages 0 to 4 and linear are not all there"
-        )
+        raise TorchFileError(_refusal(dialect, official, is_ghost, head))
     found = {**size, "kind": kinds[0], "num_classes": classes[0]}
-    return found if is_ghost else {**found, "se": any(".post_se." in name for name in weights)}
+    is_vgg = "num_blocks" in found and "se_blocks" not in found
+    return {**found, "se": any(".post_se." in name for name in official)} if is_vgg else found
+
+
+def _refusal(dialect: Dialect, official: Mapping[str, Any], is_ghost: bool, head: str) -> str:
+    """Why these weights are no network of ours."""
+    firsts = [f"blocks.{i}.0.ghost1" for i in range(9)] if is_ghost else _FIRSTS
+    missing = [
+        f"{first}." for first in firsts if not any(n.startswith(f"{first}.") for n in official)
+    ]
+    if len(missing) == len(firsts):
+        names = ", ".join(quote(name) for name in list(official)[:3])
+        return f"it is no {VGG}, {REPVGG}, {MOBILEONE} or {GHOST}: its names are {names}, ..."
+    missing += [head] if head not in official else []
+    family = (GHOST if is_ghost else VGG) if dialect is OFFICIAL else dialect.family
+    if missing:
+        found = ", ".join(dialect.own(name).strip(".") for name in missing)
+        return f"it looks like {family}, but {found} is missing"
+    if is_ghost:
+        return f"it looks like {family}, but the channels of its modules are those of no width"
+    return f"it looks like {family}, but its first block has no convolution, or {head} no rows"

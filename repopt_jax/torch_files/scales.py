@@ -11,7 +11,7 @@ import numpy as np
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import ghost_modules
 from repopt_jax.scales import Scales
-from repopt_jax.torch_files.modules import read_torch_weights
+from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
 from repopt_jax.torch_files.names import SCALES, block_path, torch_block
 from repopt_jax.torch_files.pickles import TorchFileError
 from repopt_jax.torch_files.recognition import recognize_size
@@ -33,10 +33,13 @@ def load_torch_scales(path: str | os.PathLike, key: str | None = None) -> Scales
       TorchFileError: the file cannot be read, holds no scales, or not those of one network.
     """
     weights = read_torch_weights(path, key)
-    try:
-        scales = scales_in(weights.arrays)
-    except ValueError as error:
-        raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
+    with usable(path):
+        return scales_of(weights)
+
+
+def scales_of(weights: Weights) -> Scales:
+    """The scales of a torch file, with the place where they were as metadata."""
+    scales = scales_in(weights.arrays)
     place = f", under {weights.key}" if weights.key else ""
     return Scales(scales.vectors, {**scales.metadata, "source": f"converted from torch{place}"})
 

@@ -8,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from repopt_jax.torch_files.pickles import Standin, TorchFileError, quote
+from repopt_jax.messages import quote
+from repopt_jax.torch_files.pickles import Standin, TorchFileError
 
 MAX_EXPANSION = 1 << 26  # bytes by which all broadcast tensors may exceed their storages
 MAX_DIMENSIONS = 32

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,11 +12,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from repopt_jax.models import RepOptGhost, RepOptVGG, create_model
+from repopt_jax.messages import listed
+from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG, create_model
+from repopt_jax.models.create import family_of
 from repopt_jax.models.layers import bad_numbers
-from repopt_jax.torch_files.modules import read_state_dict
-from repopt_jax.torch_files.names import from_torch, to_torch, torch_name
-from repopt_jax.torch_files.pickles import TorchFileError
+from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
+from repopt_jax.torch_files.names import DIALECTS, from_torch, to_official, to_torch, torch_name
 from repopt_jax.torch_files.recognition import recognize
 from repopt_jax.tree_paths import path_str
 
@@ -39,16 +42,18 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
 
     Args:
       model: a network of any kind; values are cast to its types.
-      weights: torch name -> array of floats, in torch's layout (OIHW).
+      weights: torch name -> array of floats, in torch's layout (OIHW), under the official names
+        or those of any of `DIALECTS`.
 
     Returns:
       `model`.
 
     Raises:
-      ValueError: one message with every variable without a source, every source without a
-        variable, every wrong shape and every tensor with numbers that no network has, or that
-        the cast would lose. `model` is unchanged then.
+      ValueError: one message with the variables without a source, the sources without a variable,
+        the wrong shapes and the tensors with numbers that no network has, or that the cast would
+        lose. `model` is unchanged then.
     """
+    dialect, weights = to_official(weights)
     problems, arrays, used = [], {}, set()
     for path, variable in variables(model).items():
         name = torch_name(path)
@@ -56,18 +61,18 @@ def import_weights(model: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.
         if name is None:
             problems.append(f"{path} has no name in torch")
         elif name not in weights:
-            problems.append(f"missing {name} for {path}")
+            problems.append(f"missing {dialect.own(name)} for {path}")
         else:
             arrays[path] = value = from_torch(weights[name])
             if value.shape != variable.shape:
                 shapes = f"{variable.shape}, got {value.shape}"
-                problems.append(f"{name} must give {path} the shape {shapes}")
-            problems += _bad_numbers(name, weights[name], variable.dtype)
+                problems.append(f"{dialect.own(name)} must give {path} the shape {shapes}")
+            problems += _bad_numbers(dialect.own(name), weights[name], variable.dtype)
     # torch keeps a count beside the running statistics of each BatchNorm.
     counts = {f"{(name or '').removesuffix('running_var')}num_batches_tracked" for name in used}
-    problems += [f"surplus {name}" for name in weights.keys() - used - counts]
+    problems += [f"surplus {dialect.own(name)}" for name in weights.keys() - used - counts]
     if problems:
-        raise ValueError("weights do not fit the model: " + "; ".join(sorted(problems)))
+        raise ValueError(f"weights do not fit the model: {listed(sorted(problems))}")
     return fill(model, arrays)
 
 
@@ -106,6 +111,9 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
         if name.endswith(".running_var"):
             count = np.array(num_batches_tracked, np.int64)
             exported[name.replace("running_var", "num_batches_tracked")] = count
+    if isinstance(model, MobileOne):
+        dialect = next(d for d in DIALECTS if d.family == "MobileOne")
+        return {dialect.own(name): array for name, array in exported.items()}
     return exported
 
 
@@ -115,12 +123,13 @@ def load_torch_weights(
     kind: Literal["hs", "csla"] | None = None,
     key: str | None = None,
     **options: Any,
-) -> RepOptVGG | RepOptGhost:
+) -> RepOptVGG | RepOptGhost | MobileOne:
     """The network of a torch file, with its weights and BatchNorm statistics.
 
     Args:
-      path: a file written by torch, of any kind of RepOpt-VGG or RepOpt-GhostNet; or a
-        safetensors file with torch's names.
+      path: a file written by torch, of any kind of network of `create_model`, under the names of
+        its authors or of timm; or a safetensors file with torch's names. The deploy form of a
+        network gives its plain form (kind "target").
       kind: "csla" to hold the scales of a search checkpoint constant. None: as recognized.
       key: where in the file the weights are, such as ``state_dict_ema``. None: the likeliest.
       **options: of `create_model`, such as strides, bn_group and param_dtype; they are not in the
@@ -130,16 +139,39 @@ def load_torch_weights(
       TorchFileError: the file cannot be read, or holds neither network.
       ValueError: the weights do not fit the recognized network.
     """
-    weights = read_state_dict(path, key)
-    try:
-        arguments = recognize(weights)
-    except TorchFileError as error:
-        raise TorchFileError(f"{os.fspath(path)} cannot be used: {error}") from None
-    if kind is not None:
-        arguments["kind"] = kind
-    return import_weights(unfilled_model(**arguments | options), weights)
+    told = {} if kind is None else {"kind": kind}
+    return load_torch_network(path, key, **told, **options)[0]
 
 
-def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost:
+def load_torch_network(
+    path: str | os.PathLike, key: str | None = None, **told: Any
+) -> tuple[RepOptVGG | RepOptGhost | MobileOne, dict[str, Any]]:
+    """`load_torch_weights`, with the arguments of `create_model` that make this network."""
+    weights = read_torch_weights(path, key)
+    with usable(path):
+        arguments = network_arguments(weights) | told
+        return import_weights(unfilled_model(**arguments), weights.arrays), arguments
+
+
+def network_arguments(weights: Weights) -> dict[str, Any]:
+    """The arguments of `create_model` for the network of a torch file.
+
+    They are recognized from names and shapes. Strides and the kind "csla" are in neither; a
+    safetensors file that `repopt-convert --to-torch` wrote states them in its metadata.
+
+    Raises:
+      TorchFileError: it is no network of ours.
+    """
+    found = recognize(weights.arrays)
+    strides = weights.metadata.get("strides", "")
+    has_strides = "strides" in family_of(found["name"]).options
+    if has_strides and re.fullmatch(r"\[\d{1,3}(, \d{1,3}){4}\]", strides):
+        found["strides"] = tuple(json.loads(strides))
+    if found["kind"] == "hs" and weights.metadata.get("kind") == "csla":
+        found["kind"] = "csla"
+    return found
+
+
+def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost | MobileOne:
     """A network that has shapes but no numbers: drawing what is then replaced takes seconds."""
     return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))

@@ -19,7 +19,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +27,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from repopt_jax.atomic_write import atomic_write
+from repopt_jax.training.checkpoint_directory import (
+    checkpoint_directory,
+    require_space,
+    require_writable,
+)
 from repopt_jax.training.manifests import (
     Damaged,
     as_example,
@@ -53,19 +57,6 @@ from repopt_jax.tree_paths import by_path
 BEST_METRIC = "top1"
 
 _log = logging.getLogger(__name__)
-
-
-def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
-    """``<workdir>/checkpoints``, absolute.
-
-    Raises:
-      ValueError: Orbax looks for its files by patterns and would not find them there again.
-    """
-    path = epath.Path(workdir) / "checkpoints"
-    directory = path if path.is_absolute() else path.absolute()  # gs:// is
-    if set(str(directory)) & set("*?["):
-        raise ValueError(f"workdir must have none of * ? [ in its path, got {directory.parent}")
-    return directory
 
 
 class Checkpoints:
@@ -101,7 +92,7 @@ class Checkpoints:
         self.directory = checkpoint_directory(workdir)
         self._keep_latest, self._read_only = keep_latest, read_only
         if not read_only:
-            _require_writable(self.directory)
+            require_writable(self.directory)
         self._here: int | None = None  # the step saved or restored last
         self._metrics: dict[int, dict[str, float]] = {}  # by step
         self._damaged: set[int] = set()  # steps that could not be read
@@ -167,7 +158,7 @@ class Checkpoints:
             return
         self.wait()
         arrays = {path: as_saved(leaf) for path, leaf in leaves.items()}
-        _require_space(self.directory, sum(array.nbytes for array in arrays.values()))
+        require_space(self.directory, sum(array.nbytes for array in arrays.values()))
         positions = [] if data_iterator is None else positions_of(data_iterator)
         manifest = make_manifest(leaves) | {
             "metrics": {name: float(value) for name, value in (metrics or {}).items()},
@@ -347,31 +338,3 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.directory} "
                 f"({in_short(error)})"
             ) from error
-
-
-def _require_writable(directory: epath.Path) -> None:
-    """Raise OSError where process 0 cannot write a file in `directory`, which it makes."""
-    if jax.process_index() != 0:
-        return
-    probe = directory / ".writable"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except Exception as error:  # cloud file systems have errors of their own
-        raise OSError(
-            f"workdir must be writable, {directory} is not ({in_short(error)})"
-        ) from error
-
-
-def _require_space(directory: epath.Path, needed: int) -> None:
-    """Raise OSError where a local disk has fewer than `needed` bytes left."""
-    try:
-        free = shutil.disk_usage(directory).free
-    except OSError:  # not a local disk
-        return
-    if free < needed:
-        raise OSError(
-            f"{directory} has {free / 1e6:.0f} MB left on its disk and a checkpoint takes "
-            f"{needed / 1e6:.0f} MB"
-        )

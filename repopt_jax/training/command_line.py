@@ -61,6 +61,7 @@ def main() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Define and parse the flags; end with one sentence where they are wrong."""
+    argv = [_expanded(argument) for argument in argv]
     _check_fields(argv)
     try:
         config_flags.DEFINE_config_file(
@@ -90,6 +91,12 @@ def _parse(argv: list[str]) -> list[str]:
     if unknown:
         _stop(f"unknown arguments {unknown}; flags begin with --", 2)
     return argv[:1]
+
+
+def _expanded(argument: str) -> str:
+    """The flag --config with the home folder for a ~, which no shell expands after a =."""
+    flag, equals, path = argument.partition("=")
+    return flag + equals + os.path.expanduser(path) if flag.lstrip("-") == "config" else argument
 
 
 def _check_fields(argv: list[str]) -> None:
@@ -124,7 +131,7 @@ def _dispatch(_) -> None:
     except (ValueError, RuntimeError) as error:
         _stop(f"the processes cannot be joined: {error}", 2)
     name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
-    workdir = os.path.expanduser(given.workdir or f"runs/{name}")  # no shell does so after a =
+    workdir = given.workdir or f"runs/{name}"
     try:
         if given.mode == "run":
             run.run(given.config, workdir)

@@ -55,11 +55,13 @@ PARTS = {
     # The structural baselines: BatchNorm in every branch, and the plain optimizer.
     "repvgg": PartSpec("RepVGG", "repvgg"),
     "rep": PartSpec("RepGhost", "rep"),
+    "mobileone": PartSpec("MobileOne", "mobileone"),
     # Quantization-aware training of what the parts above have trained.
     "qat": PartSpec("RepOptimizer, QAT", "target", multiplied=True, tunes="target"),
     "plain_qat": PartSpec("plain optimizer, QAT", "target", tunes="plain"),
     "repvgg_qat": PartSpec("RepVGG, QAT", "repvgg", tunes="repvgg"),
     "rep_qat": PartSpec("RepGhost, QAT", "rep", tunes="rep"),
+    "mobileone_qat": PartSpec("MobileOne, QAT", "mobileone", tunes="mobileone"),
 }
 
 
@@ -122,12 +124,19 @@ def _default_section() -> ConfigDict:
                 "image_size": config_dict.placeholder(int),  # None: as it is
                 "eval_resize": config_dict.placeholder(int),  # shorter side. None: image_size
                 "augment": "none",
+                # Where RandAugment and colour jitter happen: host, device, or auto for the device
+                # unless it is the processor.
+                "augment_on": "auto",
                 "fast": False,  # random-resized-crop without antialiasing
                 "skip_bad": False,  # leave out images that cannot be decoded, and count them
                 "threads": config_dict.placeholder(int),  # None: one per core
                 # Processes that make batches. None: one per core of at least 4 where images have
                 # to be decoded, else threads do it.
                 "workers": config_dict.placeholder(int),
+                # Whether the images lie on the devices, where they fit: always, never, or auto for
+                # GPUs and TPUs and sets of at most so many bytes.
+                "on_device": "auto",
+                "on_device_bytes": 2 * 2**30,
                 "mean": IMAGENET_MEAN,  # of pixels in 0..1
                 "std": IMAGENET_STD,
             },
@@ -239,6 +248,11 @@ def check_section(section: ConfigDict) -> None:
     _require(section, alphas, "a number of at least 0", lambda x: 0 <= x < math.inf)
     _require(section, ["random_erasing"], "in [0, 1]", lambda x: 0 <= x <= 1)
     _require(section, ["eval_batch_size"], "at least 1", lambda x: x >= 1)
+    choices = ("auto", "always", "never")
+    _require(section, ["data.on_device"], f"one of {choices}", lambda x: x in choices)
+    _require(section, ["data.on_device_bytes"], "at least 0", lambda x: x >= 0)
+    places = ("auto", "host", "device")
+    _require(section, ["data.augment_on"], f"one of {places}", lambda x: x in places)
     _require(section, ["data.mean"], "3 numbers, one per channel", _are_channels)
     positive = "3 numbers above 0, one per channel"
     _require(section, ["data.std"], positive, lambda x: _are_channels(x) and min(x) > 0)

@@ -205,26 +205,26 @@ class Profile:
     Args:
       workdir: the part's directory.
       first: number of steps done before; the next ten are not recorded.
-      steps: how many to record; 0 for none.
+      steps: how many to record, and the rest of a chunk; 0 for none.
     """
 
     def __init__(self, workdir: epath.PathLike, first: int, steps: int):
         self._folder = str(epath.Path(workdir) / "profile")
-        self._begin, self._end = first + 11, first + 11 + steps
-        self._running = False
+        self._begin, self._steps = first + 11, steps
+        self._end: int | None = None  # known while it records
 
     def step(self, step: int, state: PyTree):
-        """To be called before each step is dispatched, with the state that it starts from."""
-        if step == self._begin < self._end:
+        """To be called before a chunk is dispatched, with its first step and the state then."""
+        if self._end is None and self._steps and step >= self._begin:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
-            self._running = True
-        elif step == self._end and self._running:
+            self._end, self._steps = step + self._steps, 0
+        elif self._end is not None and step >= self._end:
             jax.block_until_ready(state)
             self.close()
 
     def close(self):
         """Write what has been recorded."""
-        if self._running:
-            self._running = False
+        if self._end is not None:
+            self._end = None
             jax.profiler.stop_trace()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from repopt_jax.training.devices import put_batch
+from repopt_jax.training.inputs import InputWait, eval_input
 from repopt_jax.training.interruption import StopSignal, plain_errors
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed
@@ -18,20 +18,25 @@ if TYPE_CHECKING:
 
 
 def evaluate_state(
-    part: Part, state: TrainState, stop: StopSignal | None = None
+    part: Part,
+    state: TrainState,
+    stop: StopSignal | None = None,
+    wait: InputWait | None = None,
 ) -> dict[str, float] | None:
     """Loss, top-1 and top-5 (percent) over every evaluation image exactly once.
 
     Of the raw parameters as ``eval/loss`` and so on; of the moving averages, if there are any, as
     ``eval_ema/loss`` and so on. Images whose logits are not finite are no hits; where there are
-    any, ``eval/not_finite`` says how many. None if `stop` has received a signal meanwhile.
+    any, ``eval/not_finite`` says how many. None if `stop` has received a signal meanwhile. `wait`
+    is told of every batch.
     """
+    wait = wait or InputWait()
     networks = {"eval": (state.params, state.stats)}
     if state.ema is not None:
         networks["eval_ema"] = state.ema
     found = {}
     for name, (params, stats) in networks.items():
-        numbers = _evaluate_network(part, params, stats, stop)
+        numbers = _evaluate_network(part, params, stats, stop, wait)
         if numbers is None:
             return None
         found |= {f"{name}/{k}": v for k, v in numbers.items()}
@@ -39,12 +44,12 @@ def evaluate_state(
 
 
 def _evaluate_network(
-    part: Part, params: PyTree, stats: PyTree, stop: StopSignal | None
+    part: Part, params: PyTree, stats: PyTree, stop: StopSignal | None, wait: InputWait
 ) -> dict[str, float] | None:
     total = EvalMetrics.empty()
-    batches = iter(part.eval_batches())
+    batches = eval_input(part)
     for number in itertools.count():
-        with plain_errors():  # an image may be broken
+        with wait, plain_errors():  # an image may be broken
             batch = next(batches, None)
         if batch is None:
             found = {name: float(value) for name, value in total.compute().items()}
@@ -56,8 +61,8 @@ def _evaluate_network(
             (stopping,) = agreed([stop.received is not None])
             if stopping:
                 return None
-        placed = put_batch(part.mesh, batch)
-        total = total.merge(jitted_eval_step(part.graphdef, part.options, params, stats, placed))
+        total = total.merge(jitted_eval_step(part.graphdef, part.options, params, stats, batch))
+        wait.given(total)
 
 
 def not_finite_sentence(found: dict[str, float]) -> str:

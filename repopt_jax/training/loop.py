@@ -1,8 +1,9 @@
 """The loop: trains one part from its first step, or its last checkpoint, to its end.
 
-The phases in order: state, restore, steps with evaluation and checkpoints, summary. Step n is
-dispatched before the metrics of step n - 1 are read, so the device waits for the host only where
-something is written down: a report, an evaluation, a checkpoint.
+The phases in order: state, restore, steps with evaluation and checkpoints, summary. Steps are done
+in chunks: of one, or of several in one program where the images lie on the device. A chunk is
+dispatched before the metrics of the one before are read, so the device waits for the host only
+where something is written down: a report, an evaluation, a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,18 @@ from clu import parameter_overview
 from etils import epath
 from flax import nnx
 
+from repopt_jax.data import image_shape
 from repopt_jax.files import load_scales
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.devices import Profile, forward_flops, peak_flops, peak_memory, put_batch
+from repopt_jax.training.devices import Profile, forward_flops, peak_flops, peak_memory
 from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
+from repopt_jax.training.inputs import InputWait, slow_input_sentence, train_input
 from repopt_jax.training.interruption import RunStopped, StopSignal, plain_errors
 from repopt_jax.training.parts import Part
 from repopt_jax.training.processes import agreed, gathered, wait_for_all
 from repopt_jax.training.report import MetricsWriter, Progress, read_metrics
-from repopt_jax.training.step import TrainState, jitted_train_step
+from repopt_jax.training.step import TrainState
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -48,13 +51,17 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
         images or checkpoints cannot be read or written.
     """
     workdir = epath.Path(workdir)
-    batches, state = part.train_batches(), part.init()
     size = {"total": part.steps, "batch_size": part.section.batch_size}
+    images = train_input(part)
     with plain_errors():
         checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
-        # Open here, so that warnings about damaged checkpoints reach the log file too.
-        with Progress(workdir, **size, terminal=False):
-            restored = checkpoints.restore(state, batches)
+    if not checkpoints.steps():
+        images.batches.start_prefetch()  # the first batches are made while programs are compiled
+    state = part.init()
+    # Open here, so that warnings about damaged checkpoints reach the log file too.
+    with plain_errors(), Progress(workdir, **size, terminal=False):
+        restored = checkpoints.restore(state, images.batches)
+    images.batches.start_prefetch()
     first, state = restored or (0, state)
     writer = MetricsWriter(workdir, resumed_at=first if restored else None)
     wait_for_all(f"where the metrics of {part.name} are ready")
@@ -63,7 +70,7 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     progress.say(_headline(part, state))
     try:
         with StopSignal() as stop, progress:
-            loop = _Loop(part, state, first, batches, stop, checkpoints, writer, progress, profile)
+            loop = _Loop(part, state, first, images, stop, checkpoints, writer, progress, profile)
             loop.run()
             with plain_errors():
                 checkpoints.wait()
@@ -89,11 +96,12 @@ class _Loop:
     may not have the time for both. The evaluation is then done, or done again, on resuming.
     """
 
-    def __init__(self, part, state, step, batches, stop, checkpoints, writer, progress, profile):
+    def __init__(self, part, state, step, images, stop, checkpoints, writer, progress, profile):
         self.part, self.state, self.step = part, state, step
-        self.batches, self.stop, self.checkpoints = batches, stop, checkpoints
+        self.images, self.stop, self.checkpoints = images, stop, checkpoints
         self.writer, self.progress, self.profile = writer, progress, profile
-        self.recent: list[dict[str, jax.Array]] = []  # metrics since the last report
+        self.wait, self.slow_input_is_told = InputWait(), False
+        self.recent: list[_Chunk] = []  # since the last report
         before = read_metrics(writer.path)
         evaluations = [r for r in before if "eval/top1" in r]
         # Agreed, because they decide about saves, and a file may reach other hosts late.
@@ -108,12 +116,12 @@ class _Loop:
         self.started = self.saved_at - seconds
 
     def run(self) -> None:
-        """Train to the last step, or to the step in which a signal arrives; save the state."""
+        """Train to the last step, or to the chunk in which a signal arrives; save the state."""
         pending = self.step and self._ends(self.part.config.eval_every)
         if pending and self.evaluated_at < self.step and not self._evaluate(saved=True):
             return
         while self.step < self.part.steps:
-            self._train_step()
+            self._train_chunk()
             report, save, stop, evaluation = self._due()
             if report:
                 self._report()
@@ -141,33 +149,41 @@ class _Loop:
         """Whether the last step ends a period of `epochs`, or the training."""
         return self.step == self.part.steps or self.step % self.part.steps_in(epochs) == 0
 
-    def _train_step(self) -> None:
-        part = self.part
-        with plain_errors():  # an image may be broken
-            batch = next(self.batches)
-        self.image_shape = batch["image"].shape[1:]
-        batch = put_batch(part.mesh, batch)
+    def _chunk_steps(self) -> int:
+        """Steps of the next chunk, which ends where something may be due."""
+        config = self.part.config
+        periods = map(self.part.steps_in, (config.eval_every, config.checkpoint.every))
+        to_next = [period - self.step % period for period in (*periods, config.log_every)]
+        return min(*to_next, self.part.steps - self.step, self.images.most_steps)
+
+    def _train_chunk(self) -> None:
+        count = self._chunk_steps()
+        with self.wait, plain_errors():  # an image may be broken
+            chunk = self.images.next(count)
         self.profile.step(self.step + 1, self.state)
-        self.state, metrics = jitted_train_step(
-            part.graphdef, part.tx, part.options, self.state, batch
-        )
+        self.state, metrics = self.images.train(self.state, chunk)
+        self.wait.given(metrics)
         if self.recent:
-            self._require_finite_loss(self.step, self.recent[-1])
-        self.step += 1
-        self.recent.append(metrics)
+            self._require_finite_losses()
+        self.recent.append(_Chunk(self.step, count, metrics))
+        self.step += count
         self.progress.step(self.step)
 
     def _report(self) -> None:
         """Report the means since the last report."""
         part = self.part
-        self._require_finite_loss(self.step, self.recent[-1])
-        recent = jax.device_get(self.recent)
+        self._require_finite_losses()
+        fetched = jax.device_get([chunk.metrics for chunk in self.recent])  # all at once
+        chunks = [c._replace(metrics=m) for c, m in zip(self.recent, fetched, strict=True)]
         self.recent.clear()
-        means = {f"train/{k}": np.mean([float(m[k]) for m in recent]) for k in recent[-1]}
+        steps = sum(chunk.count for chunk in chunks)
+        values = {k: [x for chunk in chunks for x in chunk.values(k)] for k in chunks[-1].metrics}
+        means = {f"train/{k}": np.mean(v) for k, v in values.items()}
         means["train/lr"] = float(part.schedule(self.step - 1))
         with plain_errors():
             speed = self.progress.report(self.step, loss=means["train/loss"], lr=means["train/lr"])
         record = means | {"train/images_per_second": speed}
+        record |= self._input_wait("train", steps * part.section.batch_size / speed)
         peak, memory = peak_flops(jax.devices()[0].device_kind), peak_memory()
         if peak is not None:
             record["train/mfu"] = 3 * self._forward_flops * speed / (peak * part.mesh.size)
@@ -182,12 +198,25 @@ class _Loop:
     def _forward_flops(self) -> int:
         """Floating-point operations of the forward pass on one image."""
         part, state = self.part, self.state
-        return forward_flops(part.graphdef, state.params, state.stats, self.image_shape)
+        shape = image_shape(part.dataset, part.section.data.image_size)
+        return forward_flops(part.graphdef, state.params, state.stats, shape)
+
+    def _input_wait(self, what: str, seconds: float) -> dict[str, float]:
+        """The share of the last `seconds` that the device has waited for images."""
+        long_enough = self.wait.seconds > 1  # to be worth a change
+        share = self.wait.share(seconds)
+        sentence = slow_input_sentence(self.part, share)
+        if sentence and long_enough and not self.slow_input_is_told:
+            self.slow_input_is_told = True
+            self.progress.say(sentence)
+        return {f"{what}/input_wait": share}
 
     def _evaluate(self, saved: bool) -> bool:
         """Evaluate, report, and mark the best checkpoint; False if a signal stopped it."""
         with self.progress.paused():
-            found = evaluate_state(self.part, self.state, self.stop)
+            started = time.perf_counter()
+            found = evaluate_state(self.part, self.state, self.stop, self.wait)
+            wait = self._input_wait("eval", time.perf_counter() - started)
             if found is None:
                 return False
             if self.part.name == "search":
@@ -202,7 +231,7 @@ class _Loop:
         self.best = max(self.best, top1["top1"])
         with plain_errors():
             self.progress.say(_sentence(self.part.name, self.step, found))
-        self._write(found)
+        self._write(found | wait)
         return True
 
     def _keep_scales(self, measured: dict[str, float]) -> None:
@@ -224,13 +253,15 @@ class _Loop:
         if not _all_finite(self.state):
             self._stop_diverged(f"the update of {self.part.name} at step {self.step} is not finite")
         with plain_errors():
-            self.checkpoints.save(self.step, self.state, self.batches, metrics)
+            self.checkpoints.save(self.step, self.state, self.images.batches, metrics)
         self.saved_at = time.perf_counter()
 
-    def _require_finite_loss(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            self._stop_diverged(f"the loss of {self.part.name} is {loss} at step {step}")
+    def _require_finite_losses(self) -> None:
+        """Wait for the last chunk, and stop if a loss of it is not finite."""
+        chunk = self.recent[-1]
+        for step, loss in enumerate(chunk.values("loss"), chunk.before + 1):
+            if not math.isfinite(loss):
+                self._stop_diverged(f"the loss of {self.part.name} is {loss} at step {step}")
 
     def _stop_diverged(self, what: str) -> None:
         with plain_errors():
@@ -242,6 +273,24 @@ class _Loop:
             f"last good checkpoint: {kept}",
             1,
         )
+
+
+class _Chunk(NamedTuple):
+    """The metrics of some steps.
+
+    Attributes:
+      before: number of steps done before.
+      count: number of its steps.
+      metrics: scalars, or arrays with a row for each step and perhaps more rows.
+    """
+
+    before: int
+    count: int
+    metrics: dict[str, jax.Array]
+
+    def values(self, name: str) -> list[float]:
+        """A metric of each step, which is waited for."""
+        return np.atleast_1d(np.asarray(self.metrics[name], float))[: self.count].tolist()
 
 
 @jax.jit

@@ -31,6 +31,7 @@ from repopt_jax.models.folding import fold
 from repopt_jax.models.simulated_int8 import simulate_int8
 from repopt_jax.scales import Scales
 from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section, part_section
+from repopt_jax.training.device_images import belongs_on_device, put_images
 from repopt_jax.training.devices import replicate, samples_per_group, state_shardings
 from repopt_jax.training.optimizer import make_optimizer, make_schedule, steps_in, update_rule
 from repopt_jax.training.step import StepOptions, TrainState, init_state
@@ -56,6 +57,7 @@ class Part:
       schedule: learning rate by update.
       options: of the steps.
       steps_per_epoch: updates per epoch.
+      on_device: whether the images lie on the devices.
       scales: what the part starts and multiplies with. None: not known yet, or not needed.
       trained: the folded network that quantization-aware training begins with. None: not known
         yet, or not needed; the part is then drawn anew.
@@ -71,6 +73,7 @@ class Part:
     schedule: optax.Schedule
     options: StepOptions
     steps_per_epoch: int
+    on_device: bool
     scales: Scales | None = None
     trained: nnx.Module | None = None
 
@@ -140,27 +143,40 @@ class Part:
         _, state = init_state(self.build(), self.tx, ema=self.section.ema_decay > 0)
         return jax.device_put(state, state_shardings(self.mesh, state))
 
-    def train_batches(self) -> Any:
-        """A new iterator over this process's training batches; it can be checkpointed."""
+    def train_batches(self, images: bool = True) -> Any:
+        """A new iterator over this process's training batches; it can be checkpointed.
+
+        Without `images`, over what is drawn for them, see `repopt_jax.data.train_batches`.
+        """
         data = self.section.data
+        place = "host" if self.mesh.devices.flat[0].platform == "cpu" else "device"
         return data_lib.train_batches(
             self.dataset,
             batch_size=self.section.batch_size,
             seed=self.config.seed,
             augment=data.augment,
             fast=data.fast,
+            images=images,
+            augment_on=place if data.augment_on == "auto" else data.augment_on,
             **self._reading(),
         )
 
+    @functools.cached_property
     def eval_batches(self) -> Any:
-        """This process's evaluation batches, every image once."""
+        """This process's evaluation batches, every image once; kept with its worker processes."""
         devices = self.mesh.size
         return data_lib.eval_batches(
             self.dataset,
             batch_size=-(-self.section.eval_batch_size // devices) * devices,
             resize=self.section.data.eval_resize,
+            images=not self.on_device,
             **self._reading(),
         )
+
+    @functools.cached_property
+    def eval_images(self) -> dict[str, jax.Array]:
+        """The evaluation images and their labels on the devices."""
+        return put_images(self.mesh, self.dataset.eval)
 
     def _reading(self) -> dict[str, Any]:
         keys = ("image_size", "skip_bad", "threads", "workers")
@@ -234,6 +250,8 @@ def prepare(
         schedule = make_schedule(section.schedule, batch_size=section.batch_size, **lengths)
     draw = functools.partial(draw_network, num_classes=dataset.num_classes, bn_group=group)
     model = nnx.eval_shape(lambda: draw(config, spec, scales))
+    with _named(f"{spec.section}.data"):
+        on_device = belongs_on_device(section.data, dataset, mesh)
     part = Part(
         name=name,
         spec=spec,
@@ -243,16 +261,17 @@ def prepare(
         model=model,
         graphdef=nnx.graphdef(model),
         schedule=schedule,
-        options=_step_options(config, section, group, getattr(model, "dropout", 0)),
+        options=_step_options(config, section, group, mesh, getattr(model, "dropout", 0)),
         steps_per_epoch=steps_per_epoch,
+        on_device=on_device,
         scales=scales if spec.needs_scales else None,
     )
     # What the optimizer and the data cannot do is refused now, not after a search.
     unknown = spec.multiplied and scales is None
     _ = (part.with_scales(initial_scales(config)) if unknown else part).tx
     with _named(f"{spec.section}.data"):
-        part.train_batches()
-        part.eval_batches()
+        part.train_batches(images=not on_device)
+        _ = part.eval_batches
     return part
 
 
@@ -311,7 +330,9 @@ def initial_scales(config: ConfigDict) -> Scales:
     return Scales.initial(nnx.eval_shape(draw))
 
 
-def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: float):
+def _step_options(
+    config: ConfigDict, section: ConfigDict, group: int, mesh: Mesh, dropout: float
+) -> StepOptions:
     draws = section.mix.mixup or section.mix.cutmix or section.random_erasing or dropout
     names = ("label_smoothing", "accumulation", "ema_decay", "random_erasing")
     return StepOptions(
@@ -319,6 +340,7 @@ def _step_options(config: ConfigDict, section: ConfigDict, group: int, dropout: 
         std=tuple(section.data.std),
         dtype=DTYPES[config.dtype],
         group=group,
+        mesh=mesh,
         seed=config.seed if draws else 0,  # so that seeds share a program where nothing is drawn
         remat=config.remat,
         **section.mix,

@@ -3,16 +3,19 @@
 When one of them dies, the others would wait for it in their next collective: on CPU until the
 connection breaks, which raises an error from deep inside, on GPUs until jax misses its heartbeat.
 So every process but the first keeps a connection to the first. The system closes it when a process
-ends, however that happens; one that ends in the ordinary way says so before.
+ends, however that happens; one that ends in the ordinary way says so before. When the
+first is gone, jax aborts the others at once: they hold the abort back until they have said why.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -154,8 +157,20 @@ def _watch_the_others(host: str) -> None:
         return
     _connections.extend(connections)
     atexit.register(_say, _DONE)
+    _hold_aborts()
     for connection in connections:
         threading.Thread(target=_watch, args=(connection,), daemon=True).start()
+
+
+def _hold_aborts() -> None:
+    """Let an abort wait for a few seconds, so that `_watch` comes first where it has a reason.
+
+    No Python code runs in a process that aborts by itself, and what runs must not wait for a lock.
+    So the system's own ``sleep`` handles the signal: its number, 6, is the seconds.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, libc.sleep)
 
 
 def _connect(host: str) -> list[socket.socket] | None:

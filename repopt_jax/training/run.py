@@ -33,7 +33,7 @@ from repopt_jax.training.parts import Part, initial_scales, prepare_parts
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.step import TrainState, jitted_train_step
-from repopt_jax.training.trained import trained_network
+from repopt_jax.training.trained import load_part
 from repopt_jax.training.workdir import SCALES, claimed, with_bn_groups
 
 if TYPE_CHECKING:
@@ -48,11 +48,14 @@ TIMED_STEPS = 20
 def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Do all of `config.parts` in `workdir`, print a table and return the summary.
 
+    What is finished there is not done again, and its images are not read. A `~` at the start of
+    `workdir` is the home folder.
+
     Raises:
       RunStopped: for anything wrong with `config`, `workdir` or the data, before any work; and as
         `train` does.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         with plain_errors():
             names, scales = names_and_scales(config, workdir)
@@ -67,7 +70,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             with plain_errors():
                 part = parts.pop(name).with_scales(scales)  # popped, so that its data can be freed
                 if tuned := part.spec.tunes:
-                    trained = trained_network(config, workdir, tuned, checkpoint="latest")
+                    trained, _ = load_part(config, workdir, part=tuned, checkpoint="latest")
                     part = dataclasses.replace(part, trained=fold(trained))
             state, summary = train(part, workdir / name)
             with plain_errors():
@@ -77,7 +80,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
             del part, state  # the next part needs their memory
             wait_for_all(f"where the summary of {name} is written")
         with plain_errors():
-            return _report(workdir, mesh)
+            summary = _report(workdir, mesh)
+        if not unfinished and jax.process_index() == 0:
+            print("Nothing was left to train, so the images were not read.")
+        return summary
 
 
 def names_and_scales(
@@ -178,7 +184,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, dict[str,
     Raises:
       RunStopped: if there is no checkpoint, or it does not fit `config`.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     found, rows = {}, []
     with plain_errors():
         config = for_evaluation(config, workdir)

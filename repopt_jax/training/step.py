@@ -18,6 +18,7 @@ from clu import metrics as clu_metrics
 from flax import nnx
 
 from repopt_jax.training.augment import mix, partners, random_erasing
+from repopt_jax.training.randaugment import apply_operations
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree, UInt8
@@ -58,6 +59,7 @@ class StepOptions:
       cutmix: likewise.
       random_erasing: share of the images that lose a rectangle.
       seed: of these three, together with the number of the step.
+      mesh: the devices that a batch is split over. None: one device.
       remat: keep only the results of convolutions and matrix products for the backward pass, and
         compute all else anew: less memory, some more time.
     """
@@ -73,6 +75,7 @@ class StepOptions:
     cutmix: float = 0.0
     random_erasing: float = 0.0
     seed: int = 0
+    mesh: jax.sharding.Mesh | None = None
     remat: bool = False
 
 
@@ -165,37 +168,40 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update on a batch of uint8 ``image`` and int32 ``label``.
 
+    Where there are ``operations``, those of `repopt_jax.data.train_batches`, they come first.
+
     Returns:
       The new state, and float32 scalars ``loss`` and ``top1`` (percent) of this batch.
     """
     gradient = jax.value_and_grad(loss_function(graphdef, options), has_aux=True)
     key = jax.random.fold_in(jax.random.key(options.seed), state.step)
 
-    def part(stats, batch):
-        images, labels, number = batch
+    def part(stats, batch, number):
+        images, labels = batch["image"], batch["label"]
+        if "operations" in batch:
+            images = apply_operations(images, batch["operations"], options.mesh)
         (loss, (correct, stats)), grads = gradient(
             state.params, stats, images, labels, jax.random.fold_in(key, number)
         )
         return stats, (loss, correct, grads)
 
-    images, labels = batch["image"], batch["label"]
     if options.accumulation == 1:
-        stats, (loss, correct, grads) = part(state.stats, (images, labels, 0))
+        stats, (loss, correct, grads) = part(state.stats, batch, 0)
     else:
         # Every part takes samples from every device, so that no image changes its device.
-        parts = [
-            x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
-            for x in (images, labels)
-        ]
+        parts = {
+            name: x.reshape(-1, options.accumulation, *x.shape[1:]).swapaxes(0, 1)
+            for name, x in batch.items()
+        }
         numbers = jnp.arange(options.accumulation)
 
-        def add_part(carry, batch):
+        def add_part(carry, numbered):
             stats, total = carry
-            stats, (loss, correct, grads) = part(stats, batch)
+            stats, (loss, correct, grads) = part(stats, *numbered)
             return (stats, jax.tree.map(jnp.add, total, grads)), (loss, correct)
 
         none = jax.tree.map(jnp.zeros_like, state.params)
-        (stats, total), means = jax.lax.scan(add_part, (state.stats, none), (*parts, numbers))
+        (stats, total), means = jax.lax.scan(add_part, (state.stats, none), (parts, numbers))
         grads = jax.tree.map(lambda x: x / options.accumulation, total)
         loss, correct = (x.mean() for x in means)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

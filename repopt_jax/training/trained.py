@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from etils import epath
 from flax import nnx
 
+from repopt_jax.models.layers import check_numbers
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
 from repopt_jax.training.parts import draw_network
 from repopt_jax.training.workdir import stored_classes
-from repopt_jax.tree_paths import path_str
+from repopt_jax.tree_paths import errors_at, path_str
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
 LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
-def trained_network(
+def load_part(
     config: ConfigDict,
     workdir: epath.PathLike,
-    part: str,
     *,
+    part: str,
     checkpoint: Literal["latest", "best"] = "best",
     averaged: bool = False,
-) -> nnx.Module:
+) -> tuple[nnx.Module, dict[str, Any] | None]:
     """The network of a checkpoint of the run in `workdir`, in evaluation mode.
+
+    It comes with the arguments of `create_model` that make it; None for a network in simulated
+    INT8, which none make.
 
     Args:
       config: the run's configuration.
@@ -41,7 +45,8 @@ def trained_network(
       averaged: take the moving averages of the weights.
 
     Raises:
-      ValueError: there is no such part, checkpoint or average, or they do not fit `config`.
+      ValueError: there is no such part, checkpoint or average, or they do not fit `config`,
+        or the network has numbers that are not finite.
       OSError: the checkpoints are damaged.
     """
     folder = epath.Path(workdir) / part
@@ -75,4 +80,10 @@ def trained_network(
 
     places = ("ema/0", "ema/1") if averaged else ("params", "stats")
     filled = jax.tree_util.tree_map_with_path(stored, dict(zip(places, states, strict=True)))
-    return nnx.merge(graphdef, *(filled[place] for place in places))
+    model = nnx.merge(graphdef, *(filled[place] for place in places))
+    with errors_at(f"part {part!r} in {workdir}"):
+        check_numbers(model)
+    if PARTS[part].tunes:
+        return model, None
+    arguments = {name: value for name, value in config.model.items() if value is not None}
+    return model, {**arguments, "kind": PARTS[part].network, "num_classes": classes}

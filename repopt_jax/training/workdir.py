@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
-from repopt_jax.training.checkpoints import checkpoint_directory
+from repopt_jax.training.checkpoint_directory import checkpoint_directory
 from repopt_jax.training.config import PARTS, default_config, flat
 from repopt_jax.training.devices import samples_per_group
 from repopt_jax.training.processes import wait_for_all
@@ -43,6 +43,9 @@ FREE_FIELDS = (
     "remat",
     "threads",
     "workers",
+    "on_device",
+    "on_device_bytes",
+    "augment_on",
     "data_dir",
     "skip_bad",
     "eval_batch_size",

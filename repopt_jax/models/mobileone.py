@@ -1,0 +1,185 @@
+"""MobileOne: depthwise and pointwise convolutions, plain or with a BatchNorm in each branch.
+
+Paper: MobileOne, arXiv 2206.04040, table 9 (blocks, widths, copies of the kernel).
+Stage 0 is a 3x3 convolution; stages 1 to 4 are pairs of a 3x3 depthwise and a 1x1 convolution. The
+plain network states the paper's branches as blocks. Images are NHWC.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from flax import nnx
+
+from repopt_jax.branches import Block
+from repopt_jax.branches.presets import mobileone_branches
+from repopt_jax.models.layers import (
+    MAX_WIDTH,
+    BatchNorm,
+    SqueezeExcite,
+    check_sizes,
+    conv,
+    linear,
+    materialize,
+)
+from repopt_jax.models.repopt_vgg import (
+    MAX_BLOCKS,
+    FiveStages,
+    PlainBlock,
+    activate,
+    stage_widths,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, DTypeLike, Float
+
+FAMILY = "MobileOne"
+MAX_COPIES = 10  # for which torch names are known
+MOBILEONE_SIZES = {
+    f"{FAMILY}-{name}": {
+        "num_blocks": (2, 8, 10, 1),
+        "widths": stage_widths(multipliers),
+        "copies": copies,
+        "se_blocks": se_blocks,
+    }
+    for name, multipliers, copies, se_blocks in (
+        ("S0", (0.75, 1, 1, 2), 4, (0, 0, 0, 0)),
+        ("S1", (1.5, 1.5, 2, 2.5), 1, (0, 0, 0, 0)),
+        ("S2", (1.5, 2, 2.5, 4), 1, (0, 0, 0, 0)),
+        ("S3", (2, 2.5, 3, 4), 1, (0, 0, 0, 0)),
+        ("S4", (3, 3.5, 3.5, 4), 1, (0, 0, 5, 1)),
+    )
+}
+
+
+class MobileOneBlock(nnx.Module):
+    """MobileOne's training block, the structural baseline: every branch has a BatchNorm.
+
+    Args:
+      in_features: channels of the input.
+      out_features: channels of the output.
+      stride: of the convolutions.
+      copies: how many convolutions have the window of the block.
+      size: of that window; above 1 there is a 1x1 convolution too.
+      groups: of the channels.
+      pre_se: squeeze-excite before the ReLU, of a sixteenth of the channels.
+      bn_group: see `MobileOne`, as for the rest.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        stride: int,
+        *,
+        copies: int,
+        size: int = 3,
+        groups: int = 1,
+        pre_se: bool,
+        bn_group: int | None,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        sizes = {str(i): size for i in range(copies)} | ({"_scale": 1} if size > 1 else {})
+        self.names = tuple(sizes)
+        for name, side in sizes.items():
+            layer = conv(in_features, out_features, side, stride, groups=groups, **types)
+            setattr(self, f"conv{name}", layer)
+            norm = BatchNorm(out_features, group=bn_group, param_dtype=param_dtype)
+            setattr(self, f"bn{name}", norm)
+        norm = BatchNorm(out_features, group=bn_group, param_dtype=param_dtype)
+        self.bn_skip = norm if in_features == out_features and stride == 1 else None
+        self.post_se = None
+        self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the block."""
+        y = sum(getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(x)) for n in self.names)
+        if self.bn_skip is not None:
+            y = y + self.bn_skip(materialize(x))
+        return activate(self, y)
+
+    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
+        """As `RepVGGBlock.parts`."""
+        copies = sum(name.isdigit() for name in self.names)
+        block = mobileone_branches("", self.conv0, copies=copies) or {}
+        names = dict(zip(block, self.names, strict=False))  # all but the identity, which comes last
+        weights = {
+            branch: getattr(self, f"conv{name}").kernel[...] for branch, name in names.items()
+        }
+        norms = {branch: getattr(self, f"bn{name}") for branch, name in names.items()}
+        return self.conv0, block, weights, {**norms, "identity": self.bn_skip}
+
+
+class MobileOne(FiveStages):
+    """The network; `PlainBlock` makes it plain, `MobileOneBlock` MobileOne in training form.
+
+    Args:
+      num_blocks: pairs of convolutions in stages 1 to 4.
+      widths: channels of stages 0 to 4.
+      num_classes: outputs of the dense layer.
+      copies: of every kernel but that of stage 0, which has one.
+      se_blocks: pairs with squeeze-excite, at the ends of stages 1 to 4.
+      bn_group: samples per BatchNorm group. None: the whole batch.
+      dtype: of the computation. None: that of inputs and parameters.
+      param_dtype: of the parameters.
+      block_type: class of every block.
+      rngs: draws the parameters.
+
+    Raises:
+      ValueError: a size is out of its range.
+
+    >>> net = MobileOne((1, 1, 1, 1), (4, 4, 4, 8, 8), num_classes=10, rngs=nnx.Rngs(0))
+    >>> net(jnp.ones((2, 32, 32, 3))).shape
+    (2, 10)
+    >>> list(net.blocks()["stage1/0/conv"]), list(net.blocks()["stage3/1/conv"])
+    (['conv0', 'conv1x1'], ['conv0'])
+    """
+
+    def __init__(
+        self,
+        num_blocks: Sequence[int],
+        widths: Sequence[int],
+        *,
+        num_classes: int,
+        copies: int = 1,
+        se_blocks: Sequence[int] = (0, 0, 0, 0),
+        bn_group: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        block_type: type[PlainBlock] | type[MobileOneBlock] = PlainBlock,
+        rngs: nnx.Rngs,
+    ):
+        check_sizes(
+            num_blocks=(num_blocks, 4, MAX_BLOCKS),
+            widths=(widths, 5, MAX_WIDTH),
+            copies=(copies, 1, MAX_COPIES),
+            num_classes=(num_classes, 1, MAX_WIDTH),
+        )
+        if len(se_blocks) != 4 or any(type(n) is not int or n < 0 for n in se_blocks):
+            raise ValueError(f"se_blocks must be 4 counts, got {tuple(se_blocks)}")
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def block(*shape: int, copies: int, **options: int) -> nnx.Module:
+            kind = {"copies": copies}
+            if block_type is PlainBlock:
+                kind = {"rule": functools.partial(mobileone_branches, **kind)}
+            return block_type(*shape, bn_group=bn_group, **kind, **options, **types)
+
+        self.stage0 = block(3, widths[0], 2, copies=1, pre_se=False)
+        features = widths[0]
+        for stage, count in enumerate(num_blocks, 1):
+            blocks = []
+            for i in range(count):
+                options = {"copies": copies, "pre_se": i >= count - se_blocks[stage - 1]}
+                stride = 1 if i else 2
+                blocks.append(block(features, features, stride, groups=features, **options))
+                blocks.append(block(features, widths[stage], 1, size=1, **options))
+                features = widths[stage]
+            setattr(self, f"stage{stage}", nnx.List(blocks))
+        self.linear = linear(widths[-1], num_classes, **types)

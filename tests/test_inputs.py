@@ -1,0 +1,165 @@
+"""When images are made, by whom, and what share of the time the device waits for them."""
+
+import subprocess
+import types
+
+import jax
+import pytest
+from small_run import small_config
+
+from repopt_jax.data import Dataset
+from repopt_jax.data.sources import ArraySource
+from repopt_jax.training import inputs, loop
+from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.devices import Profile, make_mesh
+from repopt_jax.training.evaluation import evaluate_state
+from repopt_jax.training.inputs import InputWait, slow_input_sentence
+from repopt_jax.training.parts import Part, prepare
+from repopt_jax.training.report import read_metrics
+
+
+def part_of(**changes):
+    return prepare(small_config(parts=("plain",), **changes), "plain", make_mesh())
+
+
+class Clock:
+    """Stands in for `time`; the device's work says when it is finished."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("finished", "given", "expected"),
+    [
+        (3.0, 10.0, 6.0),  # idle before the host began to look for the next input
+        (6.0, 10.0, 4.0),  # idle from 6 on
+        (None, 10.0, 0.0),  # at work all the time
+    ],
+)
+def test_only_the_time_of_an_idle_device_counts(monkeypatch, finished, given, expected):
+    """The host looks for the next input from 4 to 10."""
+    clock = Clock()
+    monkeypatch.setattr(inputs, "time", clock)
+    wait = InputWait()
+    wait.given(1.0)
+    wait._finished.result()
+    if finished is None:
+        wait._finished = types.SimpleNamespace(done=lambda: False)
+    else:
+        wait._finished = types.SimpleNamespace(done=lambda: True, result=lambda: finished)
+    clock.now = 4.0
+    with wait:
+        clock.now = given
+    assert wait.seconds == expected
+    assert wait.share(20.0) == expected / 20
+    assert wait.share(20.0) == 0  # counts anew
+
+
+def test_the_end_of_the_work_is_taken_down_by_another_thread(monkeypatch):
+    """The caller does not wait for it; an error of the computation stays with the caller."""
+    done = types.SimpleNamespace(block_until_ready=lambda: 1 / 0)
+    monkeypatch.setattr(inputs, "time", Clock())
+    wait = InputWait()
+    wait.given(done)
+    assert wait._finished.result() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("decoded", "share", "named"),
+    [
+        (False, 0.43, ["plain", "43%", "target.data.workers", "target.data.fast"]),
+        (True, 0.11, ["plain", "11%", "target.data.on_device"]),
+        (True, 0.1, None),
+    ],
+)
+def test_a_slow_input_is_told_with_what_to_change(decoded, share, named):
+    source = ArraySource(jax.numpy.zeros((1, 8, 8, 3)), [0]) if decoded else [{}]
+    section = small_config().target
+    part = types.SimpleNamespace(
+        name="plain",
+        spec=types.SimpleNamespace(section="target"),
+        section=section,
+        dataset=Dataset("set", 1, source, source),
+    )
+    said = slow_input_sentence(part, share)
+    assert said is None if named is None else all(word in said for word in named)
+
+
+@pytest.fixture
+def fake_step(monkeypatch):
+    """The loop without compilation."""
+
+    def step(graphdef, tx, options, state, batch):
+        return state._replace(step=state.step + 1), {"loss": 1.0}
+
+    found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
+    monkeypatch.setattr(inputs, "jitted_train_step", step)
+    monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
+
+
+def test_reports_have_the_wait_and_the_log_says_it_once(tmp_path, fake_step, monkeypatch):
+    monkeypatch.setattr(InputWait, "seconds", property(lambda _: 2.0, lambda *_: None), False)
+    monkeypatch.setattr(InputWait, "share", lambda *_: 0.25)
+    loop.train(part_of(target__epochs=1.0), tmp_path)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert {r["train/input_wait"] for r in records} == {0.25}
+    assert records[-1]["eval/input_wait"] == 0.25
+    assert (tmp_path / "train.log").read_text().count("waits for images 25%") == 1
+
+
+def test_first_batches_are_made_while_the_network_is_compiled(tmp_path, fake_step, monkeypatch):
+    """On resuming once the position is known, so that no image is read in vain."""
+    events = []
+    real, restore, init = Part.train_batches, Checkpoints.restore, Part.init
+
+    def train_batches(part, **arguments):
+        batches = real(part, **arguments)
+        start = batches.start_prefetch
+        monkeypatch.setattr(
+            batches, "start_prefetch", lambda: (events.append("start"), start()), False
+        )
+        return batches
+
+    def told(name, function):
+        return lambda *arguments: (events.append(name), function(*arguments))[1]
+
+    part = part_of(target__epochs=1.0)
+    monkeypatch.setattr(Part, "train_batches", train_batches)
+    monkeypatch.setattr(Part, "init", told("init", init))
+    monkeypatch.setattr(Checkpoints, "restore", told("restore", restore))
+    loop.train(part, tmp_path)
+    assert events == ["start", "init", "restore", "start"]
+    events.clear()
+    loop.train(part, tmp_path)
+    assert events == ["init", "restore", "start"]
+
+
+def test_evaluations_share_their_worker_processes(monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            started.append(self)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    part = part_of(target__data__workers=1)
+    state = part.init()
+    assert evaluate_state(part, state) == evaluate_state(part, state)
+    assert len(started) == 1
+
+
+def test_the_profile_holds_whole_chunks(tmp_path, monkeypatch):
+    """Chunks begin at steps 1, 9, 17, 25, 33: from the first at or past the 11th, to the end."""
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    profile = Profile(tmp_path, 0, 2)
+    for step in range(1, 34, 8):
+        events.append(step)
+        profile.step(step, None)
+    assert events == [1, 9, 17, "start", 25, "stop", 33]
