@@ -24,7 +24,7 @@ from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import (
     FORMAT_VERSION,
     Scales,
-    check_version,
+    check_own,
     parse_safetensors,
     parse_scales,
 )
@@ -172,7 +172,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
     tensors, metadata = parse_safetensors(epath.Path(path).read_bytes(), name)
     if "kind" not in metadata or not tensors:
         raise ValueError(f"{name!r} must be a weights file, got one of other arrays")
-    check_version(metadata, name)
+    check_own(tensors, metadata, name)
     known = FACTS.union(*((*f.needed, *f.options) for f in FAMILIES.values()))
     arguments = {}
     for fact in sorted(metadata.keys() - {"format_version"}):
