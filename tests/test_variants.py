@@ -1,17 +1,16 @@
 """The variants of the ablation are what their titles say."""
 
-import ablation
 import jax
 import numpy as np
 import pytest
-import variants
 from small_run import small_config
-from variants import Variant, changed, measure, part_of, row
+from variants import QUICK_ROWS, changed, part_of
 
+from repopt_jax.data import load_dataset
 from repopt_jax.scales import Scales
 from repopt_jax.training.parts import initial_scales
 
-VARIANTS = {variant.title: variant for variant in ablation.VARIANTS}
+VARIANTS = {variant.title: variant for _, group in QUICK_ROWS for variant in group}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +28,10 @@ def scales():
 @pytest.fixture(scope="module")
 def states(scales):
     return {
-        title: part_of(VARIANTS[title], small_config(), scales).init()
+        title: part_of(VARIANTS[title], small_config(), scales, load_dataset).init()
         for title in (
             "plain SGD",
-            "RepOptimizer (SGD)",
+            "RepOptimizer",
             "gradient rule only",
             "initialization only",
         )
@@ -48,7 +47,7 @@ def multipliers(state):
 
 
 def test_each_half_of_the_method_is_there_without_the_other(states):
-    plain, full = states["plain SGD"], states["RepOptimizer (SGD)"]
+    plain, full = states["plain SGD"], states["RepOptimizer"]
     assert (kernel(plain) != kernel(full)).any()
     np.testing.assert_array_equal(kernel(states["gradient rule only"]), kernel(plain))
     np.testing.assert_array_equal(kernel(states["initialization only"]), kernel(full))
@@ -59,45 +58,13 @@ def test_each_half_of_the_method_is_there_without_the_other(states):
 def test_scales_become_what_the_variant_says(scales):
     initial = initial_scales(small_config())
     path, name = "stage4/0/conv", "conv3x3"
+    along = {0.25: scales.averaged(), 1.0: scales}
     found = {
-        how: np.asarray(changed(scales, how, initial)[path][name])
-        for how in ("searched", "ones", "initial", "averaged")
+        how: np.asarray(changed(along, how, initial)[path][name])
+        for how in ("searched", "early", "ones", "initial", "averaged")
     }
     np.testing.assert_array_equal(found["searched"], scales[path][name])
+    np.testing.assert_array_equal(found["early"], scales.averaged()[path][name])
     np.testing.assert_array_equal(found["ones"], 1)
     np.testing.assert_array_equal(found["initial"], initial[path][name])
     np.testing.assert_allclose(found["averaged"], scales[path][name].mean(), rtol=1e-6)
-
-
-def test_every_optimizer_of_the_table_has_a_sweep():
-    assert {variant.rate for variant in ablation.VARIANTS} == ablation.SWEEPS.keys()
-
-
-def test_a_finished_training_is_read_and_one_of_other_settings_refused(
-    tmp_path, scales, monkeypatch
-):
-    summary = {"eval/top1": 50.0, "train/loss": 1.0, "seconds": 2.0}
-    summary["train/images_per_second"] = 3.0
-    monkeypatch.setattr(variants, "part_of", lambda *_: None)
-    monkeypatch.setattr(variants, "train", lambda *_: (None, summary))
-    variant = Variant("some")
-    measure(variant, small_config(), scales, tmp_path)
-    monkeypatch.delattr(variants, "train")
-    assert measure(variant, small_config(), scales, tmp_path)["top1"] == 50
-    for other in (
-        (variant, small_config(seed=1)),
-        (Variant("some", identity="one"), small_config()),
-    ):
-        with pytest.raises(ValueError, match="holds a training with other settings"):
-            measure(*other, scales, tmp_path)
-    (tmp_path / "variant.json").unlink()
-    with pytest.raises(ValueError, match="holds a training with other settings"):
-        measure(variant, small_config(), scales, tmp_path)
-
-
-def test_a_row_is_mean_and_standard_deviation_over_the_seeds():
-    runs = [{"top1": t, "seconds": t, "images_per_second": 1.0} for t in (60.0, 62.0, 67.0)]
-    found = row(Variant("some"), runs, 0.1)
-    assert found["top1"] == 63
-    assert found["top1_deviation"] == pytest.approx(13**0.5)
-    assert found["seconds"] == 62
