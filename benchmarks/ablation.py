@@ -139,7 +139,7 @@ class Study:
         for name in ("search", "target"):
             section, (dataset, classes) = config[name], sets[name]
             if pathlib.Path(given.data_dir, f"{dataset}_jpeg").exists():
-                dataset += "_jpeg"  # ours, of the same images
+                dataset += "_jpeg"  # the same images, stored as JPEG
             section.data.update({"name": dataset, "data_dir": given.data_dir})
             section.data.update({key: sets[key] for key in ("mean", "std")})
             section.data.train_split = f"train[:{given.images}]"

@@ -25,7 +25,7 @@ TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 def one_device(monkeypatch):
     """A tiny network is not worth eight."""
     one = make_mesh(devices=jax.devices()[:1])
-    for module in (variants, training_run):
+    for module in (ablation, variants, training_run):
         monkeypatch.setattr(module, "make_mesh", lambda *_: one)
 
 
@@ -49,7 +49,7 @@ def command(tmp_path, monkeypatch):
 def test_the_ablation_trains_every_variant_and_goes_on_where_it_stopped(
     command, monkeypatch, tfds_dir
 ):
-    """With a tiny network, one seed and no sweep; with the time for nothing, it stops at once."""
+    """With a tiny network, one seed and no sweep."""
     monkeypatch.setattr(ablation, "use_compilation_cache", lambda _: None)
     flags = ("--quick", f"--data-dir={tfds_dir}")
     (_, variants_of_it), *_ = variants.QUICK_ROWS

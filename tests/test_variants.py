@@ -2,11 +2,15 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from small_run import small_config
-from variants import QUICK_ROWS, changed, part_of
+from variants import OPTIMIZERS, QUICK_ROWS, changed, part_of
 
+from repopt_jax import Centre, Full, Identity, init_weights, merge, reparameterize
 from repopt_jax.data import load_dataset
+from repopt_jax.reparameterization import ReparameterizeState
 from repopt_jax.scales import Scales
 from repopt_jax.training.parts import initial_scales
 
@@ -68,3 +72,48 @@ def test_scales_become_what_the_variant_says(scales):
     np.testing.assert_array_equal(found["ones"], 1)
     np.testing.assert_array_equal(found["initial"], initial[path][name])
     np.testing.assert_allclose(found["averaged"], scales[path][name].mean(), rtol=1e-6)
+
+
+def test_muon_orthogonalizes_the_kernels_of_convolutions_and_nothing_else():
+    """As matrices of (window * in, out), whose steps have equal singular values, about."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv": {"kernel": (3, 3, 2, 4), "bias": (4,)}, "dense": {"kernel": (18, 4)}}
+    zeros = jax.tree.map(np.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape) * 10.0 ** np.arange(4), zeros)
+    tx = OPTIMIZERS["muon"](lambda _: 1.0)
+    updates, _ = tx.update(gradients, tx.init(zeros), zeros)
+    values = np.linalg.svd(np.reshape(updates["conv"]["kernel"], (18, 4)))[1]
+    assert values.min() > 0.5 * values.max()
+    signs = updates["dense"]["kernel"] / -np.sign(gradients["dense"]["kernel"])
+    np.testing.assert_allclose(signs, signs[0, 0], rtol=1e-3)  # Adam's first step
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_split_of_a_kernel_into_branches_makes_no_difference(x64, optimizer):
+    """So the rows may split kernels that were drawn from other weights."""
+    blocks = {"conv": {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}}
+    rng = np.random.default_rng(0)
+    scales = {"conv": {name: rng.normal(1, 0.5, 4) for name in ("conv3x3", "conv1x1")}}
+    block, shape = blocks["conv"], (3, 3, 4, 4)
+    drawn = init_weights(block, jax.random.key(0), shape, np.float64, {"identity": np.ones(4)})
+    params = {"conv": {"kernel": merge(block, drawn, scales["conv"], shape)}}
+    ends = []
+    for weights in (None, {"conv": drawn}):
+        tx = OPTIMIZERS[optimizer](lambda _: 0.1)
+        tx = reparameterize(tx, blocks, scales, weights=weights)
+        state, now = tx.init(params), params
+        for _ in range(3):
+            gradient = jax.tree.map(np.cos, now)
+            updates, state = tx.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        ends.append(now["conv"]["kernel"])
+    assert abs(ends[0] - params["conv"]["kernel"]).max() > 0.1
+    np.testing.assert_allclose(*ends, atol=1e-10)
+
+
+def test_rows_of_other_optimizers_train_as_if_on_the_branches(scales):
+    """Multiplied ones carry branch weights in their state; plain ones do not."""
+    for title, branches in (("plain Muon", False), ("reparameterize(Muon)", True)):
+        part = part_of(VARIANTS[title], small_config(), scales, load_dataset)
+        state = jax.eval_shape(part.tx.init, nnx.state(part.model, nnx.Param))
+        assert isinstance(state, ReparameterizeState) == branches
