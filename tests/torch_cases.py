@@ -292,7 +292,7 @@ def metadata_cases():
         yield case(r"copies must be|must state|does not fit", **one, copies=value)
     ghost = {"name": "RepOpt-GhostNet", "num_blocks": "null", "widths": "null"}
     for value in ("NaN", "1e300", "Infinity", "-1", '"x"', "true", "[0.5]"):
-        yield case(r"width must be above 0|does not fit", **ghost, width=value)
+        yield case("width must be above 0", **ghost, width=value)
     yield case("dropout must be", **ghost, width=0.1, dropout=2)
     for kind in (np.int64, np.bool_, np.complex64):
         says = "must hold floats, got stage0/bn/bias of"
