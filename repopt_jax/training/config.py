@@ -43,6 +43,8 @@ class PartSpec:
         return self.initialized or self.multiplied or self.network == "csla"
 
 
+INITIAL = "initial"  # the value of `scales` that asks for no search and no file
+
 PARTS = {
     # Trains the scales; yields scales.safetensors.
     "search": PartSpec("hyper-search", "hs", section="search"),
@@ -77,7 +79,9 @@ def default_config() -> ConfigDict:
         {
             "parts": ("search", "target"),  # keys of PARTS, in the order to run them
             "seed": 0,
-            "scales": "",  # a .safetensors or .pth file; "search" is then left out
+            # A .safetensors or .pth file, or "initial" for the values that a search starts with;
+            # "search" is then left out.
+            "scales": "",
             "identity": "searched",  # where the target's identity branches start: searched, one
             "model": {
                 "name": "RepOpt-VGG",

@@ -23,7 +23,7 @@ from repopt_jax.files import load_scales
 from repopt_jax.models.folding import fold
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.config import PARTS, check_config
+from repopt_jax.training.config import INITIAL, PARTS, check_config
 from repopt_jax.training.devices import make_mesh, put_batch
 from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
 from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
@@ -102,7 +102,7 @@ def names_and_scales(
     """
     check_config(config)
     names = list(dict.fromkeys(config.parts))
-    scales = load_scales(epath.Path(config.scales).expanduser()) if config.scales else None
+    scales = _given_scales(config)
     if scales is not None and "search" in names:
         names.remove("search")
         if not names:
@@ -127,9 +127,22 @@ def names_and_scales(
         if PARTS[name].needs_scales:
             raise ValueError(
                 f"the part {name!r} needs scales: put 'search' before it in parts or give "
-                f"scales=FILE, got parts {tuple(config.parts)}"
+                f"scales=FILE or scales={INITIAL}, got parts {tuple(config.parts)}"
             )
     return names, scales
+
+
+def _given_scales(config: ConfigDict) -> Scales | None:
+    """The scales that `config` names. None: it leaves them to a search."""
+    if not config.scales:
+        return None
+    if config.scales == INITIAL:
+        return initial_scales(config)
+    path = epath.Path(config.scales).expanduser()
+    if not path.is_file():
+        given = repr(config.scales)
+        raise FileNotFoundError(f"scales must be {INITIAL!r} or an existing file, got {given}")
+    return load_scales(path)
 
 
 def _keep_scales(part: Part, state: TrainState, summary: dict, workdir: epath.Path) -> Scales:
