@@ -253,6 +253,26 @@ def test_stablehlo_files_of_another_version_are_refused(tmp_path):
         load_stablehlo(path)
 
 
+@pytest.mark.parametrize("metadata", [[], "text", {"date": "May"}, {"date": 5}])
+def test_stablehlo_files_with_other_metadata_are_refused_by_name(tmp_path, metadata):
+    path = tmp_path / "a.stablehlo"
+    facts = {"format_version": "1", **metadata} if isinstance(metadata, dict) else metadata
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps(facts))
+        archive.writestr("network.bin", b"")
+    with pytest.raises(ValueError, match=r"path must be a file written .*a\.stablehlo' is not"):
+        load_stablehlo(path)
+
+
+def test_a_stablehlo_file_of_no_known_version_of_jax_is_refused_when_old(tmp_path):
+    path = tmp_path / "a.stablehlo"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", '{"format_version": "1", "date": "2020-02-03"}')
+        archive.writestr("network.bin", b"")
+    with pytest.raises(ValueError, match="of 2020-02-03 and JAX unknown"):
+        load_stablehlo(path)
+
+
 def dated(path, *, days, jax_version, weights=None):
     """A file that says that another version of JAX wrote it some days ago."""
     export_stablehlo(path, fold(network()), Preprocessing(8, 8), name="tiny", weights=weights)

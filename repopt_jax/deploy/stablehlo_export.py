@@ -154,7 +154,9 @@ def read_stablehlo(path: str | os.PathLike) -> tuple[dict[str, str], bytes, byte
             weights = archive.read(WEIGHTS) if WEIGHTS in archive.namelist() else None
             # Files of before the metadata had the date.
             written = datetime.date(*archive.getinfo(NETWORK).date_time[:3])
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        metadata = {"date": written.isoformat(), "jax_version": "unknown", **metadata}
+        datetime.date.fromisoformat(metadata["date"])
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"path must be a file written by export_stablehlo, {where} is not ({error})"
         ) from None
@@ -163,4 +165,4 @@ def read_stablehlo(path: str | os.PathLike) -> tuple[dict[str, str], bytes, byte
         raise ValueError(
             f"path must have the format version {FORMAT_VERSION}, {where} has {version}"
         )
-    return {"date": written.isoformat(), **metadata}, network, weights
+    return metadata, network, weights
