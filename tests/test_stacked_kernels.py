@@ -48,6 +48,8 @@ def test_three_layers_of_3x3_are_no_kernel_of_3x3x3():
     stacked = grad_mults(params, blocks, scales, window_rank=2)["conv"]["kernel"]
     centres = stacked(params["conv"]["kernel"])[:, 1, 1, 0, 0]
     assert centres.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match=r"kernel_shape must .* 2 axes, got \(3, 3, 3"):
+        stacked.dense(params["conv"]["kernel"].shape)
 
 
 def test_scales_of_another_stack_are_refused_by_shape():

@@ -142,8 +142,14 @@ class BranchMult:
         """The element-wise multiplier as an array of `kernel_shape`, which has its outputs last.
 
         Raises:
-          ValueError: for a block with branches that are no placements, which has none.
+          ValueError: for a block with branches that are no placements, which has none, or for the
+            shape of a stack of kernels.
         """
+        if self._stack_depth(len(kernel_shape)):
+            raise ValueError(
+                f"kernel_shape must be that of one kernel, with a window of {self.window_rank} "
+                f"axes, got {kernel_shape}"
+            )
         if names := self._other_than_placements():
             raise ValueError(f"dense needs branches that are 0/1 placements, got {names}")
         terms, counts = [], []
