@@ -64,7 +64,7 @@ SETS = {
     },
 }
 MOST_IMAGES = 45_000  # of the 50,000 to train on; the last 5,000 judge the sweeps
-QUICK = {"images": 10_000, "classes": 5, "epochs": 1.0, "seeds": [0]}
+QUICK = {"images": 10_000, "classes": 5, "epochs": 1.0, "seeds": [0], "sweep": False}
 
 
 class OutOfTime(Exception):
@@ -91,15 +91,15 @@ class Study:
 
     def run(self) -> None:
         """Train what is missing: of every group of rows first the sweeps, then seed after seed."""
-        quick, seeds = self._arguments.quick, self._arguments.seeds
-        for network, variants in QUICK_ROWS if quick else ROWS:
-            if network not in self._arguments.networks and not quick:
+        given = self._arguments
+        for network, variants in QUICK_ROWS if given.quick else ROWS:
+            if network not in given.networks and not given.quick:
                 continue
             rates = {}
             for variant in variants:
                 judge = functools.partial(self._held_out_top1, network, variant)
-                rates[variant] = variant.rate if quick else best_rate(variant.rate, judge)
-            for seed in seeds:
+                rates[variant] = best_rate(variant.rate, judge) if given.sweep else variant.rate
+            for seed in given.seeds:
                 for variant in variants:
                     self._row(network, variant, rates[variant], seed)
 
@@ -242,6 +242,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, help="how many of either half; all by default")
     parser.add_argument("--epochs", type=float, default=30.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--sweep", action=argparse.BooleanOptionalAction, default=True, help="the learning rates"
+    )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin nothing that ends later"

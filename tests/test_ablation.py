@@ -38,8 +38,8 @@ def study(tmp_path, monkeypatch):
 
 
 def peak_at(best):
-    """Held-out accuracy with a peak; the test images would choose another rate."""
-    return lambda title, rate, seed: (100 * rate + seed, 50 - abs(rate - best))
+    """Held-out accuracy with a peak; the test images would choose a lower rate."""
+    return lambda title, rate, seed: (50 + seed - abs(rate - best / 4), 50 - abs(rate - best))
 
 
 def test_every_seed_is_trained_at_the_rate_that_held_out_images_judge_best(study):
@@ -53,7 +53,7 @@ def test_every_seed_is_trained_at_the_rate_that_held_out_images_judge_best(study
     }
     assert len(tried) == 10
     found = {r["variant"]: (r["learning_rate"], r["top1"]) for r in ablation_rows(rows)}
-    assert found == {title: (0.2, [23.0, 24.0]) for title in (plain, ours)}
+    assert found == {title: (0.2, [52.85, 53.85]) for title in (plain, ours)}
 
 
 def test_what_the_json_holds_is_not_trained_again(study):
@@ -91,6 +91,11 @@ def test_nothing_begins_that_would_end_too_late(study, monkeypatch, capsys):
     assert len(study(measured, "--minutes=3.4")) == 2
     assert "time is up" in capsys.readouterr().out
     assert len(study(measured, "--minutes=3.6")) == 2 + 3
+
+
+def test_without_a_sweep_every_variant_is_trained_at_its_first_rate(study):
+    rows = study(peak_at(0.2), "--no-sweep", "--seeds", "0", "1")
+    assert [r["learning_rate"] for r in rows] == [PLAIN.rate, REPOPTIMIZER.rate] * 2
 
 
 def test_a_row_tells_where_it_was_measured(study):
