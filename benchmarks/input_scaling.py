@@ -2,7 +2,8 @@
 
 Run by `input_pipeline.py --scaling`. A turn makes an iterator of its own, drops what it had time to
 make in advance, and counts for some seconds. Every second round goes from the last variant to the
-first. The rate is that of the best round, because other work on the machine only takes away.
+first. The rate is that of the best round, because other work on the machine only takes away; the
+ratio to one thread is the median of the rounds' ratios.
 
 Threads cannot share the time in which Python's interpreter lock is held. That time is the CPU time
 of an image outside of OpenCV's and simplejpeg's functions, which release the lock; what passing the
@@ -12,6 +13,7 @@ lock on costs comes on top.
 import contextlib
 import functools
 import inspect
+import statistics
 import time
 
 import cv2
@@ -68,10 +70,11 @@ def scale_out(images, counts, rounds, seconds, augmentations=AUGMENTATIONS):
             rates[variant].append(steady_rate(batches, 3 * variant[2], seconds))
     rows = []
     for (name, kind, count), found in rates.items():
-        one = max(rates[name, "threads", counts[0]])
+        pairs = zip(found, rates[name, "threads", counts[0]], strict=True)
+        times = statistics.median(rate / one for rate, one in pairs)
         row = {"augment": name, "kind": kind, "count": count}
         row |= {"images_per_second": round(max(found), 1)}
-        rows.append(row | {"times_one_thread": round(max(found) / one, 3)})
+        rows.append(row | {"times_one_thread": round(times, 3)})
     return rows
 
 

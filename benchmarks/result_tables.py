@@ -260,6 +260,24 @@ def quantization_width(data: dict, output: str) -> str:
     return f"{markdown(header, rows)}\n\n{command}: {facts}, {count}."
 
 
+def quantization_remedies(data: dict, output: str) -> str:
+    """Top-1 in float, after quantization and after training in INT8, by network."""
+    measured = ("float", "quantized", "trained in INT8")
+    runs = data["runs"]
+    rows = []
+    for title in dict.fromkeys(r["network"] for r in runs):
+        own = [r for r in runs if r["network"] == title]
+        rows.append((title, *(over_seeds([r[key] for r in own]) for key in measured)))
+    table = markdown(("network", "float top-1 %", "INT8, quantized", "INT8, fine-tuned"), rows)
+    given = data["arguments"]
+    seeds = sorted({r["seed"] for r in runs})
+    flags = f"--width {given['width']} --epochs={given['epochs']:g}"
+    flags += f" --qat-epochs={given['qat_epochs']:g} --seeds {' '.join(map(str, seeds))}{output}"
+    facts = measured_with(data["environment"], "jax", "onnxruntime")
+    command = f"`python benchmarks/quantization_remedies.py {flags}`"
+    return f"{table}\n\n{command}: {facts}, {len(seeds)} seed{'s' * (len(seeds) > 1)}."
+
+
 def setting_name(setting: dict, among: list[dict]) -> str:
     """Model and image size, with the batch where it varies."""
     name = f"{setting['model'].removeprefix('RepOpt-VGG-')}, {setting['size']} px"
@@ -314,6 +332,7 @@ TABLES = {
     "input_scaling": input_scaling,
     "quantization": quantization,
     "quantization_width": quantization_width,
+    "quantization_remedies": quantization_remedies,
     "quantization_width_cifar10": quantization_width,
     "step_time_cpu": step_time,
     "step_time_cpu_amd": step_time,

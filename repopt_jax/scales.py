@@ -143,9 +143,9 @@ class Scales(Mapping):
             if self.metadata.get(key, seed) != seed:
                 problems.append(f"{key} must be {seed}, got {self.metadata[key]}")
         if problems:
-            of = self.metadata.get("model")
-            which = "" if of is None else " of no known model" if of == "unknown" else f" of {of}"
-            raise ValueError(f"scales{which} do not fit the model: {listed(sorted(problems))}")
+            name = self.metadata.get("model")
+            of = {None: "", "unknown": " of no network of ours"}.get(name, f" of {name}")
+            raise ValueError(f"scales{of} do not fit the model: {listed(sorted(problems))}")
 
     def flat(self) -> dict[str, Float[np.ndarray, " out"]]:
         """The vectors by ``<layer path>/<branch>``, the keys of the file."""
@@ -292,12 +292,17 @@ def parse_safetensors(data: bytes, name: str) -> tuple[dict[str, np.ndarray], di
     return arrays, header.get("__metadata__", {})
 
 
-def check_version(metadata: Mapping[str, str], name: str) -> None:
-    """Refuse metadata of another format version than ours, or that would spoil a message.
+def check_own(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], name: str) -> None:
+    """Refuse what no safetensors file of ours holds.
 
     Args:
-      metadata: of a safetensors file.
+      arrays: of the file.
+      metadata: of the file.
       name: of the file, for messages.
+
+    Raises:
+      ValueError: another format version, metadata that would spoil a message, or arrays of other
+        numbers than floats.
     """
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
@@ -310,6 +315,9 @@ def check_version(metadata: Mapping[str, str], name: str) -> None:
                 f"metadata of {name!r} must be printable text of at most {MAX_FACT} characters, "
                 f"got {quote(text)}"
             )
+    others = [f"{key} of {v.dtype}" for key, v in arrays.items() if v.dtype.kind in "biuc"]
+    if others:
+        raise ValueError(f"{name!r} must hold floats, got {listed(others, ', ')}")
 
 
 def parse_scales(data: bytes, name: str) -> Scales:
@@ -325,7 +333,7 @@ def parse_scales(data: bytes, name: str) -> Scales:
     from repopt_jax.tree_paths import current_path
 
     flat, metadata = parse_safetensors(data, name)
-    check_version(metadata, name)
+    check_own(flat, metadata, name)
     vectors: dict[str, dict[str, np.ndarray]] = {}
     for key in sorted(flat, key=_in_network_order):
         path, _, branch = current_path(key).rpartition("/")

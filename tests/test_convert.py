@@ -183,6 +183,8 @@ def test_other_folders_are_no_runs(tmp_path, capsys):
     for source in (tmp_path, tmp_path / "file"):
         assert main(["--from-run", str(source), str(tmp_path / "a.safetensors")]) == 1
         assert "workdir must hold a run with its config.json" in capsys.readouterr().err
+    assert main([str(tmp_path / "of two\nlines"), str(tmp_path / "a.safetensors")]) == 1
+    assert capsys.readouterr().err.endswith("of two lines\n")
 
 
 @pytest.mark.parametrize("kind", ["target", "repvgg", "hs"])

@@ -1,5 +1,6 @@
 """Files of RepVGG, MobileOne and RepGhostNet as their authors and timm name them."""
 
+import functools
 import re
 
 import jax
@@ -12,8 +13,10 @@ from flax import nnx
 from repopt_jax.convert import main
 from repopt_jax.deploy import fold
 from repopt_jax.files import load_weights, save_arrays, variables
+from repopt_jax.models.mobileone import MOBILEONE_SIZES
+from repopt_jax.models.repopt_vgg import REPVGG_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
-from repopt_jax.torch_files.names import to_torch
+from repopt_jax.torch_files.names import to_torch, torch_name
 from repopt_jax.torch_files.weights import unfilled_model
 
 SIZES = {
@@ -58,6 +61,7 @@ OTHERS = {
 FAMILY = {code: next(f for f in SIZES if f in code) for code in OTHERS}
 
 
+@functools.cache
 def trained(family, seed=0):
     """A network in training form, every number of which is another."""
     model = unfilled_model(name=family, kind=KINDS[family], num_classes=3, **SIZES[family])
@@ -95,6 +99,17 @@ def test_every_codes_names_are_read(code):
     other = unfilled_model(**found)
     for name, value in variables(import_weights(other, weights)).items():
         np.testing.assert_array_equal(value, variables(model)[name])
+
+
+@pytest.mark.parametrize("name", [*REPVGG_SIZES, *MOBILEONE_SIZES])
+def test_published_sizes_are_recognized(name):
+    family = "MobileOne" if name.startswith("MobileOne") else "RepVGG"
+    model = unfilled_model(name=name, kind=KINDS[family])
+    one = np.float32(1)
+    weights = {torch_name(p): np.broadcast_to(one, v.shape) for p, v in variables(model).items()}
+    weights = {n: to_torch(value) for n, value in weights.items()}
+    facts = recognize(renamed(weights, OTHERS[f"the authors' {family}"]))
+    assert (facts["name"], facts["kind"]) == (name, KINDS[family])
 
 
 def deployed(model, family):

@@ -4,6 +4,7 @@ import subprocess
 import types
 
 import jax
+import numpy as np
 import pytest
 from small_run import small_config
 
@@ -69,21 +70,24 @@ def test_the_end_of_the_work_is_taken_down_by_another_thread(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("decoded", "share", "named"),
+    ("decoded", "augment", "share", "named"),
     [
-        (False, 0.43, ["plain", "43%", "target.data.workers", "target.data.fast"]),
-        (True, 0.11, ["plain", "11%", "target.data.on_device"]),
-        (True, 0.1, None),
+        (False, "weak", 0.43, ["plain", "43%", "target.data.workers", "target.data.fast"]),
+        (True, "weak", 0.43, ["plain", "43%", "target.data.workers", "target.data.fast"]),
+        (True, "crop", 0.11, ["plain", "11%", "target.data.on_device"]),
+        (True, "crop", 0.1, None),
+        (None, "crop", 0.43, None),  # nothing but draws to wait for
     ],
 )
-def test_a_slow_input_is_told_with_what_to_change(decoded, share, named):
-    source = ArraySource(jax.numpy.zeros((1, 8, 8, 3)), [0]) if decoded else [{}]
-    section = small_config().target
+def test_a_slow_input_is_told_with_what_to_change(decoded, augment, share, named):
+    source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), [0]) if decoded else [{}]
+    section = small_config(target__data__augment=augment).target
     part = types.SimpleNamespace(
         name="plain",
         spec=types.SimpleNamespace(section="target"),
         section=section,
         dataset=Dataset("set", 1, source, source),
+        on_device=decoded is None,
     )
     said = slow_input_sentence(part, share)
     assert said is None if named is None else all(word in said for word in named)

@@ -156,22 +156,48 @@ print(gathered(["one", "another process"][int(sys.argv[2])]))
 """
 
 
+def both_run(script, folder):
+    """What two processes wrote that run `script` with the first's address and their number."""
+    address = f"localhost:{free_port()}"
+    return outcomes(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", script, address, str(i)],
+                env=environment(folder, 1),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for i in range(2)
+        ]
+    )
+
+
 @pytest.mark.slow
 def test_texts_of_both_processes_are_gathered_in_both(tmp_path):
-    address = f"localhost:{free_port()}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", GATHER, address, str(i)],
-            env=environment(tmp_path, 1),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for i in range(2)
-    ]
-    for out, err, status in outcomes(both):
+    for out, err, status in both_run(GATHER, tmp_path):
         assert status == 0, err
         assert out.splitlines()[-1] == "['one', 'another process']"
+
+
+JOIN_AND_ABORT = """
+import ctypes, os, sys, time
+from repopt_jax.training.processes import join_processes
+join_processes(sys.argv[1], 2, int(sys.argv[2]))
+if sys.argv[2] == "0":
+    time.sleep(1)
+    os._exit(9)
+ctypes.CDLL(None).abort()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="aborts are held on Linux only")
+def test_joined_processes_hold_their_aborts(tmp_path):
+    """The second aborts before the first is gone, and names it all the same."""
+    (_, _, first), (_, said, second) = both_run(JOIN_AND_ABORT, tmp_path)
+    assert (first, second) == (9, 1)
+    assert "another process of this run has ended" in said
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,21 @@ def test_check_lists_all_problems_in_one_message(model):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("RepOpt-VGG-B1", "scales of RepOpt-VGG-B1 do"),
+        ("unknown", "scales of no network of ours do"),
+    ],
+)
+def test_check_says_whose_scales_they_are_in_a_bounded_message(model, name, said):
+    """As train.py prints it where a file of scales is another network's."""
+    vectors = {f"backbone/{i}/conv": {"conv3x3": np.ones(4)} for i in range(1000)}
+    with pytest.raises(ValueError, match=f"^{said} not fit the model: missing.*more$") as error:
+        Scales(vectors, {"model": name}).check(model)
+    assert len(str(error.value)) < 1000
+
+
 def test_variants_of_the_ablation(model):
     scales = Scales({"a": {"conv3x3": np.array([1.0, -3.0]), "identity": np.array([0.0, 1.0])}})
     assert scales.ones()["a"]["conv3x3"].tolist() == [1.0, 1.0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import quantization
 import quantization_width
+import small_set
 import step_time
 import variants
 
@@ -177,3 +178,11 @@ def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, 
     for augment in ("weak", "raug15"):
         for how in ("antialiased", "fast"):
             assert {(augment, f"{a}, {how}") for a in ("bare loop", "train_batches")} <= variants
+
+
+@pytest.mark.slow
+def test_the_trainer_on_a_small_set_is_timed_in_all_ways(monkeypatch):
+    monkeypatch.setattr(small_set, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+    rates = small_set.small_set_rates(images=64, batch_size=16, epochs=2, rounds=2, **TINY)
+    assert rates.keys() == small_set.WAYS.keys()
+    assert all(len(found) == 2 and min(found) > 0 for found in rates.values())

@@ -5,18 +5,19 @@ and text. Cases of status 0 hold the weights of `network()`, and others are refu
 """
 
 import dataclasses
+import functools
 import json
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import torch_file_builder as build
-from flax import nnx
 from safetensors.numpy import save
 
 import repopt_jax
-from repopt_jax.files import variables
 from repopt_jax.torch_files import export_weights, official_names
+from repopt_jax.torch_files.names import DIALECTS
+from repopt_jax.torch_files.weights import fill, unfilled_model, variables
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 
@@ -44,8 +45,13 @@ class Case:
     load: bool = False
 
 
+@functools.cache
 def network(kind="target", seed=0, **options):
-    return repopt_jax.create_model("RepOpt-VGG", kind, rngs=nnx.Rngs(seed), **SIZE | options)
+    """A network of numbers from 0.5 to 1.5, which takes no compiling."""
+    model = unfilled_model(name="RepOpt-VGG", kind=kind, **SIZE | options)
+    rng = np.random.default_rng(seed)
+    shapes = {path: variable.shape for path, variable in variables(model).items()}
+    return fill(model, {path: rng.uniform(0.5, 1.5, shape) for path, shape in shapes.items()})
 
 
 def tensors(weights):
@@ -83,13 +89,15 @@ def tower(blocks):
     return dict.fromkeys(names, np.ones(1, np.float32))
 
 
-def ours(**changes):
-    """A weights file of ours with other metadata, as text or as JSON; None drops a fact."""
+def ours(bias_type=np.float32, **changes):
+    """A weights file of ours with other metadata, as text or as JSON; "null" drops a fact."""
     size = {"num_blocks": "[1, 2, 1, 1]", "widths": "[4, 4, 6, 8, 8]", "num_classes": "3"}
     facts = {"format_version": "1", "name": "RepOpt-VGG", "kind": "target", **size}
     facts |= {k: v if isinstance(v, str) else json.dumps(v) for k, v in changes.items()}
     facts = {k: v for k, v in facts.items() if v != "null"}
-    return save({k: np.asarray(v) for k, v in variables(network()).items()}, facts)
+    arrays = {k: np.asarray(v) for k, v in variables(network()).items()}
+    arrays["stage0/bn/bias"] = arrays["stage0/bn/bias"].astype(bias_type)
+    return save(arrays, facts)
 
 
 def read_cases():
@@ -132,6 +140,10 @@ def read_cases():
     for prefix in PREFIXES:
         wrapped = {prefix + name: value for name, value in weights.items()}
         yield Case("a prefix of all names", archive(wrapped), "kind target")
+    branched = export_weights(network("repvgg"))
+    for dialect in DIALECTS[::2][:2]:
+        own = {dialect.own(name): value for name, value in branched.items()}
+        yield Case("names of the authors and of timm", archive(own), "repvgg", wanted=branched)
     counts = {"total_ops": np.ones(1), "stage0.conv.total_ops": np.ones(1)}
     extra = build.archive_of({**tensors(weights | counts), "epoch": 3})
     says = r"left out 'total_ops' \(2 times\), 'epoch', 'num_batches_tracked' \(6 times\)"
@@ -202,13 +214,17 @@ def refused_cases():
     yield changed(row, "surplus extra0; .*; and 492 more", **many)
     yield changed(row, "shape", stage0__conv__weight=np.ones(4))
     for name in ("linear__weight", "stage0__conv__weight"):
-        yield changed(row, "it is no RepOpt-VGG", **{name: np.float32(1)})
+        said = rf"{name.replace('__', '.')} is a single number"
+        yield changed(row, said, **{name: np.float32(1)})
     lacking = {k: v for k, v in weights.items() if k != "stage0.bn.bias"}
     yield Case(row, archive(lacking), "missing stage0.bn.bias", 1)
     cut = {k: numpy_array(v, size=4) if v.ndim else build.tensor(v) for k, v in weights.items()}
-    yield Case(row, build.archive_of(cut), "no RepOpt-VGG", 1)
+    yield Case(row, build.archive_of(cut), r"linear\.weight is missing", 1)
     text = build.archive_of({**plain, "linear.bias": numpy_array(np.array(["a"]), name="U1")})
     yield Case(row, text, "missing linear.bias", 1)
+    row = "weights of other networks"
+    for name, says in {"a.ERBlock_2.0.weight": "like YOLOv6", "fc.weight": "no RepOpt-VGG"}.items():
+        yield Case(row, archive({name: np.ones((2, 2))}), says, 1)
     row = "names that cannot be printed, or too long"
     for name in ("x\x1b[31m", "a\nb", "\u202ex", "x" * 5000):
         yield Case(row, archive(weights | {name: np.ones(1)}), "printable|absurd length", 1)
@@ -253,7 +269,6 @@ def metadata_cases():
         "widths": ([4, 4, -6, 8, 8], [4, 4, 10**9, 8, 8], [4, 4, 6.0, 8, 8], [4], 4, [[4]], {}),
         "num_blocks": (
             [1, 10**6, 1, 1],
-            [128] * 4,
             [1, -1, 1, 1],
             [0, 1, 1, 1],
             "{",
@@ -264,14 +279,24 @@ def metadata_cases():
         "name": ("RepOpt-VGG-B99", "x\nx", "x" * 1000),
         "kind": ("plain", "rep", "x\x1b"),
         "se": (True,),
+        "groups": (3, -1, 10**30, [2], "x"),
         "num_blocks ": ([1, 2, 1, 1],),
     }.items():
         for value in values:
             yield case(r"must|does not fit", **{size: value})
+    yield case("must have arrays for each of num_blocks", num_blocks=[128] * 4)
+    one = {"name": "MobileOne", "num_blocks": [1] * 4, "widths": [4] * 5}
+    for value in (3, "x", [0, 0, 0], [-1, 0, 0, 0], [0.5] * 4, [0] * 100_000):
+        yield case(r"se_blocks must be|must state|must be printable", **one, se_blocks=value)
+    for value in (0, 10**9, [2], "null "):
+        yield case(r"copies must be|must state|does not fit", **one, copies=value)
     ghost = {"name": "RepOpt-GhostNet", "num_blocks": "null", "widths": "null"}
     for value in ("NaN", "1e300", "Infinity", "-1", '"x"', "true", "[0.5]"):
-        yield case(r"width must be above 0|does not fit", **ghost, width=value)
+        yield case("width must be above 0", **ghost, width=value)
     yield case("dropout must be", **ghost, width=0.1, dropout=2)
+    for kind in (np.int64, np.bool_, np.complex64):
+        says = "must hold floats, got stage0/bn/bias of"
+        yield Case("integers, truths and complex numbers", ours(kind), says, 1, load=True)
     deep = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for head in (deep, b"{" + b" " * 300):
         data = len(head).to_bytes(8, "little") + head

@@ -287,10 +287,14 @@ class SqueezeExcite(nnx.Module):
 MAX_WIDTH = 1 << 20  # channels of a layer, or classes
 
 
-def check_sizes(**sizes: tuple[Sequence[int], int, int]) -> None:
+def check_sizes(*, least: int = 1, **sizes: tuple[Sequence[int], int, int]) -> None:
     """Refuse sizes that no network has, given as ``name=(sizes, their number, the largest)``.
 
     A file may state any, and a network of absurd ones takes hours to build.
+
+    Args:
+      least: the smallest size.
+      **sizes: by the name of the argument.
 
     >>> check_sizes(strides=((2, 2, 0), 3, 64))
     Traceback (most recent call last):
@@ -299,10 +303,10 @@ def check_sizes(**sizes: tuple[Sequence[int], int, int]) -> None:
     for name, (found, length, largest) in sizes.items():
         found = (found,) if length == 1 or not isinstance(found, Sequence) else tuple(found)
         whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in found)
-        if len(found) != length or not whole or not all(1 <= n <= largest for n in found):
+        if len(found) != length or not whole or not all(least <= n <= largest for n in found):
             some = f"{length} whole numbers" if length > 1 else "a whole number"
             shown = f"({listed(map(quote, found), ', ')})" if length > 1 else quote(found[0])
-            raise ValueError(f"{name} must be {some} from 1 to {largest}, got {shown}")
+            raise ValueError(f"{name} must be {some} from {least} to {largest}, got {shown}")
 
 
 def bad_numbers(value: np.ndarray, *, variance: bool) -> str | None:

@@ -161,8 +161,7 @@ class MobileOne(FiveStages):
             copies=(copies, 1, MAX_COPIES),
             num_classes=(num_classes, 1, MAX_WIDTH),
         )
-        if len(se_blocks) != 4 or any(type(n) is not int or n < 0 for n in se_blocks):
-            raise ValueError(f"se_blocks must be 4 counts, got {tuple(se_blocks)}")
+        check_sizes(least=0, se_blocks=(se_blocks, 4, MAX_BLOCKS))
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def block(*shape: int, copies: int, **options: int) -> nnx.Module:

@@ -272,7 +272,8 @@ class RepOptGhost(nnx.Module):
         module_type: type[PlainGhost] | type[RepGhost] = PlainGhost,
         rngs: nnx.Rngs,
     ):
-        if not (isinstance(width, (int, float)) and 0 < width <= MAX_FACTOR):
+        is_number = isinstance(width, (int, float)) and not isinstance(width, bool)
+        if not (is_number and 0 < width <= MAX_FACTOR):
             raise ValueError(f"width must be above 0 and at most {MAX_FACTOR}, got {quote(width)}")
         check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
         if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):

@@ -6,7 +6,7 @@ around in every step, because an epoch's order sends any image to any device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -41,25 +41,26 @@ def belongs_on_device(data: ConfigDict, dataset: Dataset, mesh: Mesh) -> bool:
     Raises:
       ValueError: `data.on_device` is ``always`` for images that cannot lie on a device.
     """
-    size = sum(_bytes(source) for source in (dataset.train, dataset.eval))
-    sources_in_memory = all(in_memory(s, data.image_size) for s in (dataset.train, dataset.eval))
-    reason = None
-    if not sources_in_memory:
-        reason = "only images of one size that are held in memory can lie on a device"
-    elif not isinstance(preset(data.augment), FlipCrop):
-        reason = f"augment {data.augment!r} works on the host"
-    elif data.eval_resize is not None:
-        reason = f"eval_resize {data.eval_resize} works on the host"
-    if data.on_device == "always" and reason:
-        raise ValueError(f"on_device must be 'auto' or 'never', because {reason}, got 'always'")
+    obstacle = why_not_on_device(data, dataset)
+    if data.on_device == "always" and obstacle:
+        raise ValueError(f"on_device must be 'auto' or 'never', because {obstacle}, got 'always'")
     if data.on_device == "auto":
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        return reason is None and not on_cpu and size <= data.on_device_bytes
+        if obstacle or mesh.devices.flat[0].platform == "cpu":
+            return False
+        size = dataset.train.images.nbytes + dataset.eval.images.nbytes
+        return size <= data.on_device_bytes
     return data.on_device == "always"
 
 
-def _bytes(source: Any) -> int:
-    return source.images.nbytes if isinstance(source, ArraySource) else 0
+def why_not_on_device(data: ConfigDict, dataset: Dataset) -> str | None:
+    """Why the images of a part cannot lie on its devices. None: they can."""
+    if not all(in_memory(source, data.image_size) for source in (dataset.train, dataset.eval)):
+        return "only images of one size that are held in memory can lie on a device"
+    if not isinstance(preset(data.augment), FlipCrop):
+        return f"augment {data.augment!r} needs the host"
+    if data.eval_resize is not None:
+        return f"eval_resize {data.eval_resize} needs the host"
+    return None
 
 
 def put_images(mesh: Mesh, source: ArraySource) -> dict[str, jax.Array]:

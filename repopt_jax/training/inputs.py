@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from repopt_jax.data.augment import preset
-from repopt_jax.data.batches import in_memory
 from repopt_jax.training.device_images import (
     jitted_take,
     jitted_train_chunk,
     put_draws,
     put_images,
+    why_not_on_device,
 )
 from repopt_jax.training.devices import put_batch
 from repopt_jax.training.processes import agreed
@@ -108,8 +108,8 @@ class InputWait:
     ...     batch = 1.0  # the first input: nothing is counted before the device has begun
     >>> wait.given(jnp.float32(batch) + 1)
     >>> with wait:
-    ...     time.sleep(0.1)
-    >>> wait.seconds > 0.01
+    ...     batch = 2.0
+    >>> 0 <= wait.share(seconds=10.0) <= 1
     True
     """
 
@@ -147,12 +147,14 @@ def _when_finished(results: Any) -> float:
 
 
 def slow_input_sentence(part: Part, share: float) -> str | None:
-    """What to change where the device waits for input for too large a `share` of the time."""
-    if share <= 0.1:
+    """What to change where the device waits for images for too large a `share` of the time.
+
+    None: nothing, or nothing can be.
+    """
+    if share <= 0.1 or part.on_device:
         return None
     data = f"{part.spec.section}.data"
-    source, size = part.dataset.train, part.section.data.image_size
-    if in_memory(source, size):
+    if why_not_on_device(part.section.data, part.dataset) is None:
         advice = f"{data}.on_device='always' may help"
     else:
         advice = (

@@ -208,7 +208,8 @@ class _Loop:
         sentence = slow_input_sentence(self.part, share)
         if sentence and long_enough and not self.slow_input_is_told:
             self.slow_input_is_told = True
-            self.progress.say(sentence)
+            with plain_errors():
+                self.progress.say(sentence)
         return {f"{what}/input_wait": share}
 
     def _evaluate(self, saved: bool) -> bool:

@@ -9,6 +9,7 @@ command resumes an interrupted run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from repopt_jax.files import load_scales
+from repopt_jax.models.folding import fold
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import INITIAL, PARTS, check_config
@@ -31,6 +33,7 @@ from repopt_jax.training.parts import Part, initial_scales, prepare_parts
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.step import TrainState, jitted_train_step
+from repopt_jax.training.trained import load_part
 from repopt_jax.training.workdir import SCALES, claimed, with_bn_groups
 
 if TYPE_CHECKING:
@@ -66,6 +69,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         for name in unfinished:
             with plain_errors():
                 part = parts.pop(name).with_scales(scales)  # popped, so that its data can be freed
+                if tuned := part.spec.tunes:
+                    trained, _ = load_part(config, workdir, part=tuned, checkpoint="latest")
+                    part = dataclasses.replace(part, trained=fold(trained))
             state, summary = train(part, workdir / name)
             with plain_errors():
                 if name == "search":
@@ -90,8 +96,8 @@ def names_and_scales(
       workdir: may hold the scales of a search that is done. None: look at `config.scales` only.
 
     Raises:
-      ValueError: something in `config` is out of its range, or a part needs scales that no search
-        before it yields.
+      ValueError: something in `config` is out of its range, or a part needs scales or a network
+        that no part before it yields.
       FileNotFoundError: there is no file of scales where `config` says.
     """
     check_config(config)
@@ -106,6 +112,15 @@ def names_and_scales(
             )
     if scales is None and workdir is not None and (workdir / SCALES).exists():
         scales = load_scales(workdir / SCALES)
+    for place, name in enumerate(names):
+        tuned = PARTS[name].tunes
+        if not tuned or tuned in names[:place] or workdir is None:
+            continue
+        if not (workdir / tuned / "checkpoints").exists():
+            raise ValueError(
+                f"the part {name!r} needs a trained network: put {tuned!r} before it in parts, "
+                f"got parts {tuple(config.parts)}"
+            )
     for name in names:
         if name == "search" or scales is not None:
             break

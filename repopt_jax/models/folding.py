@@ -214,7 +214,6 @@ FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
 # Layers outside such blocks, and the BatchNorm that follows each.
 PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
-
 Network = RepOptVGG | RepOptGhost | MobileOne
 
 
@@ -238,13 +237,13 @@ def fold(model: Network) -> Network:
     """
     check_numbers(model)
     folded = nnx.clone(model)
-    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     modules = [module for _, module in nnx.iter_modules(folded)]
     if not any(type(module) in FOLDED for module in modules):
         raise ValueError(
             f"model must have blocks to fold, got a folded {type(model).__name__}: "
             "FoldedBlock and FoldedGhost have no BatchNorm"
         )
+    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     for module in modules:
         for name, child in list(vars(module).items()):
             if type(child) in FOLDED:
