@@ -103,6 +103,10 @@ class Study:
                 for variant in variants:
                     self._row(network, variant, rates[variant], seed)
 
+    def own_rows(self) -> list[dict]:
+        """The rows with the images, classes and epochs of this command."""
+        return [row for row in self.rows if self._setting.items() <= row.items()]
+
     def _held_out_top1(self, network: str, variant: Variant, rate: float) -> float:
         return self._row(network, variant, rate, self._arguments.seeds[0])["held_out_top1"]
 
@@ -276,9 +280,9 @@ def main() -> None:
         study.run()
     except OutOfTime:
         print("The time is up; the same command goes on from here.")
-    if any("top1" in row for row in study.rows):
-        draw(study.rows, arguments.output.with_suffix(".png"))
-        print(ablation({"rows": study.rows}, ""))
+    if own := study.own_rows():
+        draw(own, arguments.output.with_suffix(".png"))
+        print(ablation({"rows": own}, ""))
     print(f"\n{arguments.output}")
 
 

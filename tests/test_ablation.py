@@ -56,8 +56,8 @@ def test_every_seed_is_trained_at_the_rate_that_held_out_images_judge_best(study
     assert found == {title: (0.2, [52.85, 53.85]) for title in (plain, ours)}
 
 
-def test_what_the_json_holds_is_not_trained_again(study):
-    """After an interruption, for other seeds; another length is another setting."""
+def test_what_the_json_holds_is_not_trained_again(study, monkeypatch):
+    """After an interruption, for other seeds; another length is another setting and figure."""
     done = []
 
     def measured(*training):
@@ -76,7 +76,10 @@ def test_what_the_json_holds_is_not_trained_again(study):
     done.clear()
     study(lambda *t: done.append(t) or peak_at(0.2)(*t), "--seeds", "0", "1")
     assert {seed for *_, seed in done} == {1} and len(done) == 2
+    drawn = []
+    monkeypatch.setattr(ablation, "draw", lambda rows, path: drawn.extend(rows))
     assert len(study(peak_at(0.2), "--seeds", "0", "--epochs=90")) == 8 + 2 + 8
+    assert [r["epochs"] for r in drawn] == [90.0] * 8
 
 
 def test_nothing_begins_that_would_end_too_late(study, monkeypatch, capsys):
