@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 from small_run import small_config
-from variants import OPTIMIZERS, QUICK_ROWS, changed, part_of
+from variants import NETWORKS, OPTIMIZERS, QUICK_ROWS, ROWS, changed, part_of
 
 from repopt_jax import Centre, Full, Identity, init_weights, merge, reparameterize
 from repopt_jax.data import load_dataset
@@ -72,6 +72,14 @@ def test_scales_become_what_the_variant_says(scales):
     np.testing.assert_array_equal(found["ones"], 1)
     np.testing.assert_array_equal(found["initial"], initial[path][name])
     np.testing.assert_allclose(found["averaged"], scales[path][name].mean(), rtol=1e-6)
+
+
+def test_titles_tell_the_rows_apart():
+    """They are the keys of what the JSON holds; a title means the same for every network."""
+    assert len(VARIANTS) == len(QUICK_ROWS[0][1])
+    for network, group in ROWS:
+        assert network in NETWORKS
+        assert all(VARIANTS[variant.title] == variant for variant in group)
 
 
 def test_muon_orthogonalizes_the_kernels_of_convolutions_and_nothing_else():
