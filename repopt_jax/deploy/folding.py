@@ -16,10 +16,11 @@ from flax import nnx
 
 from repopt_jax.branches import Block, Full, check_block, merge, wide_type
 from repopt_jax.branches.presets import repghost_branches
+from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, activate
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.models.mobileone import MobileOne, MobileOneBlock
 from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
-from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock, activate
+from repopt_jax.models.repopt_vgg import RepOptVGG, RepVGGBlock
 from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
@@ -174,14 +175,14 @@ def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
 
 
 class FoldedBlock(nnx.Module):
-    """Convolution with bias, ReLU and the squeeze-excites that the block had."""
+    """Convolution with bias, and the activation and squeeze-excites that the block had."""
 
-    def __init__(self, block: PlainBlock | RepVGGBlock | MobileOneBlock):
+    def __init__(self, block: PlainBlock | BranchedBlock):
         if isinstance(block, PlainBlock):
             self.conv = _folded_pair(block.conv, block.bn)
         else:
             self.conv = _folded(*block.parts())
-        self.post_se, self.pre_se = block.post_se, block.pre_se
+        self.activation, self.post_se, self.pre_se = block.activation, block.post_se, block.pre_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
