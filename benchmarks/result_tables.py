@@ -26,11 +26,6 @@ def over_seeds(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def with_deviation(row: dict) -> str:
-    """Top-1 with its standard deviation."""
-    return f"{row['top1']:.1f} ± {row['top1_deviation']:.1f}"
-
-
 def gpu(environment: dict) -> str | None:
     """The GPU that was used. None: only the processor was."""
     (device,) = set(environment.get("devices", ["cpu"]))
@@ -51,55 +46,92 @@ def measured_with(environment: dict, *packages: str) -> str:
     return ", ".join(facts)
 
 
-def cifar_study(data: dict, command: str) -> str:
-    """The last line of a study with CIFAR-10's images."""
-    given = data["arguments"]
-    return (
-        f"`{command}`: {given['images']:,} CIFAR-10 images, those of 5 classes for the search and "
-        f"the others for the rest, batch 128, {len(given['seeds'])} seeds; "
-        f"{measured_with(data['environment'], 'jax')}."
-    )
+SETS = {"tinyimagenet": "Tiny-ImageNet", "cifar10": "CIFAR-10"}
+
+
+def ablation_rows(trainings: list[dict]) -> list[dict]:
+    """The trainings by network and variant, each at its best learning rate, with all seeds.
+
+    The best is what a sweep has brought to several seeds or, before that, judged the best.
+
+    Returns:
+      Rows with network, variant, learning_rate, top1 by seed, images_per_second and device.
+    """
+    groups: dict[tuple, dict[float, list[dict]]] = {}
+    for r in trainings:
+        if "top1" in r:
+            rates = groups.setdefault((r["network"], r["variant"]), {})
+            rates.setdefault(r["learning_rate"], []).append(r)
+    found = []
+    for (network, variant), rates in groups.items():
+
+        def worth(rate, rates=rates):
+            return len(rates[rate]), max(r.get("held_out_top1", 0.0) for r in rates[rate])
+
+        rate = max(rates, key=worth)
+        own = sorted(rates[rate], key=lambda r: r["seed"])
+        speeds = [r["images_per_second"] for r in own if "images_per_second" in r]
+        found.append(
+            {
+                "network": network,
+                "variant": variant,
+                "learning_rate": rate,
+                "top1": [r["top1"] for r in own],
+                "images_per_second": statistics.median(speeds) if speeds else None,
+                "device": ", ".join(dict.fromkeys(r["device"] for r in own)),
+            }
+        )
+    return found
 
 
 def ablation(data: dict, output: str) -> str:
-    """The variants, the effect against depth, and the sweep of learning rates."""
-    rows = [
-        (
-            r["variant"],
-            with_deviation(r),
-            f"{r['learning_rate']:g}",
-            f"{r['seconds']:.0f}",
-            f"{r['images_per_second']:,.0f}",
-        )
-        for r in data["variants"]
-    ]
-    table = markdown(("variant", "top-1 %", "learning rate", "seconds", "images/s"), rows)
-    layers = sorted({r["layers"] for r in data["depth"]})
-    titles = list(dict.fromkeys(r["variant"] for r in data["depth"]))
-    by = {(r["variant"], r["layers"]): with_deviation(r) for r in data["depth"]}
-    depth = markdown(
-        ("top-1 % by depth", *(f"{n} layers" for n in layers)),
-        [(title, *(by[title, n] for n in layers)) for title in titles],
+    """For every setting the variants at their best rates, and the sweeps."""
+    settings = list(dict.fromkeys(map(_setting, data["rows"])))
+    return "\n\n".join(
+        _ablation_of(setting, [r for r in data["rows"] if _setting(r) == setting], output)
+        for setting in settings
     )
-    tried: dict[str, list[str]] = {}
-    for r in data["sweep"]:
-        found = f"{r['learning_rate']:g}: {r['top1']:.1f}"
-        tried.setdefault(r["optimizer"], []).append(found)
-    sweep = markdown(
-        ("sweep, one seed, held-out images", "learning rate: top-1 %"),
-        [(optimizer, ", ".join(found)) for optimizer, found in tried.items()],
-    )
-    command = f"python benchmarks/ablation.py --epochs={data['arguments']['epochs']:g}{output}"
-    return f"{table}\n\n{depth}\n\n{sweep}\n\n{cifar_study(data, command)}"
 
 
-def small_models(data: dict, output: str) -> str:
-    """The variants of the small network."""
-    rows = [(r["variant"], with_deviation(r)) for r in data["variants"]]
-    table = markdown(("small network (22 layers)", "top-1 %"), rows)
-    lengths = " ".join(map(str, data["arguments"]["lengths"]))
-    flags = f"--epochs={data['arguments']['epochs']:g} --lengths {lengths}{output}"
-    return f"{table}\n\n{cifar_study(data, f'python benchmarks/small_models.py {flags}')}"
+def _setting(row: dict) -> tuple:
+    return tuple(row[key] for key in ("data", "images", "classes", "epochs"))
+
+
+def _ablation_of(setting: tuple, rows: list[dict], output: str) -> str:
+    name, images, classes, epochs = setting
+    table = markdown(
+        ("network", "variant", "learning rate", "top-1 %", "seeds", "images/s", "device"),
+        [
+            (
+                r["network"],
+                r["variant"],
+                f"{r['learning_rate']:g}",
+                over_seeds(r["top1"]),
+                len(r["top1"]),
+                f"{r['images_per_second']:,.0f}" if r["images_per_second"] else "diverged",
+                r["device"],
+            )
+            for r in ablation_rows(rows)
+        ],
+    )
+    tried: dict[tuple, dict[float, float]] = {}
+    for r in rows:
+        if "held_out_top1" in r:
+            rates = tried.setdefault((r["network"], r["variant"]), {})
+            rates.setdefault(r["learning_rate"], r["held_out_top1"])
+    sweeps = markdown(
+        ("network", "variant", "learning rate: top-1 % of held-out images, one seed"),
+        [
+            (*who, ", ".join(f"{rate:g}: {rates[rate]:.1f}" for rate in sorted(rates)))
+            for who, rates in tried.items()
+        ],
+    )
+    facts = dict.fromkeys(f"{r['device']}, jax {r['jax']}, commit {r['commit']}" for r in rows)
+    about = (
+        f"{SETS[name]}, {images:,} training images, of which {classes} classes for the search and "
+        f"{classes} others for the rest, {epochs:g} epochs, batch 128; {'; '.join(facts)}."
+    )
+    return f"{table}\n\n{sweeps}\n\n{about}"
 
 
 def small_set(data: dict, output: str) -> str:
@@ -228,6 +260,24 @@ def quantization_width(data: dict, output: str) -> str:
     return f"{markdown(header, rows)}\n\n{command}: {facts}, {count}."
 
 
+def quantization_remedies(data: dict, output: str) -> str:
+    """Top-1 in float, after quantization and after training in INT8, by network."""
+    measured = ("float", "quantized", "trained in INT8")
+    runs = data["runs"]
+    rows = []
+    for title in dict.fromkeys(r["network"] for r in runs):
+        own = [r for r in runs if r["network"] == title]
+        rows.append((title, *(over_seeds([r[key] for r in own]) for key in measured)))
+    table = markdown(("network", "float top-1 %", "INT8, quantized", "INT8, fine-tuned"), rows)
+    given = data["arguments"]
+    seeds = sorted({r["seed"] for r in runs})
+    flags = f"--width {given['width']} --epochs={given['epochs']:g}"
+    flags += f" --qat-epochs={given['qat_epochs']:g} --seeds {' '.join(map(str, seeds))}{output}"
+    facts = measured_with(data["environment"], "jax", "onnxruntime")
+    command = f"`python benchmarks/quantization_remedies.py {flags}`"
+    return f"{table}\n\n{command}: {facts}, {len(seeds)} seed{'s' * (len(seeds) > 1)}."
+
+
 def setting_name(setting: dict, among: list[dict]) -> str:
     """Model and image size, with the batch where it varies."""
     name = f"{setting['model'].removeprefix('RepOpt-VGG-')}, {setting['size']} px"
@@ -276,13 +326,13 @@ def step_time(data: dict, output: str) -> str:
 
 
 TABLES = {
-    "ablation": ablation,
-    "small_models": small_models,
+    "ablation_4_epochs": ablation,
     "small_set_h100": small_set,
     "input_pipeline": input_pipeline,
     "input_scaling": input_scaling,
     "quantization": quantization,
     "quantization_width": quantization_width,
+    "quantization_remedies": quantization_remedies,
     "quantization_width_cifar10": quantization_width,
     "step_time_cpu": step_time,
     "step_time_cpu_amd": step_time,

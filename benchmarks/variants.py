@@ -1,182 +1,167 @@
-"""Variants of one training, for the ablation and the study of small networks.
-
-Each variant trains in a working directory under ``--workdir``, by the loop of `train.py`. It
-resumes where it stopped, and is not trained again once it has finished.
-"""
+"""The rows of the ablation: which networks are trained, and in which variants."""
 
 import dataclasses
-import json
-import pathlib
-import runpy
-import statistics
+import functools
+from collections.abc import Callable
 
 import jax
-from environment import REPOSITORY
+import optax
 from ml_collections import ConfigDict
 
+from repopt_jax import reparameterize, weight_decay_mask
+from repopt_jax.data import Dataset
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
-from repopt_jax.training.loop import train
 from repopt_jax.training.parts import Part, prepare
-from repopt_jax.training.report import write_json
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-SEARCH_CLASSES, TARGET_CLASSES = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+NETWORKS = {  # sizes of RepOpt-VGG; the first has the depth of B1, the fourth is a narrow A0
+    "28 layers": {"num_blocks": (4, 6, 16, 1), "widths": (16, 16, 32, 64, 128)},
+    "44 layers": {"num_blocks": (6, 10, 26, 1), "widths": (16, 16, 32, 64, 128)},
+    "28 layers, twice as wide": {"num_blocks": (4, 6, 16, 1), "widths": (32, 32, 64, 128, 256)},
+    "22 layers of A0": {"num_blocks": (2, 4, 14, 1), "widths": (12, 12, 24, 48, 160)},
+    "20 layers": {"num_blocks": (2, 4, 12, 1), "widths": (16, 16, 32, 64, 128)},
+    "12 layers": {"num_blocks": (1, 2, 7, 1), "widths": (16, 16, 32, 64, 128)},
+    "tiny": {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 8)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How one row of a table is trained.
+    """How one row is trained.
 
     Attributes:
-      title: as the table names it.
+      title: as the tables name it.
+      rate: learning rate of a batch at which its sweep begins.
       part: target, plain or repvgg, see `repopt_jax.training.parts`.
-      optimizer: sgd or adamw.
-      rate: key of the sweep whose learning rate it takes.
-      scales: searched, ones, initial or averaged.
+      optimizer: sgd, or one of `OPTIMIZERS`.
+      scales: searched, early (after a quarter of the search), initial, ones or averaged.
       identity: where the identity branches start: searched or one.
       initialized: whether the kernels start by the Rule of Initialization.
-      multiplied: whether the gradients are multiplied.
+      multiplied: whether the optimizer works as if on the branches.
     """
 
     title: str
+    rate: float
     part: str = "target"
     optimizer: str = "sgd"
-    rate: str = "RepOptimizer"
     scales: str = "searched"
     identity: str = "searched"
     initialized: bool = True
     multiplied: bool = True
 
 
-def cifar_config(arguments) -> ConfigDict:
-    """A configuration that searches on half of CIFAR-10's classes and trains on the other half."""
-    config = runpy.run_path(str(REPOSITORY / "configs" / "cifar10.py"))["get_config"]()
-    config.eval_every = config.checkpoint.every = 1e6
-    config.log_every = 100
-    for section, classes in ((config.search, SEARCH_CLASSES), (config.target, TARGET_CLASSES)):
-        section.data.name = arguments.data
-        section.data.data_dir = arguments.data_dir
-        section.data.train_split = f"train[:{arguments.images}]"
-        section.data.classes = classes
-        section.epochs = arguments.epochs
-        section.schedule.warmup_epochs = min(1.0, arguments.epochs / 4)
-    return config
+PLAIN = Variant("plain SGD", 0.1, part="plain")
+REPOPTIMIZER = Variant("RepOptimizer", 0.4)
+METHOD = (
+    PLAIN,
+    REPOPTIMIZER,
+    Variant("no search", 0.4, scales="initial"),
+    Variant("gradient rule only", 0.2, initialized=False),
+    Variant("initialization only", 0.2, multiplied=False),
+    Variant("RepVGG", 0.2, part="repvgg"),
+)
+RIVALS = (
+    Variant("plain AdamW", 4e-3, part="plain", optimizer="adamw"),
+    Variant("plain Muon", 4e-3, part="plain", optimizer="muon"),
+    Variant("reparameterize(AdamW)", 4e-3, optimizer="adamw"),
+    Variant("reparameterize(Muon)", 4e-3, optimizer="muon"),
+)
+SCALES = (
+    Variant("identity starts at 1", 0.4, identity="one"),
+    Variant("a quarter of the search", 0.4, scales="early"),
+    Variant("scales all 1", 0.4, scales="ones"),
+    Variant("scales averaged per layer", 0.4, scales="averaged"),
+)
+ROWS = (  # in order of worth
+    ("28 layers", METHOD),
+    ("44 layers", METHOD),
+    ("28 layers, twice as wide", METHOD),
+    ("28 layers", RIVALS),
+    ("22 layers of A0", (*METHOD, *SCALES)),
+    ("20 layers", (PLAIN, REPOPTIMIZER)),
+    ("12 layers", (PLAIN, REPOPTIMIZER)),
+)
+QUICK_ROWS = (("tiny", (*METHOD, *RIVALS, *SCALES)),)
 
 
-def add_arguments(parser, workdir: str) -> None:
-    """Add the flags that both studies take."""
-    parser.add_argument("--workdir", default=workdir)
-    parser.add_argument("--data", default="cifar10_jpeg", help="TFDS set of CIFAR-10's images")
-    parser.add_argument("--data-dir", default=str(REPOSITORY.parent / "shared" / "tfds"))
-    parser.add_argument("--images", type=int, default=20_000, help="of all ten classes")
-    parser.add_argument("--epochs", type=float, default=8.0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+def changed(along: dict[float, Scales], how: str, initial: Scales) -> Scales:
+    """The scales of a variant.
 
-
-def use_compilation_cache(workdir: pathlib.Path) -> None:
-    """Let variants share compiled programs: most differ in the state's values alone."""
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def search(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Search, if it is not done; the working directory, with the scales of each evaluation."""
-    done = workdir / "summary.json"
-    if not done.exists():
-        _, summary = train(prepare(config, "search", make_mesh()), workdir)
-        write_json(done, summary)
-    return workdir
-
-
-def changed(scales: Scales, how: str, initial: Scales) -> Scales:
-    """The scales of a variant."""
+    Args:
+      along: those of a search, by epoch, ascending; not needed for `initial` and `ones`.
+      how: as `Variant.scales` says.
+      initial: those with which the search began.
+    """
     return {
-        "searched": lambda: scales,
-        "ones": scales.ones,
+        "searched": lambda: list(along.values())[-1],
+        "early": lambda: next(iter(along.values())),
         "initial": lambda: initial,
-        "averaged": scales.averaged,
+        "ones": initial.ones,
+        "averaged": lambda: list(along.values())[-1].averaged(),
     }[how]()
 
 
-def part_of(variant: Variant, config: ConfigDict, scales: Scales) -> Part:
+def _adamw(schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(schedule, weight_decay=0.05, mask=weight_decay_mask)
+
+
+def _muon(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the kernels of convolutions as matrices of (window * in, out), AdamW for the rest.
+
+    `consistent_rms` makes steps as large as AdamW's, so that one learning rate serves both.
+    """
+
+    def matrices(params):
+        axes = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+        return jax.tree.map(lambda x: axes if x.ndim == 4 else None, params)
+
+    return optax.contrib.muon(
+        schedule,
+        weight_decay=0.05,
+        weight_decay_mask=weight_decay_mask,
+        adam_weight_decay=0.05,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptaxPart(Part):
+    """A part with an optimizer of Optax: on the kernels or, `multiplied`, on their branches.
+
+    Attributes:
+      optimizer: one of `OPTIMIZERS`.
+    """
+
+    optimizer: str = "adamw"
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        optimizer = OPTIMIZERS[self.optimizer](self.schedule)
+        if not self.spec.multiplied:
+            return optimizer
+        # The kernels are split into branches anew. Which split makes no difference, because these
+        # optimizers look at weights only to decay them, all by the same factor.
+        return reparameterize(optimizer, self.model.blocks(), self.scales.vectors)
+
+
+def part_of(
+    variant: Variant, config: ConfigDict, scales: Scales | None, load: Callable[..., Dataset]
+) -> Part:
     """The part that a variant trains, with the learning rate and seed of `config`."""
     config = config.copy_and_resolve_references()
-    config.target.optimizer.name = variant.optimizer
     config.identity = variant.identity
-    if variant.optimizer == "adamw":
-        config.target.optimizer.weight_decay = 0.05
-    part = prepare(config, variant.part, make_mesh(), scales)
+    part = prepare(config, variant.part, make_mesh(), scales, load=load)
     spec = dataclasses.replace(
         part.spec,
         initialized=part.spec.initialized and variant.initialized,
         multiplied=part.spec.multiplied and variant.multiplied,
     )
-    return dataclasses.replace(part, spec=spec)
-
-
-def measure(variant: Variant, config: ConfigDict, scales: Scales, workdir: pathlib.Path) -> dict:
-    """Train one variant, or read the result of its finished training.
-
-    Returns:
-      Top-1 (percent) over all evaluation images after the last step, seconds and images/s.
-
-    Raises:
-      ValueError: `workdir` holds a training with other settings.
-    """
-    done, stated = workdir / "summary.json", workdir / "variant.json"
-    statement = json.loads(config.to_json_best_effort()) | dataclasses.asdict(variant)
-    statement = json.loads(json.dumps(statement))
-    present = json.loads(stated.read_text()) if stated.exists() else None
-    if present != statement and (stated.exists() or done.exists()):
-        raise ValueError(f"{workdir} holds a training with other settings; use another --workdir")
-    write_json(stated, statement)
-    if not done.exists():
-        _, summary = train(part_of(variant, config, scales), workdir)
-        write_json(done, summary)
-    summary = json.loads(done.read_text())
-    return {
-        "top1": summary["eval/top1"],
-        "train_loss": summary["train/loss"],
-        "seconds": summary["seconds"],
-        "images_per_second": summary["train/images_per_second"],
-    }
-
-
-def with_rate(config: ConfigDict, rate: float, seed: int) -> ConfigDict:
-    """`config` with the learning rate of a batch, and a seed."""
-    config = config.copy_and_resolve_references()
-    config.seed = seed
-    config.target.schedule.base_lr = rate * 256 / config.target.batch_size
-    return config
-
-
-def over_seeds(
-    variant: Variant,
-    config: ConfigDict,
-    scales: Scales,
-    workdir: pathlib.Path,
-    *,
-    rate: float,
-    seeds: list[int],
-) -> dict:
-    """Train a variant once for every seed, or read the results; its row."""
-    runs = [
-        measure(variant, with_rate(config, rate, seed), scales, workdir / f"seed {seed}")
-        for seed in seeds
-    ]
-    return row(variant, runs, rate)
-
-
-def row(variant: Variant, runs: list[dict], rate: float) -> dict:
-    """A row of the results: mean and standard deviation over the seeds."""
-    top1 = [run["top1"] for run in runs]
-    return {
-        "variant": variant.title,
-        "learning_rate": rate,
-        "top1": statistics.mean(top1),
-        "top1_deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
-        "top1_by_seed": top1,
-        "seconds": statistics.median(run["seconds"] for run in runs),
-        "images_per_second": statistics.median(run["images_per_second"] for run in runs),
-    }
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)} | {"spec": spec}
+    if variant.optimizer == "sgd":
+        return Part(**fields)
+    return OptaxPart(**fields, optimizer=variant.optimizer)

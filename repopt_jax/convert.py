@@ -148,8 +148,9 @@ def convert_run(
       to_torch: write the official names.
     """
     with needs_extra("train", command=PROGRAM):
-        from repopt_jax.deploy.trained import load_part, run_config
+        from repopt_jax.deploy.trained import run_config
         from repopt_jax.training.config import PARTS
+        from repopt_jax.training.trained import load_part
 
     config = run_config(workdir)
     parts = [name for name in PARTS if (workdir / name / "checkpoints").is_dir()]
@@ -161,6 +162,8 @@ def convert_run(
     with jax.enable_x64(config.dtype == "float64"):
         taken = {"part": part, "checkpoint": checkpoint, "averaged": averaged}
         model, arguments = load_part(config, workdir, **taken)
+        if arguments is None:
+            raise ValueError(f"--part must not be in INT8, of which there are no files, got {part}")
         written = _write_weights(target, model, arguments, to_torch=to_torch)
     others = [name for name in parts if name != part]
     told = f"took the {checkpoint} checkpoint of {part}" + ", averaged" * averaged

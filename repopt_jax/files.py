@@ -97,8 +97,17 @@ def save_weights(path: str | os.PathLike, model: nnx.Module, arguments: Mapping[
       model: a network of any kind.
       arguments: those of `create_model` that make this network, but for its types.
     """
+    save_arrays(path, variables(model), _facts(arguments))
+
+
+def weights_bytes(model: nnx.Module, arguments: Mapping[str, Any]) -> bytes:
+    """What `save_weights` writes."""
+    return _serialized(variables(model), _facts(arguments))
+
+
+def _facts(arguments: Mapping[str, Any]) -> dict[str, str]:
     facts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
-    save_arrays(path, variables(model), {"format_version": FORMAT_VERSION, **facts})
+    return {"format_version": FORMAT_VERSION, **facts}
 
 
 def save_arrays(
@@ -107,11 +116,15 @@ def save_arrays(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file, replacing `path` only once it is complete."""
-    from safetensors.numpy import save
-
-    data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
+    data = _serialized(arrays, metadata)
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(data)
+
+
+def _serialized(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None) -> bytes:
+    from safetensors.numpy import save
+
+    return save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
 
 
 def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost | MobileOne:

@@ -118,6 +118,14 @@ def test_frozen_factor_follows_from_the_seed_alone(branch, x64):
     assert abs(other - wide).min() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("branch", "size", "fan_in"), [(FrozenPointwise(64, groups=2), 16, 16), (LowRank(9), 64, 9)]
+)
+def test_frozen_factors_are_drawn_by_the_fan_in_of_their_layer(branch, size, fan_in):
+    bound = fan_in**-0.5
+    assert 0.95 * bound < abs(branch.factor(size, jnp.float32)).max() <= bound
+
+
 def test_frozen_factor_is_the_same_in_every_version():
     """Pinned: scales found with a factor are worthless with another one."""
     factor = LowRank(1, seed=5).factor(3, jnp.float32)

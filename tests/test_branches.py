@@ -247,6 +247,11 @@ def test_identity_starts_where_the_search_left_it():
     assert weights["identity"].tolist() == [0.5, 2.0]
 
 
+def test_identity_starts_a_search_at_its_own_scale():
+    weights = init_weights({"identity": Identity(scale=0.5)}, jax.random.key(0), (2, 2))
+    assert weights["identity"].tolist() == [0.5, 0.5]
+
+
 def test_initial_scales_are_those_of_the_branches():
     scales = initial_scales({"a": Full(scale=0.5), "b": Identity()}, (3, 3, 2, 2))
     assert scales["a"].tolist() == [0.5, 0.5]

@@ -40,7 +40,8 @@ VGG = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
 def folder(tmp_path_factory):
     """Holds a run of 11 steps with averages in runs/digits, and torch weights in vgg.pth."""
     folder = tmp_path_factory.mktemp("deploy")
-    config = small_config(target__epochs=1.0)
+    parts = ("search", "target", "qat")
+    config = small_config(parts=parts, target__epochs=1.0, qat__epochs=0.3)
     size = {key: value for key, value in config.model.items() if value is not None}
     plain = nnx.eval_shape(
         lambda: repopt_jax.create_model(num_classes=10, rngs=nnx.Rngs(0), **size)
@@ -62,6 +63,7 @@ def documented(folder):
         shlex.split(line)[1:]
         for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
         for line in block.splitlines()
+        if line.strip().startswith("repopt-deploy ")
     ]
     printed = []
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +103,8 @@ def test_the_documented_commands_write_their_files(documented, folder):
     written = {p.name for p in folder.iterdir()} - {"runs", "vgg.pth", "scales.safetensors"}
     assert written == {
         "digits.onnx", "digits-int8.onnx", "layers.png", "digits.stablehlo", "vgg.onnx",
-        "channels.onnx", "cut.onnx", "mixed.onnx",
+        "digits-trt.onnx", "digits-ov.onnx", "digits-qat.onnx", "digits-qat-trt.onnx",
+        "channels.onnx", "even.onnx", "cut.onnx", "mixed.onnx", "anew.stablehlo",
     }  # fmt: skip
 
 
@@ -117,6 +120,34 @@ def test_the_float_graph_has_the_accuracy_that_training_told(documented, folder,
     top1, _, drop, _, images = rows["digits-int8.onnx"][:5]
     assert images == "360" and float(drop) == pytest.approx(float(told[0]) - float(top1))
     assert abs(float(drop)) < 10
+
+
+def test_what_is_trained_in_int8_is_exported_with_its_accuracy(documented, folder, command):
+    """For whichever runtime, by onnxruntime on all evaluation images."""
+    status, out, _ = command("eval digits-qat.onnx digits-qat-trt.onnx --workdir=runs/digits")
+    records = read_metrics(folder / "runs" / "digits" / "qat" / "metrics.jsonl")
+    (last,) = [r for r in records if "eval/top1" in r]
+    told = [f"{last['eval/top1']:.2f}", f"{last['eval/top5']:.2f}"]
+    for name in ("digits-qat.onnx", "digits-qat-trt.onnx"):
+        assert table(out)[name][:5] == [*told, "0.00", "0.00", "360"]
+        assert " ".join(table(out)[name][6:]) == "trained in INT8, per tensor"
+    rounded = [n for n in onnx.load("digits-qat.onnx").graph.node if n.op_type == "QuantizeLinear"]
+    assert len(rounded) == 6 and status == 0  # the input of every layer
+
+
+def test_layers_of_an_equalized_graph_are_compared_with_their_like(documented, command):
+    """Its tensors are not those of the float graph, but of the equalized one."""
+    status, out, _ = command("report digits.onnx even.png --int8=even.onnx --data=digits --force")
+    noise = [float(cells[-1]) for name, cells in table(out).items() if name.startswith("stage")]
+    assert status == 0 and len(noise) == 5 and min(noise) > 15
+    pathlib.Path("even.png").unlink()
+
+
+def test_a_stablehlo_file_is_made_anew_of_its_own_weights(documented, command):
+    images = load_dataset("digits").eval.images[:8]
+    old, new = (load_stablehlo(f"{name}.stablehlo") for name in ("digits", "anew"))
+    np.testing.assert_array_equal(new.call(images), old.call(images))
+    assert new.metadata["model"] == old.metadata["model"]
 
 
 def test_a_run_is_exported_without_its_images(documented, folder, command):
@@ -238,6 +269,9 @@ WRONG = [
     ("export a.onnx --workdir=nowhere", "workdir must hold a run with its config.json"),
     ("export a.onnx --workdir=runs/digits --part=plain", "part must have checkpoints in runs/di"),
     ("export a.onnx --weights=no.pth", "weights must be an existing file, got no.pth"),
+    ("export a.onnx --workdir=runs/digits --for=tensorrt", "--for must be given with a part tr"),
+    ("export a.onnx --weights=digits.stablehlo --kind=hs", "--kind must be given with another f"),
+    ("quantize digits.onnx a.onnx --data=digits --for=nothing", "invalid choice: 'nothing'"),
     ("export a.onnx --weights=vgg.pth --kind=target", "kind must be repvgg as in vgg.pth, got "),
     ("export a.onnx --weights=vgg.pth --model=B1", "model must be 'RepOpt-VGG' as in vgg.pth"),
     ("export a.onnx --weights=digits.onnx", "digits.onnx"),

@@ -1,7 +1,9 @@
 """ONNX and StableHLO files compute what the network computes, from a clean graph."""
 
 import collections
+import datetime
 import functools
+import json
 import subprocess
 import sys
 import zipfile
@@ -248,6 +250,46 @@ def test_stablehlo_files_of_another_version_are_refused(tmp_path):
         load_stablehlo(path)
     path.write_text("no archive")
     with pytest.raises(ValueError, match="path must be a file written by export_stablehlo"):
+        load_stablehlo(path)
+
+
+def dated(path, *, days, jax_version, weights=None):
+    """A file that says that another version of JAX wrote it some days ago."""
+    export_stablehlo(path, fold(network()), Preprocessing(8, 8), name="tiny", weights=weights)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    metadata = json.loads(entries["metadata.json"])
+    today = datetime.datetime.now(datetime.UTC).date()
+    assert metadata["date"] == today.isoformat() and metadata["jax_version"] == jax.__version__
+    metadata |= {"date": (today - datetime.timedelta(days)).isoformat()}
+    metadata["jax_version"] = jax_version
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (entries | {"metadata.json": json.dumps(metadata)}).items():
+            archive.writestr(name, content)
+
+
+def test_old_stablehlo_files_of_another_jax_are_refused_with_the_command(tmp_path):
+    """Six months are promised; the version that wrote a file reads it whenever."""
+    path = tmp_path / "a.stablehlo"
+    for days, version in ((179, "0.1"), (999, jax.__version__)):
+        dated(path, days=days, jax_version=version)
+        assert load_stablehlo(path).call(jnp.asarray(IMAGES[:2])).shape == (2, 10)
+    dated(path, days=181, jax_version="0.1")
+    with pytest.raises(ValueError, match=r"JAX 0\.1; make it .* NEW\.stablehlo --workdir=RUN"):
+        load_stablehlo(path)
+    dated(path, days=181, jax_version="0.1", weights=b"kept")
+    with pytest.raises(ValueError, match=f"export NEW.stablehlo --weights={path}"):
+        load_stablehlo(path)
+
+
+def test_a_stablehlo_file_without_a_date_has_that_of_its_archive(tmp_path):
+    """Versions before this one wrote none."""
+    path = tmp_path / "a.stablehlo"
+    metadata = {"format_version": "1", "jax_version": "0.1", **Preprocessing(8, 8).metadata()}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps(metadata))
+        archive.writestr(zipfile.ZipInfo("network.bin", (2020, 2, 3, 0, 0, 0)), b"")
+    with pytest.raises(ValueError, match="of 2020-02-03 and JAX"):
         load_stablehlo(path)
 
 

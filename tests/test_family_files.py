@@ -1,5 +1,6 @@
 """Files of RepVGG, MobileOne and RepGhostNet as their authors and timm name them."""
 
+import functools
 import re
 
 import jax
@@ -60,6 +61,7 @@ OTHERS = {
 FAMILY = {code: next(f for f in SIZES if f in code) for code in OTHERS}
 
 
+@functools.cache
 def trained(family, seed=0):
     """A network in training form, every number of which is another."""
     model = unfilled_model(name=family, kind=KINDS[family], num_classes=3, **SIZES[family])

@@ -113,6 +113,20 @@ def test_squeeze_excite_gates_by_a_hard_sigmoid(x64, strict):
     np.testing.assert_allclose(se(x), x * np.clip(gate / 6 + 0.5, 0, 1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["target", "rep"])
+def test_the_second_module_of_a_bottleneck_has_no_relu(kind):
+    bottleneck = small(kind).stages[0][0]
+    first = bottleneck.ghost1(jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 4))))
+    assert first.min() == 0
+    assert bottleneck.ghost2(first).min() < 0
+
+
+def test_no_convolution_has_a_bias_but_those_of_the_head_and_the_gates():
+    modules = nnx.iter_modules(shapes())
+    biased = {path for path, m in modules if isinstance(m, nnx.Conv) and m.bias is not None}
+    assert {path[-1] if "se" not in path else "se" for path in biased} == {"conv_head", "se"}
+
+
 def assert_same_outputs(compute, x):
     expected, found = jax.jit(compute)(x)
     assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()

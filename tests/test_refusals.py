@@ -40,7 +40,11 @@ CONFIGS = [
     ({"parts": ("target",)}, "the part 'target' needs scales: .* got parts .'target',."),
     ({"parts": ("plain", "csla")}, "the part 'csla' needs scales"),
     ({"seed": -1}, "seed must be .* got -1"),
-    ({"scales": "nowhere.safetensors"}, "must be an existing file, got .*nowhere"),
+    (
+        {"scales": "nowhere.safetensors"},
+        "scales must be 'initial' or an existing file, got .*nowhere",
+    ),
+    ({"scales": "initial", "parts": ("search",)}, "parts must name another part .*'initial'"),
     ({"identity": "two"}, "identity must be 'searched' or 'one', got 'two'"),
     ({"model.name": "VGG"}, "model: name must be one of .* got 'VGG'"),
     ({"model.widths": (4, 4)}, r"model: widths must be 5 whole numbers .*got \(4, 4\)"),

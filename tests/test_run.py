@@ -16,6 +16,7 @@ from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.loop import scales_by_epoch
 from repopt_jax.training.parts import prepare
 
@@ -104,6 +105,7 @@ def test_eval_mode_reproduces_the_summary_and_changes_no_file(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     for name in NAMES:
         told = summary["parts"][name]
+        told.pop("eval/input_wait")  # a time
         latest = {key: value for key, value in told.items() if key.startswith("eval")}
         assert found[f"{name}/latest"] == latest
         assert found[f"{name}/best"]["eval/top1"] == told["best_top1"]
@@ -221,3 +223,27 @@ def test_the_workdir_holds_what_the_design_says(finished):
         files = {"metrics.jsonl", "train.log", "summary.json"}
         files |= {"scales"} if name == "search" else set()
         assert kept == {*files, "checkpoints", "tensorboard"}
+
+
+def test_initial_scales_take_the_place_of_a_search(tmp_path, monkeypatch):
+    """The target and the file of scales have the values with which a search begins."""
+    started = []
+
+    def train(part, workdir):
+        started.append(part)
+        raise RunStopped("enough", 1)
+
+    monkeypatch.setattr(run, "train", train)
+    config = small_config(scales="initial")
+    with pytest.raises(RunStopped, match="enough"):
+        run.run(config, tmp_path / "run")
+    (target,) = started
+    search = prepare(config, "search", make_mesh())
+    start = search.scales_of(search.init(), 0, {"eval/top1": 0.0})
+    assert target.name == "target"
+    assert target.scales.vectors.keys() == start.vectors.keys()
+    kept = load_scales(tmp_path / "run" / "scales.safetensors")
+    for scales in (target.scales, kept):
+        for name, vector in start.flat().items():
+            np.testing.assert_array_equal(scales.flat()[name], vector)
+    assert kept.metadata["source"] == "initial values of the search"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import quantization
 import quantization_width
-import small_models
 import small_set
 import step_time
 import variants
@@ -27,7 +26,7 @@ TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 def one_device(monkeypatch):
     """A tiny network is not worth eight."""
     one = make_mesh(devices=jax.devices()[:1])
-    for module in (variants, training_run):
+    for module in (ablation, variants, training_run):
         monkeypatch.setattr(module, "make_mesh", lambda *_: one)
 
 
@@ -47,60 +46,24 @@ def command(tmp_path, monkeypatch):
     return run
 
 
-@pytest.fixture
-def tiny(monkeypatch, tfds_dir):
-    """Studies of CIFAR-10's images take few of them and a tiny network."""
-
-    def shrink(study):
-        config_of = study.cifar_config
-
-        def tiny_config(arguments):
-            config = config_of(arguments)
-            config.model.update(TINY)
-            config.search.data.eval_split = config.target.data.eval_split = "test[:256]"
-            return config
-
-        monkeypatch.setattr(study, "cifar_config", tiny_config)
-        monkeypatch.setattr(study, "use_compilation_cache", lambda _: None)
-
-    return shrink
-
-
-CIFAR = ("--images=600", "--epochs=1", "--seeds", "0")
-
-
 @pytest.mark.slow
-def test_the_ablation_takes_the_best_rate_of_its_sweep(command, tiny, monkeypatch):
-    tiny(ablation)
-    monkeypatch.setattr(ablation, "MOST_HELD_OUT", 256)
-    monkeypatch.setattr(ablation, "DEPTHS", {28: TINY["num_blocks"]})
-    kept = [v for v in ablation.VARIANTS if v.title in ("plain SGD", "RepOptimizer (SGD)")]
-    monkeypatch.setattr(ablation, "VARIANTS", kept)
-    monkeypatch.setattr(ablation, "SWEEPS", {"plain SGD": (0.1, 0.2, 0.3), "RepOptimizer": (0.1,)})
-    reached = {"plain SGD, 0.1": 10.0, "plain SGD, 0.2": 60.0, "plain SGD, 0.3": 20.0}
-
-    def measure(variant, config, scales, workdir):
-        assert config.target.data.eval_split == "train[-256:]"
-        return {"top1": reached.get(workdir.name, 50.0)}
-
-    monkeypatch.setattr(ablation, "measure", measure)
-    found, files = command(ablation, *CIFAR)
+def test_the_ablation_trains_every_variant_and_goes_on_where_it_stopped(
+    command, monkeypatch, tfds_dir
+):
+    """With a tiny network, one seed and no sweep."""
+    monkeypatch.setattr(ablation, "use_compilation_cache", lambda _: None)
+    flags = ("--quick", f"--data-dir={tfds_dir}")
+    (_, variants_of_it), *_ = variants.QUICK_ROWS
+    monkeypatch.setattr(ablation, "QUICK_ROWS", (("tiny", variants_of_it[:1]),))
+    first, _ = command(ablation, *flags)
+    monkeypatch.setattr(ablation, "QUICK_ROWS", variants.QUICK_ROWS)
+    found, files = command(ablation, *flags)
     assert files == {"study.json", "study.png"}
-    rates = {r["variant"]: r["learning_rate"] for r in found["variants"]}
-    assert rates == {"plain SGD": 0.2, "RepOptimizer (SGD)": 0.1}
-    assert [r["top1"] for r in found["depth"]] == [r["top1"] for r in found["variants"]]
-
-
-@pytest.mark.slow
-def test_the_study_of_small_networks_has_every_length_of_the_search(command, tiny, monkeypatch):
-    tiny(small_models)
-    for name, value in {"NUM_BLOCKS": TINY["num_blocks"], "WIDTHS": TINY["widths"]}.items():
-        monkeypatch.setattr(small_models, name, value)
-    monkeypatch.setattr(small_models, "OTHERS", small_models.OTHERS[-2:])
-    found, files = command(small_models, *CIFAR, "--lengths", "1")
-    assert files == {"study.json", "study.png", "small_models_scales.png"}
-    lengths = [r["search_epochs"] for r in found["variants"] if "search_epochs" in r]
-    assert lengths == [0, 1, 1]
+    assert found["rows"][:1] == first["rows"]
+    assert [r["variant"] for r in found["rows"]] == [v.title for v in variants_of_it]
+    assert all(0 <= r["top1"] <= 100 and r["device"] and r["seconds"] for r in found["rows"])
+    monkeypatch.setattr(ablation, "train", None)
+    assert command(ablation, *flags)[0] == found
 
 
 @pytest.fixture

@@ -1,17 +1,20 @@
 """The variants of the ablation are what their titles say."""
 
-import ablation
 import jax
 import numpy as np
+import optax
 import pytest
-import variants
+from flax import nnx
 from small_run import small_config
-from variants import Variant, changed, measure, part_of, row
+from variants import OPTIMIZERS, QUICK_ROWS, changed, part_of
 
+from repopt_jax import Centre, Full, Identity, init_weights, merge, reparameterize
+from repopt_jax.data import load_dataset
+from repopt_jax.reparameterization import ReparameterizeState
 from repopt_jax.scales import Scales
 from repopt_jax.training.parts import initial_scales
 
-VARIANTS = {variant.title: variant for variant in ablation.VARIANTS}
+VARIANTS = {variant.title: variant for _, group in QUICK_ROWS for variant in group}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +32,10 @@ def scales():
 @pytest.fixture(scope="module")
 def states(scales):
     return {
-        title: part_of(VARIANTS[title], small_config(), scales).init()
+        title: part_of(VARIANTS[title], small_config(), scales, load_dataset).init()
         for title in (
             "plain SGD",
-            "RepOptimizer (SGD)",
+            "RepOptimizer",
             "gradient rule only",
             "initialization only",
         )
@@ -48,7 +51,7 @@ def multipliers(state):
 
 
 def test_each_half_of_the_method_is_there_without_the_other(states):
-    plain, full = states["plain SGD"], states["RepOptimizer (SGD)"]
+    plain, full = states["plain SGD"], states["RepOptimizer"]
     assert (kernel(plain) != kernel(full)).any()
     np.testing.assert_array_equal(kernel(states["gradient rule only"]), kernel(plain))
     np.testing.assert_array_equal(kernel(states["initialization only"]), kernel(full))
@@ -59,45 +62,58 @@ def test_each_half_of_the_method_is_there_without_the_other(states):
 def test_scales_become_what_the_variant_says(scales):
     initial = initial_scales(small_config())
     path, name = "stage4/0/conv", "conv3x3"
+    along = {0.25: scales.averaged(), 1.0: scales}
     found = {
-        how: np.asarray(changed(scales, how, initial)[path][name])
-        for how in ("searched", "ones", "initial", "averaged")
+        how: np.asarray(changed(along, how, initial)[path][name])
+        for how in ("searched", "early", "ones", "initial", "averaged")
     }
     np.testing.assert_array_equal(found["searched"], scales[path][name])
+    np.testing.assert_array_equal(found["early"], scales.averaged()[path][name])
     np.testing.assert_array_equal(found["ones"], 1)
     np.testing.assert_array_equal(found["initial"], initial[path][name])
     np.testing.assert_allclose(found["averaged"], scales[path][name].mean(), rtol=1e-6)
 
 
-def test_every_optimizer_of_the_table_has_a_sweep():
-    assert {variant.rate for variant in ablation.VARIANTS} == ablation.SWEEPS.keys()
+def test_muon_orthogonalizes_the_kernels_of_convolutions_and_nothing_else():
+    """As matrices of (window * in, out), whose steps have equal singular values, about."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv": {"kernel": (3, 3, 2, 4), "bias": (4,)}, "dense": {"kernel": (18, 4)}}
+    zeros = jax.tree.map(np.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape) * 10.0 ** np.arange(4), zeros)
+    tx = OPTIMIZERS["muon"](lambda _: 1.0)
+    updates, _ = tx.update(gradients, tx.init(zeros), zeros)
+    values = np.linalg.svd(np.reshape(updates["conv"]["kernel"], (18, 4)))[1]
+    assert values.min() > 0.5 * values.max()
+    signs = updates["dense"]["kernel"] / -np.sign(gradients["dense"]["kernel"])
+    np.testing.assert_allclose(signs, signs[0, 0], rtol=1e-3)  # Adam's first step
 
 
-def test_a_finished_training_is_read_and_one_of_other_settings_refused(
-    tmp_path, scales, monkeypatch
-):
-    summary = {"eval/top1": 50.0, "train/loss": 1.0, "seconds": 2.0}
-    summary["train/images_per_second"] = 3.0
-    monkeypatch.setattr(variants, "part_of", lambda *_: None)
-    monkeypatch.setattr(variants, "train", lambda *_: (None, summary))
-    variant = Variant("some")
-    measure(variant, small_config(), scales, tmp_path)
-    monkeypatch.delattr(variants, "train")
-    assert measure(variant, small_config(), scales, tmp_path)["top1"] == 50
-    for other in (
-        (variant, small_config(seed=1)),
-        (Variant("some", identity="one"), small_config()),
-    ):
-        with pytest.raises(ValueError, match="holds a training with other settings"):
-            measure(*other, scales, tmp_path)
-    (tmp_path / "variant.json").unlink()
-    with pytest.raises(ValueError, match="holds a training with other settings"):
-        measure(variant, small_config(), scales, tmp_path)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_split_of_a_kernel_into_branches_makes_no_difference(x64, optimizer):
+    """So the rows may split kernels that were drawn from other weights."""
+    blocks = {"conv": {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}}
+    rng = np.random.default_rng(0)
+    scales = {"conv": {name: rng.normal(1, 0.5, 4) for name in ("conv3x3", "conv1x1")}}
+    block, shape = blocks["conv"], (3, 3, 4, 4)
+    drawn = init_weights(block, jax.random.key(0), shape, np.float64, {"identity": np.ones(4)})
+    params = {"conv": {"kernel": merge(block, drawn, scales["conv"], shape)}}
+    ends = []
+    for weights in (None, {"conv": drawn}):
+        tx = OPTIMIZERS[optimizer](lambda _: 0.1)
+        tx = reparameterize(tx, blocks, scales, weights=weights)
+        state, now = tx.init(params), params
+        for _ in range(3):
+            gradient = jax.tree.map(np.cos, now)
+            updates, state = tx.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        ends.append(now["conv"]["kernel"])
+    assert abs(ends[0] - params["conv"]["kernel"]).max() > 0.1
+    np.testing.assert_allclose(*ends, atol=1e-10)
 
 
-def test_a_row_is_mean_and_standard_deviation_over_the_seeds():
-    runs = [{"top1": t, "seconds": t, "images_per_second": 1.0} for t in (60.0, 62.0, 67.0)]
-    found = row(Variant("some"), runs, 0.1)
-    assert found["top1"] == 63
-    assert found["top1_deviation"] == pytest.approx(13**0.5)
-    assert found["seconds"] == 62
+def test_rows_of_other_optimizers_train_as_if_on_the_branches(scales):
+    """Multiplied ones carry branch weights in their state; plain ones do not."""
+    for title, branches in (("plain Muon", False), ("reparameterize(Muon)", True)):
+        part = part_of(VARIANTS[title], small_config(), scales, load_dataset)
+        state = jax.eval_shape(part.tx.init, nnx.state(part.model, nnx.Param))
+        assert isinstance(state, ReparameterizeState) == branches

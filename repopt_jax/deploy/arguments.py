@@ -18,11 +18,12 @@ from tqdm import tqdm
 from repopt_jax.data import load_dataset
 from repopt_jax.deploy.image_set import ImageSet, configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.deploy.quantization import CALIBRATION_IMAGES, CALIBRATIONS, PERCENTILE
+from repopt_jax.deploy.quantization import CALIBRATION_IMAGES, CALIBRATIONS, PERCENTILE, RUNTIMES
 from repopt_jax.deploy.trained import (
     Trained,
     data_section,
     load_run,
+    load_stablehlo_weights,
     load_weights_file,
     run_config,
 )
@@ -38,7 +39,7 @@ RUN = {
     "part": {"help": "default: target"},
 }
 WEIGHTS = {
-    "weights": {"metavar": "FILE", "help": "a .pth or .safetensors file", **HOME},
+    "weights": {"metavar": "FILE", "help": "a .pth, .safetensors or .stablehlo file", **HOME},
     "model": {"metavar": "NAME", "help": "that the file must hold"},
     "kind": {"help": "that the file must hold"},
     "strides": {"type": int, "nargs": 5, "help": "of the stages, default 2"},
@@ -105,6 +106,10 @@ def make_parser() -> Parser:
         action="store_true",
         help="take normalized float images (NCHW in ONNX files) instead of uint8 NHWC ones",
     )
+    for command in (export, quantize):
+        whom = "what is to run the INT8 file, default onnxruntime"
+        command.add_argument("--for", dest="runtime", choices=RUNTIMES, help=whom)
+    quantize.add_argument("--equalize", action="store_true", help="even out channels, mend biases")
     quantize.add_argument("--per-channel", action="store_true", help="a scale per output channel")
     quantize.add_argument("--calibration", choices=CALIBRATIONS, default=CALIBRATIONS[0])
     quantize.add_argument("--percentile", type=float, help=f"default {PERCENTILE}")
@@ -173,6 +178,10 @@ def trained(arguments: argparse.Namespace) -> Trained:
             checkpoint=arguments.checkpoint or "best",
             averaged=bool(arguments.averaged),
         )
+    elif arguments.weights.endswith(".stablehlo"):
+        others = [name for name in (*WEIGHTS, *RUN) if name != "weights"]
+        refuse(arguments, "another file", "overrides", *others, "checkpoint", "averaged")
+        found = load_stablehlo_weights(arguments.weights)
     else:
         refuse(arguments, "--workdir", "overrides", *RUN, "checkpoint", "averaged")
         side = arguments.image_size or 224
@@ -184,7 +193,8 @@ def trained(arguments: argparse.Namespace) -> Trained:
             kind=arguments.kind,
             strides=arguments.strides,
         )
-    preprocessing = dataclasses.replace(found.preprocessing, inside=not arguments.no_preprocess)
+    inside = found.preprocessing.inside and not arguments.no_preprocess
+    preprocessing = dataclasses.replace(found.preprocessing, inside=inside)
     return dataclasses.replace(found, preprocessing=preprocessing)
 
 

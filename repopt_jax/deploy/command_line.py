@@ -15,9 +15,12 @@ from repopt_jax.extras import needs_extra
 with needs_extra("deploy", command="repopt-deploy"):
     from repopt_jax.deploy import arguments as flags
     from repopt_jax.deploy import layer_report, onnx_export, quantization, runtime
-    from repopt_jax.deploy.folding import fold
+    from repopt_jax.deploy.equalization import equalized
     from repopt_jax.deploy.preprocessing import Preprocessing
     from repopt_jax.deploy.stablehlo_export import export_stablehlo
+    from repopt_jax.files import weights_bytes
+    from repopt_jax.models.folding import fold
+    from repopt_jax.models.simulated_int8 import simulated_layers
     from repopt_jax.training.report import format_table
 
 
@@ -45,9 +48,17 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a trained network to an ONNX or StableHLO file."""
     flags.check_output(arguments, ".onnx", ".stablehlo")
     trained = flags.trained(arguments)
-    write = onnx_export.export_onnx if arguments.output.endswith(".onnx") else export_stablehlo
-    write(arguments.output, fold(trained.model), trained.preprocessing, name=trained.name)
-    _print_written(arguments.output, trained.name)
+    int8, to_onnx = bool(simulated_layers(trained.model)), arguments.output.endswith(".onnx")
+    if arguments.runtime is not None and not (int8 and to_onnx):
+        raise ValueError("--for must be given with a part trained in INT8 and an .onnx output only")
+    model = trained.model if int8 else fold(trained.model)
+    options = {"float_kernels": arguments.runtime == "tensorrt"}
+    if not to_onnx:
+        kept = trained.arguments and weights_bytes(trained.model, trained.arguments)
+        options = {"weights": kept}
+    write = onnx_export.export_onnx if to_onnx else export_stablehlo
+    write(arguments.output, model, trained.preprocessing, name=trained.name, **options)
+    _print_written(arguments.output, f"{trained.name}{', INT8' if int8 else ''}")
 
 
 def quantize(arguments: argparse.Namespace) -> None:
@@ -63,6 +74,8 @@ def quantize(arguments: argparse.Namespace) -> None:
     int8 = quantization.quantize(
         graph,
         flags.progress("calibration", batches),
+        runtime=arguments.runtime or quantization.RUNTIMES[0],
+        equalize=arguments.equalize,
         per_channel=arguments.per_channel,
         calibration=arguments.calibration,
         percentile=kept,
@@ -70,7 +83,7 @@ def quantize(arguments: argparse.Namespace) -> None:
         float_layers=arguments.float_layers,
     )
     onnx_export.save_onnx(arguments.output, int8)
-    setting = runtime.metadata_of(int8)["quantization"]
+    setting = onnx_export.metadata_of(int8)["quantization"]
     _print_written(arguments.output, f"{metadata['model']}, INT8 {setting}")
 
 
@@ -127,6 +140,8 @@ def report(arguments: argparse.Namespace) -> None:
         if "quantization" not in facts:
             raise ValueError(f"int8 must be a graph that quantize wrote, got {arguments.int8}")
         images = np.concatenate(_calibration(arguments, metadata))
+        if "equalized" in facts["quantization"]:  # so were the tensors that are compared
+            graph = equalized(graph)
     else:
         names = (*flags.RUN, *flags.IMAGES, "skip_bad", "overrides")
         flags.refuse(arguments, "--int8", *names)

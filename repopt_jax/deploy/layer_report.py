@@ -6,7 +6,6 @@ that was merged from branches with BatchNorm, say) leave few of the 255 steps to
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from repopt_jax.deploy.graph import check_weights
-from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.deploy.runtime import OnnxNetwork, with_outputs
 from repopt_jax.extras import needs_extra
 from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
 
@@ -185,15 +184,10 @@ def _outputs(
     model: onnx.ModelProto, names: Sequence[str], images: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Values of the logits and of other tensors by name."""
-    extended = copy.deepcopy(model)
-    extended.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in names
-        if name != "logits"
-    )
-    network = OnnxNetwork(extended)
+    others = [name for name in names if name != "logits"]
+    network = OnnxNetwork(with_outputs(model, others))
     found = network.run(network.prepare(images))
-    return dict(zip((output.name for output in extended.graph.output), found, strict=True))
+    return dict(zip(["logits", *others], found, strict=True))
 
 
 def table(reports: Sequence[LayerReport]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:

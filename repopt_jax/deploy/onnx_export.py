@@ -13,18 +13,26 @@ import os
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 
 import repopt_jax
 from repopt_jax.atomic_write import atomic_write
-from repopt_jax.deploy.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.deploy.qdq import insert_qdq
 from repopt_jax.extras import needs_extra
+from repopt_jax.models.folding import FoldedBlock, FoldedGhost, fold
 from repopt_jax.models.layers import SqueezeExcite, check_numbers
 from repopt_jax.models.mobileone import MobileOne
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import FiveStages, RepOptVGG
+from repopt_jax.models.simulated_int8 import (
+    SimulatedInt8,
+    float_network,
+    kernel_scale,
+    simulated_layers,
+)
 
 with needs_extra("deploy"):
     import onnx
@@ -32,8 +40,12 @@ with needs_extra("deploy"):
 INPUT = "images"
 
 
-def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) -> onnx.ModelProto:
-    """The ONNX model of a network, in float32 and with any batch size.
+def onnx_model(
+    model: nnx.Module, preprocessing: Preprocessing, *, name: str, float_kernels: bool = False
+) -> onnx.ModelProto:
+    """The ONNX model of a network, with any batch size.
+
+    It is in float32, or in INT8 where the network is: of `simulate_int8`, that is of a part "qat".
 
     Its input "images" is uint8 ``(batch, height, width, 3)`` where `preprocessing` is inside, and
     otherwise normalized float32 ``(batch, 3, height, width)``; its output is "logits". Metadata:
@@ -43,6 +55,7 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
       model: a network of a type in `WRITERS`, of any kind; branches and BatchNorm are folded.
       preprocessing: of the network's images.
       name: of the model, for the metadata.
+      float_kernels: of an INT8 model, see `insert_qdq`.
 
     Raises:
       ValueError: there is no writer for the network's type, or it has numbers that are not finite.
@@ -59,6 +72,8 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
             f"model must be one of {[t.__name__ for t in WRITERS]}, got a {type(model).__name__}"
         )
     check_numbers(model)
+    int8 = simulated_layers(model)
+    model = float_network(model) if int8 else model
     graph, x = GraphWriter(), INPUT
     element, shape = onnx.TensorProto.FLOAT, ["batch", 3, *preprocessing.size]
     if preprocessing.inside:
@@ -72,14 +87,37 @@ def onnx_model(model: nnx.Module, preprocessing: Preprocessing, *, name: str) ->
         **preprocessing.metadata(),
     }
     graph_input = onnx.helper.make_tensor_value_info(INPUT, element, shape)
-    return graph.finish(graph_input, logits, classes, metadata)
+    exported = graph.finish(graph_input, logits, classes, metadata)
+    return _in_int8(exported, int8, float_kernels) if int8 else exported
+
+
+def _in_int8(
+    exported: onnx.ModelProto, layers: dict[str, SimulatedInt8], float_kernels: bool
+) -> onnx.ModelProto:
+    """The model with the scales that quantization-aware training has found."""
+    nodes = [node for node in exported.graph.node if node.name in layers]
+    scales = {}
+    for node in nodes:
+        layer = layers[node.name]
+        per_channel = layer.per_channel
+        scale = np.asarray(kernel_scale(layer.kernel[...], per_channel=per_channel))
+        scales |= {node.input[0]: np.asarray(layer.input_scale), node.input[1]: scale.squeeze()}
+    model = insert_qdq(exported, scales, float_kernels=float_kernels)
+    setting = f"trained in INT8, per {'channel' if per_channel else 'tensor'}"
+    onnx.helper.set_model_props(model, metadata_of(exported) | {"quantization": setting})
+    return model
 
 
 def export_onnx(
-    path: str | os.PathLike, model: nnx.Module, preprocessing: Preprocessing, *, name: str
+    path: str | os.PathLike, model: nnx.Module, preprocessing: Preprocessing, **options
 ) -> None:
     """Write `onnx_model` to a file, which appears when it is complete."""
-    save_onnx(path, onnx_model(model, preprocessing, name=name))
+    save_onnx(path, onnx_model(model, preprocessing, **options))
+
+
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """The metadata of an ONNX model, text by name."""
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def save_onnx(path: str | os.PathLike, model: onnx.ModelProto) -> None:

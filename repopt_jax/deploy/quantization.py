@@ -1,25 +1,35 @@
-"""INT8 by post-training static quantization of an exported graph, with onnxruntime.
+"""INT8 by post-training static quantization of an exported graph.
 
 The complete recipe:
 
 * Before: BatchNorm and branches are folded (`repopt_jax.deploy.fold`), the graph has opset 17.
-* Format: QDQ, that is QuantizeLinear and DequantizeLinear around float nodes, which onnxruntime,
-  TensorRT and OpenVINO turn into integer kernels.
-* Quantized: every Conv and Gemm, the first and the last layer included, with their inputs; the
-  outputs of ReLU (which becomes the clipping at 0 of its QuantizeLinear), of the pooling and of
-  squeeze-excite's product. `float_layers` names layers to leave in float.
-* Not quantized: the preprocessing, squeeze-excite's sigmoid, and the logits.
+* Format: QDQ, that is QuantizeLinear and DequantizeLinear around float nodes, which runtimes turn
+  into integer kernels.
+* Quantized: every Conv and Gemm, the first and the last layer included. `float_layers` names layers
+  to leave in float. Not quantized: the preprocessing, squeeze-excite's sigmoid, and the logits.
 * Weights: int8, symmetric (zero point 0, range -127..127, scale max|w| / 127); one scale per
   layer ("per tensor", the setting in which the paper compares RepVGG and RepOpt-VGG) or one per
   output channel. The largest weight decides the scale; nothing is clipped.
-* Biases: int32 with the scale of the input times that of the weight.
-* Activations: uint8, one scale and zero point per tensor, asymmetric (after ReLU the zero point
-  is 0 and all 256 values are used), from the calibration.
+* Activations and biases go by the runtime:
+
+  ============  ======================================================================
+  onnxruntime   uint8 with one scale and zero point per tensor (after ReLU the zero point
+                is 0 and all 256 values are used), for the outputs of ReLU, of the pooling
+                and of squeeze-excite's product too; ReLU becomes the clipping of its
+                QuantizeLinear. Biases: int32 with the scale of the input times the
+                weight's. OpenVINO reads this file, TensorRT does not.
+  tensorrt      int8 with one scale per tensor and zero points of 0, for the inputs of
+                Conv, Gemm and Add; float biases. Weights are floats behind their own
+                nodes. See `repopt_jax.deploy.qdq`.
+  openvino      the same, with the weights stored as int8.
+  ============  ======================================================================
+
 * Calibration: 512 training images drawn with seed 0, prepared as for evaluation. Min-max: the
   extremes. Percentile: a histogram of 2048 bins of which ``(100 - p) / 2`` percent are cut off at
   either end, p = 99.99. Entropy: the range of least Kullback-Leibler divergence, with the 128 bins
-  for 128 levels that onnxruntime has for it, which are few: measure before choosing it.
-* No bias correction, no equalization, no fine-tuning.
+  for 128 levels that onnxruntime has for it, which are few: measure before choosing it. Symmetric
+  scales take the larger end.
+* `equalize`: see `repopt_jax.deploy.equalization`. No fine-tuning: that is the part "qat" of a run.
 * `reduce_range` takes weights of 7 bits, for x86 CPUs without VNNI, whose 16-bit sums saturate.
 """
 
@@ -36,9 +46,11 @@ from typing import Literal
 
 import numpy as np
 
+from repopt_jax.deploy.equalization import correct_biases, equalized
 from repopt_jax.deploy.graph import check_weights
-from repopt_jax.deploy.onnx_export import INPUT
-from repopt_jax.deploy.runtime import OnnxNetwork, metadata_of, read_onnx
+from repopt_jax.deploy.onnx_export import INPUT, metadata_of
+from repopt_jax.deploy.qdq import insert_qdq, kernel_scales, quantized_inputs
+from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
 from repopt_jax.extras import needs_extra
 
 with needs_extra("deploy"):
@@ -52,6 +64,7 @@ _METHODS = {
     "entropy": ort.CalibrationMethod.Entropy,
 }
 CALIBRATIONS = tuple(_METHODS)
+RUNTIMES = ("onnxruntime", "tensorrt", "openvino")
 CALIBRATION_IMAGES = 512
 PERCENTILE = 99.99
 
@@ -62,6 +75,8 @@ def quantize(
     graph: str | os.PathLike | onnx.ModelProto,
     batches: Collection[np.ndarray],
     *,
+    runtime: Literal["onnxruntime", "tensorrt", "openvino"] = "onnxruntime",
+    equalize: bool = False,
     per_channel: bool = False,
     calibration: Literal["minmax", "percentile", "entropy"] = "minmax",
     percentile: float = PERCENTILE,
@@ -73,6 +88,8 @@ def quantize(
     Args:
       graph: a float graph of this project, the file or the model.
       batches: calibration images, uint8 NHWC, such as those of `ImageSet.calibration`.
+      runtime: what is to run the model.
+      equalize: even the channels' ranges out, and correct biases, before quantizing.
       per_channel: one weight scale per output channel. False: one per layer.
       calibration: how the ranges of activations are found.
       percentile: percent of the values that are kept, with the calibration "percentile".
@@ -94,6 +111,8 @@ def quantize(
     >>> OnnxNetwork(int8)(images).shape, OnnxNetwork(int8).metadata["quantization"]
     ((8, 3), 'per tensor, minmax, 8 images')
     """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {RUNTIMES}, got {runtime!r}")
     if calibration not in CALIBRATIONS:
         raise ValueError(f"calibration must be one of {CALIBRATIONS}, got {calibration!r}")
     if not 50 < percentile <= 100:
@@ -104,8 +123,41 @@ def quantize(
         graph, _ = read_onnx(graph)
     _check_graph(graph, float_layers)
     check_weights(graph)
-    network = OnnxNetwork(graph, threads=1)
-    reader = _Reader(network, batches)
+    weights = {"per_channel": per_channel, "steps": 63 if reduce_range else 127}
+    with _finite_logits(graph, batches):
+        if equalize:
+            graph = correct_biases(equalized(graph), batches, float_layers=float_layers, **weights)
+        method = calibration, percentile
+        if runtime == "onnxruntime":
+            own = per_channel, reduce_range, float_layers
+            model = _by_onnxruntime(graph, batches, *method, *own)
+        else:
+            scales = _symmetric_scales(graph, batches, *method, float_layers)
+            options = {"float_kernels": runtime == "tensorrt", "float_layers": float_layers}
+            scales |= kernel_scales(graph, float_layers=float_layers, **weights)
+            model = insert_qdq(graph, scales, **options)
+    setting = "" if runtime == "onnxruntime" else f"{runtime}, "
+    setting += "per channel" if per_channel else "per tensor"
+    setting += ", equalized" if equalize else ""
+    setting += f", {calibration}" + (f" {percentile:g}" if calibration == "percentile" else "")
+    setting += f", {sum(map(len, batches))} images" + (", 7-bit weights" if reduce_range else "")
+    setting += f", float: {' '.join(float_layers)}" if float_layers else ""
+    helper.set_model_props(model, metadata_of(graph) | {"quantization": setting})
+    model.producer_name, model.producer_version = graph.producer_name, graph.producer_version
+    onnx.checker.check_model(model)
+    return model
+
+
+def _by_onnxruntime(
+    graph: onnx.ModelProto,
+    batches: Collection[np.ndarray],
+    calibration: str,
+    percentile: float,
+    per_channel: bool,
+    reduce_range: bool,
+    float_layers: Sequence[str],
+) -> onnx.ModelProto:
+    """The model as onnxruntime's own tool quantizes it."""
     unquantized = [n.name for n in graph.graph.node if n.name.startswith("preprocess/")]
     prepared = copy.deepcopy(graph)
     # Says that shapes are inferred and BatchNorm is folded; else onnxruntime asks for both.
@@ -113,12 +165,12 @@ def quantize(
     entry.key, entry.value = "onnx.quant.pre_process", "onnxruntime.quant"
     # onnxruntime prints several lines for every batch.
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, quiet, _finite_logits(network, batches):
+    with tempfile.TemporaryDirectory() as folder, quiet:
         target = pathlib.Path(folder) / "int8.onnx"
         ort.quantize_static(
             prepared,
             target,
-            reader,
+            _Reader(graph, batches),
             quant_format=ort.QuantFormat.QDQ,
             op_types_to_quantize=_QUANTIZED_OPS,
             nodes_to_exclude=[*unquantized, *float_layers],
@@ -135,25 +187,44 @@ def quantize(
                 **({"CalibPercentile": percentile} if calibration == "percentile" else {}),
             },
         )
-        model = onnx.load(target)
-    setting = "per channel" if per_channel else "per tensor"
-    setting += f", {calibration}" + (f" {percentile:g}" if calibration == "percentile" else "")
-    setting += f", {reader.count} images" + (", 7-bit weights" if reduce_range else "")
-    setting += f", float: {' '.join(float_layers)}" if float_layers else ""
-    helper.set_model_props(model, metadata_of(graph) | {"quantization": setting})
-    model.producer_name, model.producer_version = graph.producer_name, graph.producer_version
-    onnx.checker.check_model(model)
-    return model
+        return onnx.load(target)
+
+
+def _symmetric_scales(
+    graph: onnx.ModelProto,
+    batches: Collection[np.ndarray],
+    calibration: str,
+    percentile: float,
+    float_layers: Sequence[str],
+) -> dict[str, float]:
+    """The size of a step of every tensor that is to be quantized, by onnxruntime's calibration."""
+    tensors = {node.input[i] for node, i in quantized_inputs(graph, float_layers)}
+    reader = _Reader(graph, batches)
+    options = {"percentile": percentile} if calibration == "percentile" else {}
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet:
+        plain, extended = (os.path.join(folder, f"{name}.onnx") for name in ("plain", "extended"))
+        onnx.save(graph, plain)
+        calibrator = ort.calibrate.create_calibrator(
+            plain, ["Conv", "Gemm", "Add"], extended, _METHODS[calibration], extra_options=options
+        )
+        for batch in range(len(reader)):  # one at a time, not all in memory
+            reader.set_range(batch, batch + 1)
+            calibrator.collect_data(reader)
+        ranges = calibrator.compute_data()
+    largest = {t: float(np.max(np.abs(ranges[t].range_value))) for t in tensors}
+    return {tensor: (value or 1.0) / 127 for tensor, value in largest.items()}
 
 
 @contextlib.contextmanager
 def _finite_logits(
-    network: OnnxNetwork, batches: Collection[np.ndarray]
+    graph: onnx.ModelProto, batches: Collection[np.ndarray]
 ) -> contextlib.AbstractContextManager[None]:
     """Explain an error inside by logits that are not finite, where calibration finds no range."""
     try:
         yield
     except Exception:  # of the kinds AssertionError and ValueError, by calibration
+        network = OnnxNetwork(graph)
         if all(np.isfinite(network(images)).all() for images in batches):
             raise
         raise ValueError(
@@ -173,10 +244,10 @@ def _check_graph(graph: onnx.ModelProto, float_layers: Sequence[str]) -> None:
 class _Reader:
     """Hands calibration data to onnxruntime, batch by batch."""
 
-    def __init__(self, network: OnnxNetwork, batches: Collection[np.ndarray]):
-        self._prepare = network.prepare
+    def __init__(self, graph: onnx.ModelProto, batches: Collection[np.ndarray]):
+        self._prepare = OnnxNetwork(graph, threads=1).prepare
         self._batches, self._length = iter(batches), len(batches)
-        self._due = self.count = 0
+        self._due = 0
 
     def __len__(self) -> int:
         return self._length
@@ -188,6 +259,4 @@ class _Reader:
         if self._due == 0:
             return None
         self._due -= 1
-        images = next(self._batches)
-        self.count += len(images)
-        return {INPUT: self._prepare(images)}
+        return {INPUT: self._prepare(next(self._batches))}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import collections
+import copy
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from repopt_jax.deploy.onnx_export import INPUT
+from repopt_jax.deploy.onnx_export import INPUT, metadata_of
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.extras import needs_extra
 
@@ -42,9 +43,13 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
     return model, metadata
 
 
-def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    """The metadata of an ONNX model, text by name."""
-    return {entry.key: entry.value for entry in model.metadata_props}
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of a model that also puts out the tensors `names`, in this order after the logits."""
+    extended = copy.deepcopy(model)
+    extended.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+    )
+    return extended
 
 
 class OnnxNetwork:

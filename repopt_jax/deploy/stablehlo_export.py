@@ -1,13 +1,16 @@
 """StableHLO files of any network: one file that JAX runs without the network's code.
 
 The file is a zip archive of ``network.bin``, what `jax.export` serializes with the weights inside
-and any batch size, and ``metadata.json``. JAX promises to read such files for six months after the
-version that wrote them; keep the checkpoint or an ONNX file for longer.
+and any batch size, and ``metadata.json``. JAX promises to read ``network.bin`` for six months, and
+not with every version after that. So the metadata name the day and the version of JAX, the command
+line keeps ``weights.safetensors`` beside it, and ``repopt-deploy export NEW.stablehlo
+--weights=OLD.stablehlo`` makes a new file of those.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import zipfile
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = "1"
 PLATFORMS = ("cpu", "cuda", "tpu")
+READABLE = datetime.timedelta(days=180)  # what JAX promises
+NETWORK, METADATA, WEIGHTS = "network.bin", "metadata.json", "weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ def export_stablehlo(
     *,
     name: str,
     platforms: Sequence[str] = PLATFORMS,
+    weights: bytes | None = None,
 ) -> None:
     """Write a network to a file, which appears when it is complete.
 
@@ -62,6 +68,8 @@ def export_stablehlo(
       preprocessing: of its images.
       name: of the model, for the metadata.
       platforms: where the file is to run.
+      weights: of `repopt_jax.files.weights_bytes`, of which the command line can make the file
+        anew. None: it cannot.
 
     Raises:
       ValueError: the network has numbers that are not finite.
@@ -89,28 +97,63 @@ def export_stablehlo(
         "format_version": FORMAT_VERSION,
         "repopt_jax_version": repopt_jax.__version__,
         "jax_version": jax.__version__,
+        "date": _today().isoformat(),
         "model": name,
         "num_classes": str(exported.out_avals[0].shape[-1]),
         **preprocessing.metadata(),
     }
     # Weights do not compress: stored as they are.
     with atomic_write(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
-        archive.writestr("metadata.json", json.dumps(metadata, indent=2))
-        archive.writestr("network.bin", bytes(exported.serialize()))
+        archive.writestr(METADATA, json.dumps(metadata, indent=2))
+        archive.writestr(NETWORK, bytes(exported.serialize()))
+        if weights is not None:
+            archive.writestr(WEIGHTS, weights)
+
+
+def _today() -> datetime.date:
+    return datetime.datetime.now(datetime.UTC).date()
 
 
 def load_stablehlo(path: str | os.PathLike) -> StableHLO:
     """Read what `export_stablehlo` wrote.
 
     Raises:
-      ValueError: the file is another, damaged, or of another version of the format.
+      ValueError: the file is another, damaged, of another version of the format, or so old that
+        this version of JAX may read it wrongly; the message says how to make it anew.
+      FileNotFoundError: there is no file.
+    """
+    metadata, network, weights = read_stablehlo(path)
+    written = datetime.date.fromisoformat(metadata["date"])
+    if _today() - written > READABLE and metadata["jax_version"] != jax.__version__:
+        source = os.fspath(path) if weights else None
+        source = f"--weights={source}" if source else "--workdir=RUN"
+        raise ValueError(
+            f"path must be a file of the last {READABLE.days} days or of JAX {jax.__version__}, "
+            f"got {os.fspath(path)!r} of {written} and JAX {metadata['jax_version']}; "
+            f"make it anew: repopt-deploy export NEW.stablehlo {source}"
+        )
+    try:
+        exported = jax.export.deserialize(bytearray(network))
+    except Exception as error:  # JAX raises errors of many classes, such as struct.error
+        raise ValueError(f"path must be an undamaged file, {os.fspath(path)!r} is not") from error
+    return StableHLO(jax.jit(exported.call), Preprocessing.from_metadata(metadata), metadata)
+
+
+def read_stablehlo(path: str | os.PathLike) -> tuple[dict[str, str], bytes, bytes | None]:
+    """The metadata, the program and the weights file in a file; weights are None without one.
+
+    Raises:
+      ValueError: the file is another, or of another version of the format.
       FileNotFoundError: there is no file.
     """
     where = repr(os.fspath(path))
     try:
         with zipfile.ZipFile(path) as archive:
-            metadata = json.loads(archive.read("metadata.json"))
-            network = archive.read("network.bin")
+            metadata = json.loads(archive.read(METADATA))
+            network = archive.read(NETWORK)
+            weights = archive.read(WEIGHTS) if WEIGHTS in archive.namelist() else None
+            # Files of before the metadata had the date.
+            written = datetime.date(*archive.getinfo(NETWORK).date_time[:3])
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ValueError(
             f"path must be a file written by export_stablehlo, {where} is not ({error})"
@@ -120,8 +163,4 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
         raise ValueError(
             f"path must have the format version {FORMAT_VERSION}, {where} has {version}"
         )
-    try:
-        exported = jax.export.deserialize(bytearray(network))
-    except Exception as error:  # JAX raises errors of many classes, such as struct.error
-        raise ValueError(f"path must be an undamaged file, {where} is not") from error
-    return StableHLO(jax.jit(exported.call), Preprocessing.from_metadata(metadata), metadata)
+    return {"date": written.isoformat(), **metadata}, network, weights

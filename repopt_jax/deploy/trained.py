@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import os
+import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 from etils import epath
 from flax import nnx
 
 from repopt_jax.deploy.image_set import configured_images
 from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.deploy.stablehlo_export import WEIGHTS, read_stablehlo
 from repopt_jax.files import load_network
-from repopt_jax.models.layers import check_numbers
-from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.config import PARTS, check_config, default_config
-from repopt_jax.training.parts import draw_network
-from repopt_jax.training.workdir import CONFIG, stored_classes
-from repopt_jax.tree_paths import errors_at, path_str
+from repopt_jax.training.config import PARTS, default_config
+from repopt_jax.training.trained import load_part
+from repopt_jax.training.workdir import CONFIG
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-# Paths in a checkpoint, for runs of versions that did not store their number of classes.
-LAST_BIASES = ("params/linear/bias", "params/classifier/bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +33,14 @@ class Trained:
       model: the network, of any kind.
       name: of the model, such as RepOpt-VGG-B1.
       preprocessing: what it expects of its images.
+      arguments: those of `create_model` that make the network, without its weights. None: it is in
+        simulated INT8, which no such arguments make.
     """
 
     model: nnx.Module
     name: str
     preprocessing: Preprocessing
+    arguments: dict[str, Any] | None = None
 
 
 def run_config(workdir: epath.PathLike) -> ConfigDict:
@@ -77,80 +74,16 @@ def load_run(
 
     The run's images are read only if `config` leaves them their own size (`image_size` of None).
 
-    Args:
-      config: the run's configuration.
-      workdir: the run's folder.
-      part: the part whose network is wanted.
-      checkpoint: "latest", or "best" by top-1 accuracy.
-      averaged: take the moving averages of the weights.
-
-    Raises:
-      ValueError: there is no such part, checkpoint or average, or they do not fit `config`,
-        or the network has numbers that are not finite.
-      OSError: the checkpoints are damaged.
+    The arguments and the errors are those of `load_part`.
     """
-    model, _ = load_part(config, workdir, part=part, checkpoint=checkpoint, averaged=averaged)
+    model, arguments = load_part(
+        config, workdir, part=part, checkpoint=checkpoint, averaged=averaged
+    )
     data = data_section(config, part)
     side = data.image_size
     size = configured_images(data).size if side is None else (side, side)
-    return Trained(
-        model, config.model.name, Preprocessing(*size, tuple(data.mean), tuple(data.std))
-    )
-
-
-def load_part(
-    config: ConfigDict,
-    workdir: epath.PathLike,
-    *,
-    part: str,
-    checkpoint: Literal["latest", "best"] = "best",
-    averaged: bool = False,
-) -> tuple[nnx.Module, dict[str, Any]]:
-    """The network of `load_run`, and the arguments of `create_model` that make it."""
-    folder = epath.Path(workdir) / part
-    if part not in PARTS or not (folder / "checkpoints").is_dir():
-        raise ValueError(f"part must have checkpoints in {workdir}, got {part!r}")
-    check_config(config)
-    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        restored = checkpoints.restore(step=checkpoint)
-    if restored is None:
-        raise ValueError(f"part must have a checkpoint in {workdir}, got {part!r} without one")
-    _, arrays = restored
-    if averaged and not any(path.startswith("ema/") for path in arrays):
-        raise ValueError(f"averaged must be False for {part!r}, which was trained without averages")
-    classes = stored_classes(workdir, part)
-    if classes is None:
-        classes = next(arrays[path].size for path in LAST_BIASES if path in arrays)
-    arguments = {name: value for name, value in config.model.items() if value is not None}
-    arguments |= {"kind": PARTS[part].network, "num_classes": classes}
-    model = _filled(config, part, classes, arrays, averaged)
-    with errors_at(f"part {part!r} in {workdir}"):
-        check_numbers(model)
-    return model, arguments
-
-
-def _filled(
-    config: ConfigDict, part: str, classes: int, arrays: dict[str, jax.Array], averaged: bool
-) -> nnx.Module:
-    """The network of a part with the arrays of its checkpoint, in evaluation mode."""
-    draw = functools.partial(draw_network, config, PARTS[part], None)
-    model = nnx.eval_shape(functools.partial(draw, num_classes=classes, bn_group=1))
-    model.eval()
-    graphdef, *states = nnx.split(model, nnx.Param, ...)
-
-    def stored(path, leaf):
-        path = path_str(path)
-        shape = arrays[path].shape if path in arrays else None
-        if shape != leaf.shape:
-            raise ValueError(
-                f"model must be that of the checkpoint of {part!r}, where {path} has the shape "
-                f"{shape}, got one with {leaf.shape}"
-            )
-        return arrays[path]
-
-    places = ("ema/0", "ema/1") if averaged else ("params", "stats")
-    filled = jax.tree_util.tree_map_with_path(stored, dict(zip(places, states, strict=True)))
-    return nnx.merge(graphdef, *(filled[place] for place in places))
+    preprocessing = Preprocessing(*size, tuple(data.mean), tuple(data.std))
+    return Trained(model, config.model.name, preprocessing, arguments)
 
 
 def load_weights_file(
@@ -183,4 +116,19 @@ def load_weights_file(
     if kind not in (None, *kinds):
         raise ValueError(f"kind must be {' or '.join(kinds)} as in {path}, got {kind!r}")
     model.eval()
-    return Trained(model, facts["name"], preprocessing)
+    return Trained(model, facts["name"], preprocessing, facts)
+
+
+def load_stablehlo_weights(path: str | os.PathLike) -> Trained:
+    """The network that a StableHLO file was made of.
+
+    Raises:
+      ValueError: it is another file, or keeps no weights.
+    """
+    metadata, _, weights = read_stablehlo(path)
+    if weights is None:
+        raise ValueError(f"weights must be a file that keeps them, got {os.fspath(path)!r} without")
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / WEIGHTS
+        file.write_bytes(weights)
+        return load_weights_file(file, Preprocessing.from_metadata(metadata))

@@ -99,7 +99,7 @@ class SearchLayer(nnx.Module):
         return layer(*args, **kwargs)
 
 
-def _swapped(node: Any, layers: Mapping[int, tuple[Any, Any]], seen: set[int]) -> Any:
+def swap_layers(node: Any, layers: Mapping[int, tuple[Any, Any]], seen: set[int]) -> Any:
     """`node` with layers swapped, ``id(old) -> (old, new)``, wherever it holds them.
 
     Modules change in place, so that shared ones stay shared; lists, tuples and dicts are made anew
@@ -109,7 +109,7 @@ def _swapped(node: Any, layers: Mapping[int, tuple[Any, Any]], seen: set[int]) -
         return layers[id(node)][1]
     if isinstance(node, (dict, list, tuple)):
         old = list(node.values() if isinstance(node, dict) else node)
-        new = [_swapped(item, layers, seen) for item in old]
+        new = [swap_layers(item, layers, seen) for item in old]
         if all(a is b for a, b in zip(old, new, strict=True)):
             return node
         if isinstance(node, dict):
@@ -118,7 +118,7 @@ def _swapped(node: Any, layers: Mapping[int, tuple[Any, Any]], seen: set[int]) -
     if isinstance(node, nnx.Pytree) and id(node) not in seen:
         seen.add(id(node))
         for name, value in list(vars(node).items()):
-            new = _swapped(value, layers, seen)
+            new = swap_layers(value, layers, seen)
             if new is not value:
                 container = isinstance(new, (dict, list, tuple))
                 setattr(node, name, nnx.data(new) if container else new)
@@ -179,7 +179,7 @@ def search_network(
             draws = None if keep_kernels else rngs
             new = SearchLayer(layer, block, kind=kind, scales=vectors, rngs=draws)
         swapped[id(layer)] = layer, new  # both, so that no other object gets the same id
-    _swapped(model, swapped, set())
+    swap_layers(model, swapped, set())
     missed = [path for path in blocks if not isinstance(layer_at(model, path), SearchLayer)]
     if missed:
         raise ValueError(

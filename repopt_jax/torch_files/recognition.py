@@ -170,6 +170,10 @@ def _refusal(dialect: Dialect, official: Mapping[str, Any], is_ghost: bool, head
     if missing:
         found = ", ".join(dialect.own(name).strip(".") for name in missing)
         return f"it looks like {family}, but {found} is missing"
-    if is_ghost:
-        return f"it looks like {family}, but the channels of its modules are those of no width"
-    return f"it looks like {family}, but its first block has no convolution, or {head} no rows"
+    numbers = [n for n, v in official.items() if n.endswith(".weight") and np.ndim(v) == 0]
+    if numbers:
+        return f"it looks like {family}, but {dialect.own(numbers[0])} is a single number"
+    fault = (
+        "the channels of its modules are those of no width" if is_ghost else "a stage has no kernel"
+    )
+    return f"it looks like {family}, but {fault}"

@@ -26,6 +26,8 @@ class PartSpec:
       section: the section of the configuration that it reads.
       initialized: whether the kernels start by the Rule of Initialization.
       multiplied: whether the optimizer multiplies the gradients.
+      tunes: the part whose trained network it goes on with, folded and in simulated INT8. Empty:
+        it begins anew.
     """
 
     title: str
@@ -33,12 +35,15 @@ class PartSpec:
     section: str = "target"
     initialized: bool = False
     multiplied: bool = False
+    tunes: str = ""
 
     @property
     def needs_scales(self) -> bool:
         """Whether the part can start only when the scales are known."""
         return self.initialized or self.multiplied or self.network == "csla"
 
+
+INITIAL = "initial"  # the value of `scales` that asks for no search and no file
 
 PARTS = {
     # Trains the scales; yields scales.safetensors.
@@ -53,11 +58,19 @@ PARTS = {
     "repvgg": PartSpec("RepVGG", "repvgg"),
     "rep": PartSpec("RepGhost", "rep"),
     "mobileone": PartSpec("MobileOne", "mobileone"),
+    # Quantization-aware training of what the parts above have trained.
+    "qat": PartSpec("RepOptimizer, QAT", "target", multiplied=True, tunes="target"),
+    "plain_qat": PartSpec("plain optimizer, QAT", "target", tunes="plain"),
+    "repvgg_qat": PartSpec("RepVGG, QAT", "repvgg", tunes="repvgg"),
+    "rep_qat": PartSpec("RepGhost, QAT", "rep", tunes="rep"),
+    "mobileone_qat": PartSpec("MobileOne, QAT", "mobileone", tunes="mobileone"),
 }
 
 
 def default_config() -> ConfigDict:
     """Every field. `search` configures the part "search", `target` all other parts.
+
+    Parts of quantization-aware training take `target` as `part_section` changes it.
 
     >>> default_config().target.optimizer.momentum
     0.9
@@ -66,7 +79,9 @@ def default_config() -> ConfigDict:
         {
             "parts": ("search", "target"),  # keys of PARTS, in the order to run them
             "seed": 0,
-            "scales": "",  # a .safetensors or .pth file; "search" is then left out
+            # A .safetensors or .pth file, or "initial" for the values that a search starts with;
+            # "search" is then left out.
+            "scales": "",
             "identity": "searched",  # where the target's identity branches start: searched, one
             "model": {
                 "name": "RepOpt-VGG",
@@ -84,6 +99,11 @@ def default_config() -> ConfigDict:
             "remat": False,  # keep only convolutions' results for the backward pass
             "search": _default_section(),  # of the part "search"
             "target": _default_section(),  # of all other parts, the baselines too
+            "qat": {  # quantization-aware training, of the part "qat" and its like
+                "epochs": 5.0,
+                "rate": 0.01,  # learning rate by the target's
+                "per_channel": False,  # a scale for each output of a kernel, not for each kernel
+            },
             "log_every": 50,  # steps
             "eval_every": 1.0,  # epochs
             "checkpoint": {
@@ -176,6 +196,25 @@ def search_on_cifar100(config: ConfigDict) -> None:
     search.schedule.warmup_epochs = 10.0
 
 
+def part_section(config: ConfigDict, spec: PartSpec) -> ConfigDict:
+    """The section that a part reads.
+
+    Quantization-aware training goes on with the images and the optimizer of `target`, for
+    ``qat.epochs`` with a learning rate that begins at ``qat.rate`` by the target's: without
+    warm-up, mixing, erasing and averages.
+    """
+    section = config[spec.section]
+    if not spec.tunes:
+        return section
+    section = section.copy_and_resolve_references()
+    section.epochs = config.qat.epochs
+    section.schedule.base_lr *= config.qat.rate
+    section.schedule.min_lr *= config.qat.rate
+    section.schedule.warmup_epochs = 0.0
+    section.mix.mixup = section.mix.cutmix = section.random_erasing = section.ema_decay = 0.0
+    return section
+
+
 def check_config(config: ConfigDict) -> None:
     """Refuse values outside the two sections that no run can have.
 
@@ -187,7 +226,14 @@ def check_config(config: ConfigDict) -> None:
     _require(config, ["identity"], "'searched' or 'one'", lambda x: x in ("searched", "one"))
     sizes = ["model.num_blocks", "model.widths", "model.strides"]
     _require(config, sizes, "whole numbers above 0", _are_sizes)
-    above = ["log_every", "eval_every", "checkpoint.every", "checkpoint.keep"]
+    above = [
+        "qat.epochs",
+        "qat.rate",
+        "log_every",
+        "eval_every",
+        "checkpoint.every",
+        "checkpoint.keep",
+    ]
     _require(config, above, "a number above 0", lambda x: 0 < x < math.inf)
     rest = ["checkpoint.minutes", "profile_steps"]
     _require(config, rest, "a number of at least 0", lambda x: 0 <= x < math.inf)

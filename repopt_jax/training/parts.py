@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data as data_lib
-from repopt_jax.branches import grad_mults
+from repopt_jax.branches import Block, grad_mults
 from repopt_jax.models import (
     create_model,
     init_target,
@@ -27,8 +27,10 @@ from repopt_jax.models import (
     searched_scales,
     start_scales,
 )
+from repopt_jax.models.folding import fold
+from repopt_jax.models.simulated_int8 import simulate_int8
 from repopt_jax.scales import Scales
-from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section
+from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section, part_section
 from repopt_jax.training.device_images import belongs_on_device, put_images
 from repopt_jax.training.devices import replicate, samples_per_group, state_shardings
 from repopt_jax.training.optimizer import make_optimizer, make_schedule, steps_in, update_rule
@@ -57,6 +59,8 @@ class Part:
       steps_per_epoch: updates per epoch.
       on_device: whether the images lie on the devices.
       scales: what the part starts and multiplies with. None: not known yet, or not needed.
+      trained: the folded network that quantization-aware training begins with. None: not known
+        yet, or not needed; the part is then drawn anew.
     """
 
     name: str
@@ -71,11 +75,12 @@ class Part:
     steps_per_epoch: int
     on_device: bool
     scales: Scales | None = None
+    trained: nnx.Module | None = None
 
-    @property
+    @functools.cached_property
     def section(self) -> ConfigDict:
         """The part's own section of the configuration."""
-        return self.config[self.spec.section]
+        return part_section(self.config, self.spec)
 
     @property
     def steps(self) -> int:
@@ -99,11 +104,13 @@ class Part:
         return dataclasses.replace(self, scales=scales)
 
     def build(self) -> nnx.Module:
-        """Draw the network anew, in training mode.
+        """The network as it starts, in training mode.
 
         Raises:
           ValueError: the part needs scales and has none, or they do not fit the network.
         """
+        if self.trained is not None:
+            return simulate_int8(self.trained, per_channel=self.config.qat.per_channel)
         return draw_network(
             self.config,
             self.spec,
@@ -111,6 +118,14 @@ class Part:
             num_classes=self.dataset.num_classes,
             bn_group=self.options.group,
         )
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; a folded network's are those from before folding."""
+        if not self.spec.tunes:
+            return self.model.blocks()
+        tuned = functools.partial(draw_network, self.config, PARTS[self.spec.tunes], None)
+        return nnx.eval_shape(lambda: tuned(num_classes=1, bn_group=1)).blocks()
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -120,7 +135,7 @@ class Part:
         if self.spec.multiplied:
             rule = update_rule(self.section.optimizer.name)
             scales = self.with_scales(self.scales).scales
-            mults = grad_mults(params, self.model.blocks(), scales, rule)
+            mults = grad_mults(params, self.blocks, scales, rule)
         return make_optimizer(self.section.optimizer, self.schedule, mults)
 
     def init(self) -> TrainState:
@@ -220,7 +235,7 @@ def prepare(
     """
     check_config(config)
     spec = PARTS[name]
-    section = config[spec.section]
+    section = part_section(config, spec)
     with _named(spec.section):
         check_section(section)
         group = _group(section, mesh)
@@ -253,7 +268,7 @@ def prepare(
     )
     # What the optimizer and the data cannot do is refused now, not after a search.
     unknown = spec.multiplied and scales is None
-    _ = (part.with_scales(Scales.initial(model)) if unknown else part).tx
+    _ = (part.with_scales(initial_scales(config)) if unknown else part).tx
     with _named(f"{spec.section}.data"):
         part.train_batches(images=not on_device)
         _ = part.eval_batches
@@ -280,6 +295,10 @@ def draw_network(
     Raises:
       ValueError: the configuration or the scales do not fit.
     """
+    if spec.tunes:
+        sizes = {"num_classes": num_classes, "bn_group": bn_group}
+        folded = fold(draw_network(config, PARTS[spec.tunes], scales, **sizes))
+        return simulate_int8(folded, per_channel=config.qat.per_channel)
     dtype = DTYPES.get(config.dtype)
     if dtype is None:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")

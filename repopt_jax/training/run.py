@@ -9,6 +9,7 @@ command resumes an interrupted run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ import numpy as np
 from etils import epath
 
 from repopt_jax.files import load_scales
+from repopt_jax.models.folding import fold
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.training.checkpoints import Checkpoints
-from repopt_jax.training.config import PARTS, check_config
+from repopt_jax.training.config import INITIAL, PARTS, check_config
 from repopt_jax.training.devices import make_mesh, put_batch
 from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
 from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
@@ -31,6 +33,7 @@ from repopt_jax.training.parts import Part, initial_scales, prepare_parts
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.step import TrainState, jitted_train_step
+from repopt_jax.training.trained import load_part
 from repopt_jax.training.workdir import SCALES, claimed, with_bn_groups
 
 if TYPE_CHECKING:
@@ -66,6 +69,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         for name in unfinished:
             with plain_errors():
                 part = parts.pop(name).with_scales(scales)  # popped, so that its data can be freed
+                if tuned := part.spec.tunes:
+                    trained, _ = load_part(config, workdir, part=tuned, checkpoint="latest")
+                    part = dataclasses.replace(part, trained=fold(trained))
             state, summary = train(part, workdir / name)
             with plain_errors():
                 if name == "search":
@@ -90,13 +96,13 @@ def names_and_scales(
       workdir: may hold the scales of a search that is done. None: look at `config.scales` only.
 
     Raises:
-      ValueError: something in `config` is out of its range, or a part needs scales that no search
-        before it yields.
+      ValueError: something in `config` is out of its range, or a part needs scales or a network
+        that no part before it yields.
       FileNotFoundError: there is no file of scales where `config` says.
     """
     check_config(config)
     names = list(dict.fromkeys(config.parts))
-    scales = load_scales(epath.Path(config.scales).expanduser()) if config.scales else None
+    scales = _given_scales(config)
     if scales is not None and "search" in names:
         names.remove("search")
         if not names:
@@ -106,15 +112,37 @@ def names_and_scales(
             )
     if scales is None and workdir is not None and (workdir / SCALES).exists():
         scales = load_scales(workdir / SCALES)
+    for place, name in enumerate(names):
+        tuned = PARTS[name].tunes
+        if not tuned or tuned in names[:place] or workdir is None:
+            continue
+        if not (workdir / tuned / "checkpoints").exists():
+            raise ValueError(
+                f"the part {name!r} needs a trained network: put {tuned!r} before it in parts, "
+                f"got parts {tuple(config.parts)}"
+            )
     for name in names:
         if name == "search" or scales is not None:
             break
         if PARTS[name].needs_scales:
             raise ValueError(
                 f"the part {name!r} needs scales: put 'search' before it in parts or give "
-                f"scales=FILE, got parts {tuple(config.parts)}"
+                f"scales=FILE or scales={INITIAL}, got parts {tuple(config.parts)}"
             )
     return names, scales
+
+
+def _given_scales(config: ConfigDict) -> Scales | None:
+    """The scales that `config` names. None: it leaves them to a search."""
+    if not config.scales:
+        return None
+    if config.scales == INITIAL:
+        return initial_scales(config)
+    path = epath.Path(config.scales).expanduser()
+    if not path.is_file():
+        given = repr(config.scales)
+        raise FileNotFoundError(f"scales must be {INITIAL!r} or an existing file, got {given}")
+    return load_scales(path)
 
 
 def _keep_scales(part: Part, state: TrainState, summary: dict, workdir: epath.Path) -> Scales:
