@@ -19,7 +19,7 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
 from repopt_jax.files import load_network, save_weights
 from repopt_jax.messages import listed, quote
-from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
+from repopt_jax.models.create import Network
 from repopt_jax.torch_files.weights import unfilled_model, variables
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken
@@ -50,7 +50,7 @@ model.eval()
 
 def from_pretrained(
     name_or_path: str | os.PathLike, *, revision: str | None = None, **options: Any
-) -> RepOptVGG | RepOptGhost | MobileOne:
+) -> Network:
     """The network of a repository on the Hugging Face hub, of a folder in its layout, or of a file.
 
     Prints where the network comes from, what it is, and its licence. Weights are read as by

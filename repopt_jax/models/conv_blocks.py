@@ -139,12 +139,10 @@ class BranchedBlock(ConvBlock):
         return next(iter(layers.values())), dict(self.branches), weights, norms
 
 
-def blocks_in(model: nnx.Module) -> dict[str, Block]:
+def blocks_in(model: nnx.Module, block_type: type = PlainBlock) -> dict[str, Block]:
     """Path of the layer of every plain block of `model` that has branches -> its branches."""
-    found = nnx.iter_modules(model)
-    plain = {"/".join(map(str, path)): module for path, module in found}
     return {
-        f"{path}/conv": dict(module.branches)
-        for path, module in plain.items()
-        if isinstance(module, PlainBlock) and module.branches
+        "/".join(map(str, (*path, "conv"))): dict(module.branches)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, block_type) and module.branches
     }

@@ -17,10 +17,13 @@ from flax import nnx
 from repopt_jax.branches import Block, Full, check_block, merge, wide_type
 from repopt_jax.branches.presets import repghost_branches
 from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, activate
+from repopt_jax.models.create import Network
 from repopt_jax.models.layers import check_numbers
-from repopt_jax.models.mobileone import MobileOne, MobileOneBlock
-from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
-from repopt_jax.models.repopt_vgg import RepOptVGG, RepVGGBlock
+from repopt_jax.models.mobileone import MobileOneBlock
+from repopt_jax.models.replknet import LargeKernelBlock
+from repopt_jax.models.repmlpnet import BranchedPatchDense, PatchDense
+from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
@@ -82,7 +85,7 @@ def fold_block(
     check_block(block, kernel_shape)
     _check_parts(block, weights, norms, biases, norm, kernel_shape)
     used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
-    dtype = jnp.result_type(jnp.float32, *weights.values(), *used)
+    dtype = wide_type(jnp.result_type(*weights.values(), *used))
     weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
     scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
@@ -189,6 +192,15 @@ class FoldedBlock(nnx.Module):
         return activate(self, self.conv(x))
 
 
+class FoldedPatchDense(PatchDense):
+    """Dense layer over patches, with a bias."""
+
+    def __init__(self, block: PatchDense):
+        plain = not isinstance(block, BranchedPatchDense)
+        self.conv = _folded_pair(block.conv, block.bn) if plain else _folded(*block.parts())
+        self.bn, self.branches = jax.nn.identity, ()
+
+
 class FoldedGhost(nnx.Module):
     """Pointwise and depthwise convolution with bias, and ReLU after each if the module had it."""
 
@@ -210,12 +222,13 @@ class FoldedGhost(nnx.Module):
         return x
 
 
-FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock, MobileOneBlock: FoldedBlock}
-FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
+FOLDED = {
+    **{block: FoldedBlock for block in (PlainBlock, RepVGGBlock, MobileOneBlock, LargeKernelBlock)},
+    **{PlainGhost: FoldedGhost, RepGhost: FoldedGhost},
+    **{PatchDense: FoldedPatchDense, BranchedPatchDense: FoldedPatchDense},
+}
 # Layers outside such blocks, and the BatchNorm that follows each.
 PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
-
-Network = RepOptVGG | RepOptGhost | MobileOne
 
 
 def fold(model: Network) -> Network:
@@ -245,7 +258,7 @@ def fold(model: Network) -> Network:
             "FoldedBlock and FoldedGhost have no BatchNorm"
         )
     nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
-    for module in modules:
+    for module in reversed(modules):  # a block before the blocks in it
         for name, child in list(vars(module).items()):
             if type(child) in FOLDED:
                 setattr(module, name, FOLDED[type(child)](child))

@@ -40,14 +40,15 @@ def conv(
 ) -> nnx.Conv:
     """A square convolution padded by ``size // 2`` on every side, as torch pads it.
 
-    "SAME" would pad a strided convolution on one side only.
+    "SAME" would pad a strided convolution on one side only. Even windows, those of patches, are
+    not padded.
     """
     layer = nnx.Conv(
         in_features,
         out_features,
         (size, size),
         stride,
-        padding=((size // 2, size // 2),) * 2,
+        padding=((size // 2 * (size % 2),) * 2,) * 2,
         feature_group_count=groups,
         use_bias=use_bias,
         kernel_init=uniform_fan_in,
@@ -58,6 +59,32 @@ def conv(
     )
     if use_bias:
         _draw_bias(layer, rngs)
+    return layer
+
+
+def deconv(
+    in_features: int,
+    out_features: int,
+    size: int,
+    *,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.ConvTranspose:
+    """A transposed convolution with a stride of its window's size, laid out as torch's."""
+    layer = nnx.ConvTranspose(
+        in_features,
+        out_features,
+        (size, size),
+        (size, size),
+        padding="VALID",
+        transpose_kernel=True,
+        kernel_init=uniform_fan_in,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+    _draw_bias(layer, rngs)
     return layer
 
 
@@ -82,7 +109,7 @@ def linear(
     return layer
 
 
-def _draw_bias(layer: nnx.Conv | nnx.Linear, rngs: nnx.Rngs) -> None:
+def _draw_bias(layer: nnx.Conv | nnx.ConvTranspose | nnx.Linear, rngs: nnx.Rngs) -> None:
     """Give the bias the bounds of the kernel; its own shape does not know the fan-in."""
     bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
     shape, dtype = layer.bias.shape, layer.bias.dtype
@@ -278,9 +305,11 @@ class SqueezeExcite(nnx.Module):
         self.up = conv(hidden, features, 1, use_bias=True, **types)
         self.gate = gate
 
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
-        """Gate `x`."""
-        pooled = x.mean((1, 2), keepdims=True)
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], seen: Array | None = None
+    ) -> Array:
+        """Gate `x` by the averages of `seen`. None: by its own."""
+        pooled = (x if seen is None else seen).mean((1, 2), keepdims=True)
         return x * self.gate(self.up(jax.nn.relu(self.down(pooled))))
 
 
