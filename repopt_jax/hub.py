@@ -91,7 +91,8 @@ def from_pretrained(
     config = _read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
     model, facts = load_network(weights, **options)
     _check_config(config, {k: v for k, v in facts.items() if k not in options})
-    what = f"{facts['name']}, kind {facts['kind']}, {facts['num_classes']} classes"
+    classes = facts.get("num_classes", "no")
+    what = f"{facts['name']}, kind {facts['kind']}, {classes} classes"
     print(f"{weights}: {what}; licence {_licence(path / CARD, config)}")
     return model
 

@@ -97,7 +97,8 @@ FAMILIES = {
         YOLOV6_SIZES,
         baseline="repvgg",
         blocks={"block_type": RepVGGBlock},
-        needed=("num_blocks", "widths", "neck"),
+        needed=("num_blocks", "widths"),
+        options=("bifpan",),
         classifies=False,
     ),
 }
@@ -129,7 +130,7 @@ def create_model(
       **options: of `RepOptVGG`: num_blocks, widths, strides, groups, se, pre_se; of `MobileOne`:
         num_blocks, widths, copies, se_blocks; of `RepOptGhost`: width, dropout; of `RepLKNet`:
         num_blocks, widths, kernel_sizes, small, ratio; of `RepMLPNet`: num_blocks, widths, patches,
-        sets; of `YOLOv6`: num_blocks, widths, neck; of all: bn_group, dtype, param_dtype.
+        sets; of `YOLOv6`: num_blocks, widths, bifpan; of all: bn_group, dtype, param_dtype.
 
     Raises:
       ValueError: unknown name or kind, an option of another family, scales for a kind that has

@@ -25,20 +25,19 @@ if TYPE_CHECKING:
 
 FAMILY = "YOLOv6"
 NORM = {"epsilon": 1e-3, "momentum": 0.03}
-NECKS = ("RepPAN", "BiFPAN")
 
 
-def _size(width: int, neck: str) -> dict[str, Any]:
+def _size(width: int, *, bifpan: bool = False) -> dict[str, Any]:
     backbone = [width * 2**i for i in range(5)]
     widths = (*backbone, *(width * n for n in (4, 2, 2, 4, 4, 8)))
-    return {"num_blocks": (1, 2, 4, 6, 2, 4, 4, 4, 4), "widths": widths, "neck": neck}
+    return {"num_blocks": (1, 2, 4, 6, 2, 4, 4, 4, 4), "widths": widths, "bifpan": bifpan}
 
 
 YOLOV6_SIZES = {
-    "YOLOv6-N": _size(16, "RepPAN"),
-    "YOLOv6-S": _size(32, "RepPAN"),
-    "YOLOv6-v3-N": _size(16, "BiFPAN"),
-    "YOLOv6-v3-S": _size(32, "BiFPAN"),
+    "YOLOv6-N": _size(16),
+    "YOLOv6-S": _size(32),
+    "YOLOv6-v3-N": _size(16, bifpan=True),
+    "YOLOv6-v3-S": _size(32, bifpan=True),
 }
 
 
@@ -213,7 +212,8 @@ class YOLOv6(nnx.Module):
         is one block.
       widths: channels of the same, with those of the neck's layers between: of the backbone 5, of
         the neck 6.
-      neck: "RepPAN" or "BiFPAN"; the backbone's pooling is that of the same version.
+      bifpan: whether the neck is BiFPAN, and the backbone's pooling that of version 3.0, instead
+        of Rep-PAN and the first version's.
       bn_group: samples per BatchNorm group. None: the whole batch.
       dtype: of the computation. None: that of inputs and parameters.
       param_dtype: of the parameters.
@@ -221,10 +221,10 @@ class YOLOv6(nnx.Module):
       rngs: draws the parameters.
 
     Raises:
-      ValueError: a size is out of its range, or `neck` is neither.
+      ValueError: a size is out of its range, or `bifpan` is no truth value.
 
     >>> widths = (4, 4, 8, 8, 8, 4, 4, 4, 4, 4, 8)
-    >>> net = YOLOv6((1,) * 9, widths, "RepPAN", rngs=nnx.Rngs(0))
+    >>> net = YOLOv6((1,) * 9, widths, rngs=nnx.Rngs(0))
     >>> [x.shape for x in net(jnp.ones((1, 64, 64, 3)))]
     [(1, 8, 8, 4), (1, 4, 4, 4), (1, 2, 2, 8)]
     >>> list(net.blocks()["backbone/ERBlock_2/1/conv1/conv"])
@@ -235,8 +235,8 @@ class YOLOv6(nnx.Module):
         self,
         num_blocks: Sequence[int],
         widths: Sequence[int],
-        neck: str,
         *,
+        bifpan: bool = False,
         bn_group: int | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -244,14 +244,13 @@ class YOLOv6(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(num_blocks=(num_blocks, 9, MAX_BLOCKS), widths=(widths, 11, MAX_WIDTH))
-        if neck not in NECKS:
-            raise ValueError(f"neck must be one of {NECKS}, got {neck!r}")
+        if not isinstance(bifpan, bool):
+            raise ValueError(f"bifpan must be True or False, got {bifpan!r}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         types |= {"bn_group": bn_group, "norm": NORM}
         unit = functools.partial(block_type, rule=repvgg_branches, **types)
-        csp = neck == "BiFPAN"
-        fusion = BiFusion if csp else Concatenation
-        self.backbone = EfficientRep(num_blocks, widths, unit, csp=csp, **types)
+        fusion = BiFusion if bifpan else Concatenation
+        self.backbone = EfficientRep(num_blocks, widths, unit, csp=bifpan, **types)
         self.neck = Neck(num_blocks, widths, unit, fusion=fusion, **types)
 
     def __call__(self, images: Float[Array, "batch height width 3"]) -> list[Array]:

@@ -42,6 +42,7 @@ _KINDS = {
 }
 # Pattern of a name of a network whose weights are not read -> that network.
 _OTHERS = {
+    r".*ERBlock_\d\..*": "YOLOv6",
     r".*\.rbr_(dense|1x1)\.[01]\..*": "YOLOv7",
     r"stage\d(_first|_second)?\.blocks\.\d+\..*": "RepVGGplus",
     r".*\.(square_conv|fused_conv)\..*": "ACNet",
@@ -195,7 +196,7 @@ def _yolov6(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, A
     return {
         "num_blocks": (1, *blocks),
         "widths": (stem, *rows[:4], p4, p3, d3, n3, d4, n4),
-        "neck": "BiFPAN" if any(".Bifusion" in name for name in official) else "RepPAN",
+        "bifpan": any(".Bifusion" in name for name in official),
         "kind": kinds[layer],
     }
 
@@ -230,12 +231,12 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
       TorchFileError: it is no network of ours; the message says what it looks like, and what is
         missing.
     """
-    for pattern, family in _OTHERS.items():
-        if any(re.fullmatch(pattern, name) for name in weights):
-            raise TorchFileError(f"it looks like {family}, of which at most scales are read")
     dialect, official = to_official(weights)
     if dialect.family.split()[0] in _LATER:
         return _recognize_later(official, dialect)
+    for pattern, family in _OTHERS.items():
+        if any(re.fullmatch(pattern, name) for name in weights):
+            raise TorchFileError(f"it looks like {family}, of which at most scales are read")
     kinds = [kind for name, kind in _KINDS.items() if name in official]
     size = recognize_size(official, dialect)
     is_ghost = any(name.startswith(("conv_stem.", "blocks.0.0.ghost1.")) for name in official)

@@ -127,6 +127,8 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
             count = np.array(num_batches_tracked, np.int64)
             exported[name.replace("running_var", "num_batches_tracked")] = count
     dialect = next((d for d in DIALECTS if d.family == _OWN_NAMES.get(type(model))), OFFICIAL)
+    if dialect.family == "YOLOv6" and not any(".conv_3x3." in name for name in exported):
+        dialect = OFFICIAL  # plain and search networks have the names of RepOptimizers
     return {dialect.own(name): array for name, array in exported.items()}
 
 
