@@ -26,6 +26,27 @@ def activate(block: nnx.Module, x: Array) -> Array:
     return x if block.post_se is None else block.post_se(x)
 
 
+def batch_norm(
+    features: int,
+    *,
+    bn_group: int | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    norm: Mapping[str, float] | None = None,
+    **types: Any,
+) -> BatchNorm:
+    """`BatchNorm` by the options of a network, of which it takes no others.
+
+    Args:
+      features: size of the last axis.
+      bn_group: samples per group. None: the whole batch.
+      param_dtype: of the parameters.
+      norm: further options of `BatchNorm`. None: its defaults.
+      types: further options of the network.
+    """
+    del types
+    return BatchNorm(features, group=bn_group, param_dtype=param_dtype, **(norm or {}))
+
+
 def no_branches(path: str, layer: Any) -> None:
     """The rule of a layer that stays as it is."""
 
@@ -44,10 +65,7 @@ class ConvBlock(nnx.Module):
       se: squeeze-excite after the activation, of a quarter of the channels.
       pre_se: squeeze-excite before the activation, of a sixteenth of the channels.
       norm: further options of every `BatchNorm`. None: its defaults.
-      bn_group: samples per BatchNorm group. None: the whole batch.
-      dtype: of the computation. None: that of inputs and parameters.
-      param_dtype: of the parameters.
-      rngs: draws the parameters.
+      bn_group: see `RepOptVGG`, as for the rest.
     """
 
     def __init__(
@@ -63,18 +81,16 @@ class ConvBlock(nnx.Module):
         se: bool = False,
         pre_se: bool = False,
         norm: Mapping[str, float] | None = None,
-        bn_group: int | None,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
+        bn_group: int | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         layer = functools.partial(
             conv, in_features, out_features, stride=stride, groups=groups, **types
         )
-        bn = functools.partial(
-            BatchNorm, out_features, group=bn_group, param_dtype=param_dtype, **(norm or {})
-        )
+        bn = functools.partial(batch_norm, out_features, bn_group=bn_group, norm=norm, **types)
         self._build(layer(size), rule, layer, bn)
         self.activation = activation
         self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None

@@ -34,8 +34,8 @@ def conv(
     *,
     groups: int = 1,
     use_bias: bool = False,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A square convolution padded by ``size // 2`` on every side, as torch pads it.
@@ -58,33 +58,7 @@ def conv(
         rngs=rngs,
     )
     if use_bias:
-        _draw_bias(layer, rngs)
-    return layer
-
-
-def deconv(
-    in_features: int,
-    out_features: int,
-    size: int,
-    *,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.ConvTranspose:
-    """A transposed convolution with a stride of its window's size, laid out as torch's."""
-    layer = nnx.ConvTranspose(
-        in_features,
-        out_features,
-        (size, size),
-        (size, size),
-        padding="VALID",
-        transpose_kernel=True,
-        kernel_init=uniform_fan_in,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
-    _draw_bias(layer, rngs)
+        draw_bias(layer, rngs)
     return layer
 
 
@@ -92,8 +66,8 @@ def linear(
     in_features: int,
     out_features: int,
     *,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A dense layer with torch's initial weights and bias, ``U(+-1 / sqrt(in_features))``."""
@@ -105,11 +79,11 @@ def linear(
         param_dtype=param_dtype,
         rngs=rngs,
     )
-    _draw_bias(layer, rngs)
+    draw_bias(layer, rngs)
     return layer
 
 
-def _draw_bias(layer: nnx.Conv | nnx.ConvTranspose | nnx.Linear, rngs: nnx.Rngs) -> None:
+def draw_bias(layer: nnx.Conv | nnx.ConvTranspose | nnx.Linear, rngs: nnx.Rngs) -> None:
     """Give the bias the bounds of the kernel; its own shape does not know the fan-in."""
     bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
     shape, dtype = layer.bias.shape, layer.bias.dtype

@@ -13,16 +13,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import replknet_branches
-from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, blocks_in, no_branches
-from repopt_jax.models.layers import MAX_WIDTH, BatchNorm, check_sizes, linear
+from repopt_jax.models.conv_blocks import (
+    BranchedBlock,
+    PlainBlock,
+    batch_norm,
+    blocks_in,
+    no_branches,
+)
+from repopt_jax.models.layers import MAX_WIDTH, check_sizes, linear
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float
+    from jaxtyping import Array, Float
 
 FAMILY = "RepLKNet"
 MAX_BLOCKS = 128  # of a stage
@@ -54,18 +59,15 @@ class Residual(nnx.Module):
       features: channels of the shortcut.
       inner: channels between the two 1x1.
       large: the layer between them, with ReLU before it. None: GELU, a feed-forward block.
-      options: bn_group, dtype, param_dtype and rngs, see `RepLKNet`.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
     """
 
-    def __init__(self, features: int, inner: int, large: nnx.Module | None = None, **options: Any):
-        norm = {"group": options["bn_group"], "param_dtype": options["param_dtype"]}
-        unit = functools.partial(PlainBlock, size=1, rule=no_branches, **options)
+    def __init__(self, features: int, inner: int, large: nnx.Module | None = None, **types: Any):
+        unit = functools.partial(PlainBlock, size=1, rule=no_branches, **types)
         gelu = functools.partial(jax.nn.gelu, approximate=False)
         # The authors have two names, too.
-        self.norm_name = (
-            "ffn_norm" if large is None else "large_norm"
-        )  # the authors tell them apart
-        setattr(self, self.norm_name, BatchNorm(features, **norm))
+        self.norm_name = "ffn_norm" if large is None else "large_norm"
+        setattr(self, self.norm_name, batch_norm(features, **types))
         self.pw1 = unit(features, inner, activation=gelu if large is None else jax.nn.relu)
         self.large = large
         self.pw2 = unit(inner, features, activation=jax.nn.identity)
@@ -76,7 +78,32 @@ class Residual(nnx.Module):
         return x + self.pw2(y if self.large is None else self.large(y))
 
 
-class RepLKNet(nnx.Module):
+class Stages(nnx.Module):
+    """Blocks in stages, then BatchNorm, global average pooling and a dense layer.
+
+    A network has `stage1`, `stage2`, ..., and before each the layers that `embeddings` gives.
+    """
+
+    def _finish(self, width: int, num_classes: int, *, bn_group: int | None = None, **types: Any):
+        self.norm = batch_norm(width, bn_group=bn_group, **types)
+        self.head = linear(width, num_classes, **types)
+
+    def __call__(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch classes"]:
+        """Logits of normalized `images`."""
+        x = images
+        for stage, before in enumerate(self.embeddings(), 1):
+            for block in (*before, *getattr(self, f"stage{stage}")):
+                x = block(x)
+        return self.head(self.norm(x).mean((1, 2)))
+
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""
+        return blocks_in(self)
+
+
+class RepLKNet(Stages):
     """The network; `PlainBlock` makes it plain, `LargeKernelBlock` RepLKNet in training form.
 
     Args:
@@ -87,11 +114,8 @@ class RepLKNet(nnx.Module):
       small: size of the small kernel, odd; it goes with kernels that are not smaller. 0: there is
         none, and nothing for GR to do.
       ratio: channels of a large kernel by those of its stage.
-      bn_group: samples per BatchNorm group. None: the whole batch.
-      dtype: of the computation. None: that of inputs and parameters.
-      param_dtype: of the parameters.
       block_type: class of the large kernels.
-      rngs: draws the parameters.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
 
     Raises:
       ValueError: a size is out of its range or even.
@@ -113,11 +137,8 @@ class RepLKNet(nnx.Module):
         num_classes: int,
         small: int = 5,
         ratio: float = 1.0,
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
         block_type: type[PlainBlock] | type[LargeKernelBlock] = PlainBlock,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
         check_sizes(
             num_blocks=(num_blocks, 4, MAX_BLOCKS),
@@ -130,19 +151,11 @@ class RepLKNet(nnx.Module):
             raise ValueError(f"kernel_sizes and small must be odd, got {even}")
         if not isinstance(ratio, (int, float)) or not 1 <= ratio <= 16:
             raise ValueError(f"ratio must be a number from 1 to 16, got {ratio!r}")
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"bn_group": bn_group, **types}
         rule = functools.partial(replknet_branches, small=small) if small else no_branches
-        unit = functools.partial(PlainBlock, rule=no_branches, **options)
+        unit = functools.partial(PlainBlock, rule=no_branches, **types)
         first = widths[0]
-        self.stem = nnx.List(
-            [
-                unit(3, first, 2),
-                unit(first, first, groups=first),
-                unit(first, first, size=1),
-                unit(first, first, 2, groups=first),
-            ]
-        )
+        self.stem = nnx.List([unit(3, first, 2), unit(first, first, groups=first)])
+        self.stem.extend([unit(first, first, size=1), unit(first, first, 2, groups=first)])
         self.transitions = nnx.List()
         for stage, (count, width, size) in enumerate(
             zip(num_blocks, widths, kernel_sizes, strict=True), 1
@@ -154,23 +167,12 @@ class RepLKNet(nnx.Module):
             inner = int(width * ratio)
             kind = block_type if 0 < small <= size else PlainBlock
             for _ in range(count):
-                large = kind(inner, inner, size=size, groups=inner, rule=rule, **options)
-                blocks.append(Residual(width, inner, large, **options))
-                blocks.append(Residual(width, 4 * width, **options))
+                large = kind(inner, inner, size=size, groups=inner, rule=rule, **types)
+                blocks.append(Residual(width, inner, large, **types))
+                blocks.append(Residual(width, 4 * width, **types))
             setattr(self, f"stage{stage}", blocks)
-        self.norm = BatchNorm(widths[-1], group=bn_group, param_dtype=param_dtype)
-        self.head = linear(widths[-1], num_classes, **types)
+        self._finish(widths[-1], num_classes, **types)
 
-    def __call__(
-        self, images: Float[Array, "batch height width 3"]
-    ) -> Float[Array, "batch classes"]:
-        """Logits of normalized `images`."""
-        x = images
-        for stage, before in enumerate((self.stem, *self.transitions), 1):
-            for block in (*before, *getattr(self, f"stage{stage}")):
-                x = block(x)
-        return self.head(self.norm(x).mean((1, 2)))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""
-        return blocks_in(self)
+    def embeddings(self) -> tuple[nnx.List, ...]:
+        """The layers before each stage."""
+        return self.stem, *self.transitions

@@ -12,24 +12,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repmlp_branches
-from repopt_jax.models.conv_blocks import PlainBlock, blocks_in, no_branches
+from repopt_jax.models.conv_blocks import PlainBlock, batch_norm, blocks_in, no_branches
 from repopt_jax.models.layers import (
     MAX_WIDTH,
     BatchNorm,
     SqueezeExcite,
     check_sizes,
     conv,
-    linear,
 )
-from repopt_jax.models.replknet import MAX_BLOCKS, Residual
+from repopt_jax.models.replknet import MAX_BLOCKS, Residual, Stages
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float
+    from jaxtyping import Array, Float
 
 FAMILY = "RepMLPNet"
 WINDOWS = (1, 3)  # of the convolutions, in all published networks
@@ -61,23 +59,16 @@ class PatchDense(nnx.Module):
     Args:
       sets: of channels that share a layer.
       image: height and width of a patch.
-      bn_group: see `RepMLPNet`, as for the rest.
+      bn_group: see `RepMLPNet`.
+      types: dtype, param_dtype and rngs.
     """
 
     def __init__(
-        self,
-        sets: int,
-        image: tuple[int, int],
-        *,
-        bn_group: int | None,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, sets: int, image: tuple[int, int], *, bn_group: int | None = None, **types: Any
     ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         features = sets * image[0] * image[1]
         self.conv = conv(features, features, 1, groups=sets, **types)
-        self.bn = BatchNorm(sets, group=bn_group, param_dtype=param_dtype)
+        self.bn = batch_norm(sets, bn_group=bn_group, **types)
         block = repmlp_branches("", self.conv, image=image, windows=WINDOWS)
         self.branches = tuple(block.items())
 
@@ -95,11 +86,11 @@ class PatchDense(nnx.Module):
 class BranchedPatchDense(PatchDense):
     """RepMLPNet's training block: beside it depthwise convolutions, with a BatchNorm each."""
 
-    def __init__(self, sets: int, image: tuple[int, int], **options: Any):
-        super().__init__(sets, image, **options)
-        options |= {"groups": sets, "rule": no_branches, "activation": jax.nn.identity}
+    def __init__(self, sets: int, image: tuple[int, int], **types: Any):
+        super().__init__(sets, image, **types)
+        types |= {"groups": sets, "rule": no_branches, "activation": jax.nn.identity}
         for k in WINDOWS:
-            setattr(self, f"repconv{k}", PlainBlock(sets, sets, size=k, **options))
+            setattr(self, f"repconv{k}", PlainBlock(sets, sets, size=k, **types))
 
     def __call__(self, x: Float[Array, "patches height width sets"]) -> Array:
         """Run the block."""
@@ -117,6 +108,7 @@ class PatchMix(nnx.Module):
     """The dense layer over patches, gated by the averages of all channels."""
 
     def __init__(self, features: int, fc3: PatchDense, sets: int, patch: int, **types: Any):
+        types.pop("bn_group", None)
         self.gp = SqueezeExcite(features, features // 4, **types)
         self.fc3, self.sets, self.patch = fc3, sets, patch
 
@@ -140,19 +132,17 @@ class PatchMix(nnx.Module):
 class RepMLPUnit(nnx.Module):
     """BatchNorm and a `PatchMix`, then a feed-forward block, each around a shortcut."""
 
-    def __init__(self, features: int, mix: PatchMix, **options: Any):
-        self.prebn1 = BatchNorm(
-            features, group=options["bn_group"], param_dtype=options["param_dtype"]
-        )
+    def __init__(self, features: int, mix: PatchMix, **types: Any):
+        self.prebn1 = batch_norm(features, **types)
         self.repmlp_block = mix
-        self.ffn = Residual(features, 4 * features, **options)
+        self.ffn = Residual(features, 4 * features, **types)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Run the unit."""
         return self.ffn(x + self.repmlp_block(self.prebn1(x)))
 
 
-class RepMLPNet(nnx.Module):
+class RepMLPNet(Stages):
     """The network; `PatchDense` makes it plain, `BranchedPatchDense` RepMLPNet in training form.
 
     Args:
@@ -161,16 +151,13 @@ class RepMLPNet(nnx.Module):
       patches: height and width of the patches of each stage.
       sets: of channels that share a dense layer, of each stage.
       num_classes: outputs of the dense layer at the end.
-      bn_group: samples per BatchNorm group. None: the whole batch. A group of the dense layers has
-        the patches of as many samples.
-      dtype: of the computation. None: that of inputs and parameters.
-      param_dtype: of the parameters.
       block_type: class of the dense layers over patches.
-      rngs: draws the parameters.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
 
     Raises:
       ValueError: a size is out of its range, or `sets` do not divide `widths`.
 
+    >>> import jax.numpy as jnp
     >>> size = {"num_blocks": (1, 1), "widths": (8, 16), "patches": (4, 2), "sets": (2, 4)}
     >>> net = RepMLPNet(**size, num_classes=10, rngs=nnx.Rngs(0))
     >>> net(jnp.ones((2, 32, 32, 3))).shape
@@ -187,11 +174,8 @@ class RepMLPNet(nnx.Module):
         sets: Sequence[int],
         *,
         num_classes: int,
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
         block_type: type[PatchDense] = PatchDense,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
         stages = len(num_blocks) if isinstance(num_blocks, Sequence) else 4
         check_sizes(
@@ -203,29 +187,20 @@ class RepMLPNet(nnx.Module):
         )
         if any(width % n for width, n in zip(widths, sets, strict=True)):
             raise ValueError(f"sets must divide the widths {tuple(widths)}, got {tuple(sets)}")
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        options = {"bn_group": bn_group, **types}
-        embed = functools.partial(PlainBlock, rule=no_branches, **options)
+        embed = functools.partial(PlainBlock, rule=no_branches, **types)
         self.conv_embedding = embed(3, widths[0], 4, size=4)
         self.embeds = nnx.List([embed(*widths[i : i + 2], 2, size=2) for i in range(stages - 1)])
         for stage, width, side, n in zip(range(1, 5), widths, patches, sets, strict=False):
             units = nnx.List()
             for _ in range(num_blocks[stage - 1]):
-                fc3 = block_type(n, (side, side), **options)
-                units.append(RepMLPUnit(width, PatchMix(width, fc3, n, side, **types), **options))
+                fc3 = block_type(n, (side, side), **types)
+                units.append(RepMLPUnit(width, PatchMix(width, fc3, n, side, **types), **types))
             setattr(self, f"stage{stage}", units)
-        self.head_norm = BatchNorm(widths[-1], group=bn_group, param_dtype=param_dtype)
-        self.head = linear(widths[-1], num_classes, **types)
+        self._finish(widths[-1], num_classes, **types)
 
-    def __call__(
-        self, images: Float[Array, "batch height width 3"]
-    ) -> Float[Array, "batch classes"]:
-        """Logits of normalized `images`."""
-        x = images
-        for stage, embedding in enumerate((self.conv_embedding, *self.embeds), 1):
-            for block in (embedding, *getattr(self, f"stage{stage}")):
-                x = block(x)
-        return self.head(self.head_norm(x).mean((1, 2)))
+    def embeddings(self) -> list[tuple[PlainBlock]]:
+        """The layers before each stage."""
+        return [(layer,) for layer in (self.conv_embedding, *self.embeds)]
 
     def blocks(self) -> dict[str, Block]:
         """Path of a layer -> its branches; empty if the blocks are not plain ones."""

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block
+from repopt_jax.branches import Block, uniform_fan_in
 from repopt_jax.branches.presets import repvgg_branches
 from repopt_jax.models.conv_blocks import PlainBlock, blocks_in, no_branches
-from repopt_jax.models.layers import MAX_WIDTH, check_sizes, deconv
+from repopt_jax.models.layers import MAX_WIDTH, check_sizes, draw_bias
 from repopt_jax.models.repopt_vgg import MAX_BLOCKS, RepVGGBlock
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float
+    from jaxtyping import Array, Float
 
 FAMILY = "YOLOv6"
 NORM = {"epsilon": 1e-3, "momentum": 0.03}
@@ -128,11 +128,14 @@ class EfficientRep(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """A transposed 2x2 convolution with stride 2."""
+    """A transposed 2x2 convolution with stride 2, its kernel laid out as torch's."""
 
-    def __init__(self, features: int, *, dtype, param_dtype, rngs, **_: Any):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.upsample_transpose = deconv(features, features, 2, **types)
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **types: Any):
+        types = {name: types[name] for name in types.keys() & {"dtype", "param_dtype"}}
+        layout = {"strides": (2, 2), "padding": "VALID", "transpose_kernel": True}
+        layout |= {"kernel_init": uniform_fan_in, "rngs": rngs}
+        self.upsample_transpose = nnx.ConvTranspose(features, features, (2, 2), **layout, **types)
+        draw_bias(self.upsample_transpose, rngs)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Run the layer."""
@@ -214,11 +217,8 @@ class YOLOv6(nnx.Module):
         the neck 6.
       bifpan: whether the neck is BiFPAN, and the backbone's pooling that of version 3.0, instead
         of Rep-PAN and the first version's.
-      bn_group: samples per BatchNorm group. None: the whole batch.
-      dtype: of the computation. None: that of inputs and parameters.
-      param_dtype: of the parameters.
       block_type: class of every block.
-      rngs: draws the parameters.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
 
     Raises:
       ValueError: a size is out of its range, or `bifpan` is no truth value.
@@ -237,17 +237,13 @@ class YOLOv6(nnx.Module):
         widths: Sequence[int],
         *,
         bifpan: bool = False,
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
         block_type: type[PlainBlock] | type[RepVGGBlock] = PlainBlock,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
         check_sizes(num_blocks=(num_blocks, 9, MAX_BLOCKS), widths=(widths, 11, MAX_WIDTH))
         if not isinstance(bifpan, bool):
             raise ValueError(f"bifpan must be True or False, got {bifpan!r}")
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        types |= {"bn_group": bn_group, "norm": NORM}
+        types["norm"] = NORM
         unit = functools.partial(block_type, rule=repvgg_branches, **types)
         fusion = BiFusion if bifpan else Concatenation
         self.backbone = EfficientRep(num_blocks, widths, unit, csp=bifpan, **types)

@@ -56,7 +56,7 @@ _LAYERS = (
         r"()",
         {
             **{name: name for name in ("linear", "conv_stem", "bn1", "conv_head", "classifier")},
-            **{name: name for name in ("norm", "head", "head_norm")},
+            **{name: name for name in ("norm", "head")},
         },
     ),
 )
@@ -135,6 +135,7 @@ _REPLK = {
 _REPMLP = {
     **{f"stages.{i}.": f"stage{i + 1}." for i in range(4)},
     **{"gp.fc1.": "gp.down.", "gp.fc2.": "gp.up.", "prebn2.": "ffn.ffn_norm."},
+    "head_norm.": "norm.",
     **{"ffn_block.ffn_fc1.": "ffn.pw1.", "ffn_block.ffn_fc2.": "ffn.pw2."},
 }
 # YOLOv6 before version 0.3 has shorter names for layers without branches.
