@@ -96,11 +96,12 @@ def test_every_codes_names_are_read(code):
         **SIZES[FAMILY[code]],
     }
     assert {k: v for k, v in found.items() if k != "se"} == wanted
-    other = unfilled_model(**found)
-    for name, value in variables(import_weights(other, weights)).items():
-        np.testing.assert_array_equal(value, variables(model)[name])
+    wanted = variables(model)
+    for name, value in variables(import_weights(unfilled_model(**found), weights)).items():
+        np.testing.assert_array_equal(value, wanted[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*REPVGG_SIZES, *MOBILEONE_SIZES])
 def test_published_sizes_are_recognized(name):
     family = "MobileOne" if name.startswith("MobileOne") else "RepVGG"
@@ -134,7 +135,10 @@ def deployed(model, family):
     return kept
 
 
-@pytest.mark.parametrize("code", OTHERS)
+GHOST = pytest.param("RepOpt-GhostNet", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("code", [*(code for code in OTHERS if "Ghost" not in code), GHOST])
 def test_every_codes_deploy_form_is_read(code, x64):
     """As a plain network, with the same outputs."""
     family = FAMILY[code]

@@ -111,7 +111,7 @@ def read(weights, dtype=jnp.float64):
 
 
 @pytest.mark.parametrize(("family", "options"), TINY.items(), indirect=["family"])
-def test_training_form_gives_the_authors_outputs_and_deploy_tensors(family, options, x64, strict):
+def test_training_form_gives_the_authors_outputs_and_deploy_tensors(family, options, x64):
     weights, images = split(family, "train")
     found = recognize(weights)
     wanted = {**options, "kind": baseline(options["name"]), "num_classes": 5}

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from small_run import small_config
 
+from repopt_jax.convert import convert_run
 from repopt_jax.models.folding import fold
 from repopt_jax.training import run
 from repopt_jax.training.config import PARTS, part_section
@@ -31,7 +33,7 @@ SHORT = {"target__epochs": 0.1, "target__schedule__warmup_epochs": 0.0}  # one s
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Of a plain training of one step."""
-    workdir = tmp_path_factory.mktemp("run")
+    workdir = epath.Path(tmp_path_factory.mktemp("run"))
     run.run(small_config(parts=("plain",), **SHORT), workdir)
     return workdir
 
@@ -49,6 +51,9 @@ def test_a_finished_run_goes_on_in_int8(workdir):
     folded = by_path(nnx.state(fold(trained), nnx.Param))
     assert params.keys() == folded.keys()
     assert all((params[path] == folded[path]).all() for path in params)
+    with pytest.raises(ValueError, match=r"--part must not be in INT8, .* got plain_qat"):
+        options = {"checkpoint": "latest", "averaged": False, "to_torch": False}
+        convert_run(workdir, workdir / "a.safetensors", part="plain_qat", **options)
     config.qat.epochs = 0.3
     with pytest.raises(RunStopped, match=r"another configuration.*qat\.epochs \(0\.2 there, 0\.3"):
         run.run(config, workdir)
