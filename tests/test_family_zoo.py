@@ -22,6 +22,8 @@ from repopt_jax.models.yolov6 import YOLOV6_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
 from repopt_jax.torch_files.names import DIALECTS, to_torch, torch_name
 from repopt_jax.torch_files.weights import unfilled_model
+from repopt_jax.training.config import PARTS, default_config
+from repopt_jax.training.parts import draw_network
 
 WIDTHS = (4, 6, 8, 10, 12, 6, 4, 4, 6, 6, 8)
 REPEATS = (1, 2, 2, 3, 1, 2, 1, 2, 1)
@@ -345,3 +347,10 @@ def test_yolov6s_scales_go_into_backbone_and_neck_by_name(tmp_path):
         ["conv3x3", "conv1x1", "identity"],
         ["conv3x3", "conv1x1"],
     ]
+
+
+def test_training_refuses_a_network_without_logits():
+    config = default_config()
+    config.model.name = "YOLOv6-N"
+    with pytest.raises(ValueError, match=r"^model: name must be of a network with logits"):
+        draw_network(config, PARTS["plain"], None, num_classes=2, bn_group=2)

@@ -178,6 +178,9 @@ def family_of(name: str) -> Family:
     for family_name, family in FAMILIES.items():
         if name == family_name or name in family.sizes:
             return family
-    names = sorted(name for family in FAMILIES.values() for name in family.sizes)
-    own = [f"{n!r} with {' and '.join(f.needed)}" for n, f in FAMILIES.items()]
-    raise ValueError(f"name must be one of {names}, or {' or '.join(own)}, got {name!r}")
+    # The sizes of the family that is meant, or of none: those of all would be a page.
+    known = {n: (*f.sizes, f"{n} with {' and '.join(f.needed)}") for n, f in FAMILIES.items()}
+    meant = [n for n in known if name.lower().startswith(n.lower())]
+    choices = known[max(meant, key=len)] if meant else tuple(FAMILIES)
+    what = "" if meant else "the sizes of "
+    raise ValueError(f"name must be one of {what}{choices}, got {name!r}")
