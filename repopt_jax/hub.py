@@ -19,8 +19,7 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
 from repopt_jax.files import load_network, save_weights
 from repopt_jax.messages import listed, quote
-from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
-from repopt_jax.models.create import COMMON_OPTIONS
+from repopt_jax.models.create import COMMON_OPTIONS, Network
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.models.search import SearchLayer
 from repopt_jax.torch_files.weights import unfilled_model
@@ -53,7 +52,7 @@ model.eval()
 
 def from_pretrained(
     name_or_path: str | os.PathLike, *, revision: str | None = None, **options: Any
-) -> RepOptVGG | RepOptGhost | MobileOne:
+) -> Network:
     """The network of a repository on the Hugging Face hub, of a folder in its layout, or of a file.
 
     Prints where the network comes from, what it is, and its licence. Weights are read as by
@@ -94,7 +93,8 @@ def from_pretrained(
     config = _read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
     model, facts = load_network(weights, **options)
     _check_config(config, {k: v for k, v in facts.items() if k not in options})
-    what = f"{facts['name']}, kind {facts['kind']}, {facts['num_classes']} classes"
+    classes = facts.get("num_classes", "no")
+    what = f"{facts['name']}, kind {facts['kind']}, {classes} classes"
     print(f"{weights}: {what}; licence {_licence(path / CARD, config)}")
     return model
 

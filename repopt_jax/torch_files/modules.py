@@ -24,7 +24,8 @@ WEIGHT_KEYS = (
 )
 # What stands before the first layer of a network of ours in the names of its tensors.
 _OUTERMOST = re.compile(
-    r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1|stem\.(?:conv_kxk|reparam_conv))\."
+    r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1|stem\.(?:conv_kxk|reparam_conv|0)"
+    r"|conv_embedding|backbone\.ERBlock_2)\."
 )
 # About the bytes of all names, one for each entry of a module, those that are None included.
 # A module held under n names counts n times: so it does in torch.
