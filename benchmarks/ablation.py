@@ -44,7 +44,8 @@ from repopt_jax.training.evaluation import evaluate_state
 from repopt_jax.training.figures import COLOURS, save_figure, styled_figure
 from repopt_jax.training.interruption import RunStopped
 from repopt_jax.training.loop import scales_by_epoch, train
-from repopt_jax.training.parts import Part, initial_scales, prepare
+from repopt_jax.training.networks import initial_scales
+from repopt_jax.training.parts import Part, prepare
 from repopt_jax.training.report import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -10,7 +10,8 @@ from small_run import small_config
 from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
-from repopt_jax.training.parts import initial_scales, prepare
+from repopt_jax.training.networks import initial_scales
+from repopt_jax.training.parts import prepare
 
 
 def part_of(name, scales=None, **changes):

@@ -16,7 +16,8 @@ from repopt_jax.training import run
 from repopt_jax.training.config import PARTS, part_section
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.interruption import RunStopped
-from repopt_jax.training.parts import initial_scales, prepare
+from repopt_jax.training.networks import initial_scales
+from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
 from repopt_jax.training.trained import load_part
 from repopt_jax.tree_paths import by_path

@@ -12,7 +12,7 @@ from repopt_jax import Centre, Full, Identity, init_weights, merge, reparameteri
 from repopt_jax.data import load_dataset
 from repopt_jax.reparameterization import ReparameterizeState
 from repopt_jax.scales import Scales
-from repopt_jax.training.parts import initial_scales
+from repopt_jax.training.networks import initial_scales
 
 VARIANTS = {variant.title: variant for _, group in QUICK_ROWS for variant in group}
 

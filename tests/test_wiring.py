@@ -15,7 +15,8 @@ from small_run import small_config
 from repopt_jax.models import repopt_ghost
 from repopt_jax.models.search import search_layers
 from repopt_jax.training.devices import make_mesh, put_batch
-from repopt_jax.training.parts import initial_scales, prepare_parts
+from repopt_jax.training.networks import initial_scales
+from repopt_jax.training.parts import prepare_parts
 from repopt_jax.training.step import jitted_train_step
 from repopt_jax.tree_paths import layer_at
 

@@ -6,41 +6,31 @@ that needs scales can be prepared before they are known: it gets them by `Part.w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from repopt_jax import data as data_lib
 from repopt_jax.branches import Block, grad_mults
-from repopt_jax.models import (
-    create_model,
-    init_target,
-    search_network,
-    searched_scales,
-    start_scales,
-)
-from repopt_jax.models.create import family_of
-from repopt_jax.models.folding import fold
+from repopt_jax.models import searched_scales
 from repopt_jax.models.simulated_int8 import simulate_int8
 from repopt_jax.scales import Scales
 from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section, part_section
 from repopt_jax.training.device_images import belongs_on_device, put_images
 from repopt_jax.training.devices import replicate, samples_per_group, state_shardings
+from repopt_jax.training.networks import DTYPES, draw_network, initial_scales
 from repopt_jax.training.optimizer import make_optimizer, make_schedule, steps_in, update_rule
 from repopt_jax.training.step import StepOptions, TrainState, init_state
+from repopt_jax.tree_paths import errors_at
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,21 +227,21 @@ def prepare(
     check_config(config)
     spec = PARTS[name]
     section = part_section(config, spec)
-    with _named(spec.section):
+    with errors_at(spec.section):
         check_section(section)
         group = _group(section, mesh)
-    with _named(f"{spec.section}.data"):
+    with errors_at(f"{spec.section}.data"):
         loaded = load(**data_lib.dataset_arguments(section.data))
         # The images that this part could not decode, not those of other parts.
         dataset = dataclasses.replace(loaded, bad_images=set())
-    with _named(spec.section):
+    with errors_at(spec.section):
         steps_per_epoch = data_lib.steps_per_epoch(dataset, section.batch_size)
-    with _named(f"{spec.section}.schedule"):
+    with errors_at(f"{spec.section}.schedule"):
         lengths = {"steps_per_epoch": steps_per_epoch, "epochs": section.epochs}
         schedule = make_schedule(section.schedule, batch_size=section.batch_size, **lengths)
     draw = functools.partial(draw_network, num_classes=dataset.num_classes, bn_group=group)
     model = nnx.eval_shape(lambda: draw(config, spec, scales))
-    with _named(f"{spec.section}.data"):
+    with errors_at(f"{spec.section}.data"):
         on_device = belongs_on_device(section.data, dataset, mesh)
     part = Part(
         name=name,
@@ -270,67 +260,10 @@ def prepare(
     # What the optimizer and the data cannot do is refused now, not after a search.
     unknown = spec.multiplied and scales is None
     _ = (part.with_scales(initial_scales(config)) if unknown else part).tx
-    with _named(f"{spec.section}.data"):
+    with errors_at(f"{spec.section}.data"):
         part.train_batches(images=not on_device)
         _ = part.eval_batches
     return part
-
-
-def draw_network(
-    config: ConfigDict,
-    spec: PartSpec,
-    scales: Scales | None,
-    *,
-    num_classes: int,
-    bn_group: int,
-) -> nnx.Module:
-    """The network of a part as it starts, in training mode.
-
-    Args:
-      config: the whole configuration.
-      spec: of the part.
-      scales: used by parts that need them. None: drawn without them, for the shapes alone.
-      num_classes: outputs of the last layer.
-      bn_group: samples per BatchNorm group in training.
-
-    Raises:
-      ValueError: the configuration or the scales do not fit.
-    """
-    if spec.tunes:
-        sizes = {"num_classes": num_classes, "bn_group": bn_group}
-        folded = fold(draw_network(config, PARTS[spec.tunes], scales, **sizes))
-        return simulate_int8(folded, per_channel=config.qat.per_channel)
-    dtype = DTYPES.get(config.dtype)
-    if dtype is None:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {config.dtype!r}")
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
-        raise ValueError("dtype 'float64' needs JAX_ENABLE_X64=1 in the environment")
-    # Not JAX's default generator: this one compiles eight times as fast, which saves seconds for a
-    # network of 28 layers.
-    rngs = nnx.Rngs(params=jax.random.key(config.seed, impl="rbg"))
-    options = {key: value for key, value in config.model.items() if value is not None}
-    options |= {"num_classes": num_classes, "bn_group": bn_group, "dtype": dtype, "rngs": rngs}
-    options["param_dtype"] = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    with _named("model"):
-        if not family_of(config.model.name).classifies:
-            raise ValueError(f"name must be of a network with logits, got {config.model.name!r}")
-        model = create_model(kind="target" if spec.network == "csla" else spec.network, **options)
-    if spec.network == "csla":
-        blocks, starts = model.blocks(), None
-        if scales is not None:
-            scales.check(model)
-            with jax.ensure_compile_time_eval():  # checked by their values, also under eval_shape
-                starts = start_scales(blocks, scales.vectors, config.identity)
-        return search_network(model, blocks, kind="csla", scales=starts, rngs=rngs)
-    if spec.initialized and scales is not None:
-        init_target(model, scales, identity=config.identity, rngs=rngs)
-    return model
-
-
-def initial_scales(config: ConfigDict) -> Scales:
-    """The scales that a search of the network of `config` starts with."""
-    draw = functools.partial(draw_network, config, PARTS["plain"], None, num_classes=1, bn_group=1)
-    return Scales.initial(nnx.eval_shape(draw))
 
 
 def _step_options(
@@ -360,12 +293,3 @@ def _group(section: ConfigDict, mesh: Mesh) -> int:
             f"they mix, got groups of {group}"
         )
     return group
-
-
-@contextlib.contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Several sections have fields of the same names: say in which one the refused field is."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error

@@ -29,7 +29,8 @@ from repopt_jax.training.evaluation import evaluate_state, not_finite_sentence
 from repopt_jax.training.figures import plot_curves, plot_scales, plot_scales_by_epoch
 from repopt_jax.training.interruption import RunStopped, plain_errors
 from repopt_jax.training.loop import scales_by_epoch, train
-from repopt_jax.training.parts import Part, initial_scales, prepare_parts
+from repopt_jax.training.networks import initial_scales
+from repopt_jax.training.parts import Part, prepare_parts
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import format_table, read_metrics, write_json
 from repopt_jax.training.step import TrainState, jitted_train_step

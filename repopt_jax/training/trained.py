@@ -13,7 +13,7 @@ from flax import nnx
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
-from repopt_jax.training.parts import draw_network
+from repopt_jax.training.networks import draw_network
 from repopt_jax.training.workdir import stored_classes
 from repopt_jax.tree_paths import errors_at, path_str
 
