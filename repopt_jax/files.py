@@ -18,8 +18,8 @@ from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.messages import listed, quote
+from repopt_jax.models.checks import check_numbers
 from repopt_jax.models.create import FAMILIES, Network
-from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import (
     FORMAT_VERSION,
     Scales,

@@ -19,8 +19,8 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
 from repopt_jax.files import load_network, save_weights
 from repopt_jax.messages import listed, quote
+from repopt_jax.models.checks import check_numbers
 from repopt_jax.models.create import COMMON_OPTIONS, Network
-from repopt_jax.models.layers import check_numbers
 from repopt_jax.models.search import SearchLayer
 from repopt_jax.torch_files.weights import unfilled_model
 

@@ -12,6 +12,7 @@ after a search, ``dataset`` and ``top1``.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -240,8 +241,6 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     ...     repopt_jax.load_scales(f"{folder}/s.safetensors")["conv"]["full"].tolist()
     [1.0, 1.0]
     """
-    import json
-
     from safetensors.numpy import save
 
     from repopt_jax.atomic_write import atomic_write
@@ -263,8 +262,6 @@ def parse_safetensors(data: bytes, name: str) -> tuple[dict[str, np.ndarray], di
     Raises:
       ValueError: `data` is no such file, or has a name that cannot be printed.
     """
-    import json
-
     import ml_dtypes
     from safetensors import SafetensorError, deserialize
 

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from flax import nnx
 import repopt_jax
 from repopt_jax import Scales, load_scales, load_weights, save_scales
 from repopt_jax.files import save_arrays, save_weights, variables
+from repopt_jax.models.checks import check_numbers
 from repopt_jax.torch_files import export_weights, official_names
 from repopt_jax.tree_paths import layer_at
 
@@ -73,6 +76,14 @@ def test_weights_that_no_network_has_are_refused_by_path(tmp_path, path, value):
     save_weights(tmp_path / "broken", model, arguments)
     with pytest.raises(ValueError, match=f"broken.*{path} must"):
         load_weights(tmp_path / "broken")
+
+
+def test_a_network_of_nan_alone_is_refused_in_a_short_sentence():
+    model = network("target")
+    nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
+    with pytest.raises(ValueError, match=r"linear/bias must be finite.* and \d+ more") as error:
+        check_numbers(model)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("load", [load_scales, load_weights])

@@ -22,8 +22,9 @@ from repopt_jax.deploy.graph import GraphWriter
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.qdq import insert_qdq
 from repopt_jax.extras import needs_extra
+from repopt_jax.models.checks import check_numbers
 from repopt_jax.models.folding import FoldedBlock, FoldedGhost, fold
-from repopt_jax.models.layers import SqueezeExcite, check_numbers
+from repopt_jax.models.layers import SqueezeExcite
 from repopt_jax.models.mobileone import MobileOne
 from repopt_jax.models.repopt_ghost import GhostBottleneck, RepOptGhost
 from repopt_jax.models.repopt_vgg import FiveStages, RepOptVGG

@@ -24,7 +24,7 @@ from flax import nnx
 import repopt_jax
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.models.layers import check_numbers
+from repopt_jax.models.checks import check_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Array

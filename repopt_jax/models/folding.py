@@ -16,9 +16,9 @@ from flax import nnx
 
 from repopt_jax.branches import Block, Full, check_block, merge, wide_type
 from repopt_jax.branches.presets import repghost_branches
+from repopt_jax.models.checks import check_numbers
 from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, activate
 from repopt_jax.models.create import Network
-from repopt_jax.models.layers import check_numbers
 from repopt_jax.models.mobileone import MobileOneBlock
 from repopt_jax.models.replknet import LargeKernelBlock
 from repopt_jax.models.repmlpnet import BranchedPatchDense, PatchDense

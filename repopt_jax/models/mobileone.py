@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches.presets import mobileone_branches
+from repopt_jax.models.checks import MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
-from repopt_jax.models.layers import MAX_WIDTH, check_sizes, linear
+from repopt_jax.models.layers import linear
 from repopt_jax.models.repopt_vgg import MAX_BLOCKS, FiveStages, stage_widths
 
 if TYPE_CHECKING:

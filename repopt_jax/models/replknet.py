@@ -17,6 +17,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import replknet_branches
+from repopt_jax.models.checks import MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import (
     BranchedBlock,
     PlainBlock,
@@ -24,7 +25,7 @@ from repopt_jax.models.conv_blocks import (
     blocks_in,
     no_branches,
 )
-from repopt_jax.models.layers import MAX_WIDTH, check_sizes, linear
+from repopt_jax.models.layers import linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

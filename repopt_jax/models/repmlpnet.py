@@ -16,14 +16,9 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repmlp_branches
+from repopt_jax.models.checks import MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import PlainBlock, batch_norm, blocks_in, no_branches
-from repopt_jax.models.layers import (
-    MAX_WIDTH,
-    BatchNorm,
-    SqueezeExcite,
-    check_sizes,
-    conv,
-)
+from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv
 from repopt_jax.models.replknet import MAX_BLOCKS, Residual, Stages
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from flax import nnx
 
 from repopt_jax.branches import Block, Full, Identity
 from repopt_jax.messages import quote
-from repopt_jax.models.layers import MAX_WIDTH, BatchNorm, SqueezeExcite, check_sizes, conv, linear
+from repopt_jax.models.checks import MAX_WIDTH, check_sizes
+from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray

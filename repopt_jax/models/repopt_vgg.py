@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block
+from repopt_jax.models.checks import MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
-from repopt_jax.models.layers import MAX_WIDTH, check_sizes, linear
+from repopt_jax.models.layers import linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float

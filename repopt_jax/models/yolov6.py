@@ -16,8 +16,9 @@ from flax import nnx
 
 from repopt_jax.branches import Block, uniform_fan_in
 from repopt_jax.branches.presets import repvgg_branches
+from repopt_jax.models.checks import MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import PlainBlock, blocks_in, no_branches
-from repopt_jax.models.layers import MAX_WIDTH, check_sizes, draw_bias
+from repopt_jax.models.layers import draw_bias
 from repopt_jax.models.repopt_vgg import MAX_BLOCKS, RepVGGBlock
 
 if TYPE_CHECKING:

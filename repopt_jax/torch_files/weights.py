@@ -14,8 +14,8 @@ from flax import nnx
 
 from repopt_jax.messages import listed
 from repopt_jax.models import MobileOne, RepLKNet, RepMLPNet, YOLOv6, create_model
+from repopt_jax.models.checks import bad_numbers
 from repopt_jax.models.create import Network, family_of
-from repopt_jax.models.layers import bad_numbers
 from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
 from repopt_jax.torch_files.names import (
     DIALECTS,

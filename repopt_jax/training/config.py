@@ -121,31 +121,7 @@ def default_config() -> ConfigDict:
 def _default_section() -> ConfigDict:
     return ConfigDict(
         {
-            "data": {
-                "name": "",  # digits, folder, or a TFDS image classification set
-                "data_dir": config_dict.placeholder(str),  # None: TFDS's own default
-                "train_split": config_dict.placeholder(str),  # None: train
-                "eval_split": config_dict.placeholder(str),  # None: test or validation
-                "classes": config_dict.placeholder(tuple),  # labels to keep. None: all
-                "image_size": config_dict.placeholder(int),  # None: as it is
-                "eval_resize": config_dict.placeholder(int),  # shorter side. None: image_size
-                "augment": "none",
-                # Where RandAugment and colour jitter happen: host, device, or auto for the device
-                # unless it is the processor.
-                "augment_on": "auto",
-                "fast": False,  # random-resized-crop without antialiasing
-                "skip_bad": False,  # leave out images that cannot be decoded, and count them
-                "threads": config_dict.placeholder(int),  # None: one per core
-                # Processes that make batches. None: one per core of at least 4 where images have
-                # to be decoded, else threads do it.
-                "workers": config_dict.placeholder(int),
-                # Whether the images lie on the devices, where they fit: always, never, or auto for
-                # GPUs and TPUs and sets of at most so many bytes.
-                "on_device": "auto",
-                "on_device_bytes": 2 * 2**30,
-                "mean": IMAGENET_MEAN,  # of pixels in 0..1
-                "std": IMAGENET_STD,
-            },
+            "data": _default_data(),
             # Augmentation on the device, inside the step.
             "mix": {"mixup": 0.0, "cutmix": 0.0},  # alpha of the Beta distribution; 0: off
             "random_erasing": 0.0,  # share of the images
@@ -180,6 +156,34 @@ def _default_section() -> ConfigDict:
             },
         }
     )
+
+
+def _default_data() -> dict[str, Any]:
+    return {
+        "name": "",  # digits, folder, or a TFDS image classification set
+        "data_dir": config_dict.placeholder(str),  # None: TFDS's own default
+        "train_split": config_dict.placeholder(str),  # None: train
+        "eval_split": config_dict.placeholder(str),  # None: test or validation
+        "classes": config_dict.placeholder(tuple),  # labels to keep. None: all
+        "image_size": config_dict.placeholder(int),  # None: as it is
+        "eval_resize": config_dict.placeholder(int),  # shorter side. None: image_size
+        "augment": "none",
+        # Where RandAugment and colour jitter happen: host, device, or auto for the device
+        # unless it is the processor.
+        "augment_on": "auto",
+        "fast": False,  # random-resized-crop without antialiasing
+        "skip_bad": False,  # leave out images that cannot be decoded, and count them
+        "threads": config_dict.placeholder(int),  # None: one per core
+        # Processes that make batches. None: one per core of at least 4 where images have
+        # to be decoded, else threads do it.
+        "workers": config_dict.placeholder(int),
+        # Whether the images lie on the devices, where they fit: always, never, or auto for
+        # GPUs and TPUs and sets of at most so many bytes.
+        "on_device": "auto",
+        "on_device_bytes": 2 * 2**30,
+        "mean": IMAGENET_MEAN,  # of pixels in 0..1
+        "std": IMAGENET_STD,
+    }
 
 
 def search_on_cifar100(config: ConfigDict) -> None:

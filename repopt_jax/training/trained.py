@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from flax import nnx
 
-from repopt_jax.models.layers import check_numbers
+from repopt_jax.models.checks import check_numbers
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS, check_config
 from repopt_jax.training.networks import draw_network
