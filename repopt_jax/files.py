@@ -7,11 +7,13 @@ A weights file of ours is a safetensors file with one array per path of a variab
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -147,7 +149,8 @@ def load_network(path: str | os.PathLike, **options: Any) -> tuple[Network, dict
         return load_torch_network(path, **options)
     tensors, stated = read_weights(path)
     arguments = stated | options
-    dtype = next(iter(tensors.values())).dtype
+    # The widest of the file's types holds all of its numbers exactly.
+    dtype = functools.reduce(jnp.promote_types, {v.dtype for v in tensors.values()})
     with errors_at(f"{os.fspath(path)!r} cannot be used"):
         model = unfilled_model(**{"param_dtype": dtype} | arguments)
         wanted = {name: variable.shape for name, variable in variables(model).items()}

@@ -78,6 +78,19 @@ def test_weights_that_no_network_has_are_refused_by_path(tmp_path, path, value):
         load_weights(tmp_path / "broken")
 
 
+def test_weights_of_two_types_keep_their_numbers(tmp_path):
+    """Neither of these types holds the numbers of the other."""
+    arrays = {k: np.asarray(v, ml_dtypes.bfloat16) for k, v in variables(network("target")).items()}
+    arrays |= {"stage0/bn/mean": np.float16([1.001, 1.001])}
+    arrays["stage1/0/bn/mean"] = np.array([1e30, 1.0], ml_dtypes.bfloat16)
+    facts = {"num_blocks": "[1, 1, 1, 1]", "widths": "[2, 2, 4, 4, 4]", "num_classes": "3"}
+    facts |= {"format_version": "1", "name": "RepOpt-VGG", "kind": "target"}
+    save_arrays(tmp_path / "a", arrays, facts)
+    found = variables(load_weights(tmp_path / "a"))
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(found[name], value.astype(np.float32))
+
+
 def test_a_network_of_nan_alone_is_refused_in_a_short_sentence():
     model = network("target")
     nnx.update(model, jax.tree.map(lambda x: x * jnp.nan, nnx.state(model)))
