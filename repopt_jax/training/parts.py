@@ -27,6 +27,7 @@ from repopt_jax.models import (
     searched_scales,
     start_scales,
 )
+from repopt_jax.models.create import family_of
 from repopt_jax.models.folding import fold
 from repopt_jax.models.simulated_int8 import simulate_int8
 from repopt_jax.scales import Scales
@@ -236,6 +237,8 @@ def prepare(
     check_config(config)
     spec = PARTS[name]
     section = part_section(config, spec)
+    with _named("model"):
+        family_of(config.model.name)  # before the images are looked for
     with _named(spec.section):
         check_section(section)
         group = _group(section, mesh)
