@@ -44,9 +44,12 @@ with _epy.lazy_api_imports(globals()):
     from repopt_jax.hub import from_pretrained as from_pretrained
     from repopt_jax.hub import save_pretrained as save_pretrained
     from repopt_jax.models import MobileOne as MobileOne
+    from repopt_jax.models import RepLKNet as RepLKNet
+    from repopt_jax.models import RepMLPNet as RepMLPNet
     from repopt_jax.models import RepOptGhost as RepOptGhost
     from repopt_jax.models import RepOptVGG as RepOptVGG
     from repopt_jax.models import Target as Target
+    from repopt_jax.models import YOLOv6 as YOLOv6
     from repopt_jax.models import create_model as create_model
     from repopt_jax.models import find_blocks as find_blocks
     from repopt_jax.models import init_target as init_target

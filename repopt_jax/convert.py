@@ -194,7 +194,8 @@ def _write_weights(
     """Write a network in either form; returns what was written, and how to read it."""
     count = sum(value.size for value in jax.tree.leaves(nnx.state(model)))
     network = f"{arguments['name']}, kind {arguments['kind']}"
-    told = f"{network}, {arguments['num_classes']} classes, {count:,} numbers\nwrote {target}"
+    classes = arguments.get("num_classes", "no")
+    told = f"{network}, {classes} classes, {count:,} numbers\nwrote {target}"
     if not to_torch:
         save_weights(target, model, arguments)
         return (

@@ -18,8 +18,7 @@ from flax import nnx
 
 from repopt_jax.atomic_write import atomic_write
 from repopt_jax.messages import listed, quote
-from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG
-from repopt_jax.models.create import FAMILIES
+from repopt_jax.models.create import FAMILIES, Network
 from repopt_jax.models.layers import check_numbers
 from repopt_jax.scales import (
     FORMAT_VERSION,
@@ -127,7 +126,7 @@ def _serialized(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | 
     return save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata)
 
 
-def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptGhost | MobileOne:
+def load_weights(path: str | os.PathLike, **options: Any) -> Network:
     """The network of a weights file, or of a torch file as `load_torch_weights` makes it.
 
     Args:
@@ -142,9 +141,7 @@ def load_weights(path: str | os.PathLike, **options: Any) -> RepOptVGG | RepOptG
     return load_network(path, **options)[0]
 
 
-def load_network(
-    path: str | os.PathLike, **options: Any
-) -> tuple[RepOptVGG | RepOptGhost | MobileOne, dict[str, Any]]:
+def load_network(path: str | os.PathLike, **options: Any) -> tuple[Network, dict[str, Any]]:
     """`load_weights`, with the arguments of `create_model` that make this network."""
     if has_torch_names(path, what="weights"):
         return load_torch_network(path, **options)

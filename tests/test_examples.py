@@ -3,6 +3,10 @@
 import importlib.util
 
 import pytest
+from flax import nnx
+
+from repopt_jax import create_model
+from repopt_jax.files import variables
 
 
 @pytest.mark.slow
@@ -16,6 +20,20 @@ def test_example_runs_the_whole_loop_and_ends_with_its_table(name, blocks, capsy
     assert f"\n{blocks} " in printed
     table = [line.split()[0] for line in printed.splitlines()[-4:]]
     assert table == ["network", "search", "plain", "plain"]
+
+
+@pytest.mark.slow
+def test_yolov6s_backbone_learns_cifar_images(tfds_dir, capsys):
+    """Its trained backbone then goes into a detector's network by name."""
+    example = importlib.import_module("yolov6_backbone_cifar")
+    where = ["--data-dir", tfds_dir, "--dataset", "cifar10_jpeg"]
+    trained = example.main([*where, "--steps", "2"])
+    printed = capsys.readouterr().out
+    assert "\nbackbone/ERBlock_5/1/block/0/conv " in printed
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["search", "plain", "plain"]
+    network = create_model("YOLOv6-N", rngs=nnx.Rngs(0))
+    weights = {k: v for k, v in variables(trained).items() if k.startswith("backbone/")}
+    assert weights.keys() == {k for k in variables(network) if k.startswith("backbone/")}
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,8 @@ def test_computation_in_bfloat16_keeps_parameters_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("RepOpt-VGG-B9",), "name.*RepOpt-VGG-B9"),
+        (("RepOpt-VGG-B9",), "name.*'RepOpt-VGG-B2'.*RepOpt-VGG with num_blocks.*RepOpt-VGG-B9"),
+        (("VGG",), "name must be one of the sizes of .*'RepLKNet'.*got 'VGG'"),
         (("RepOpt-VGG",), r"\['num_blocks', 'widths'\]"),
         (("RepOpt-VGG-A0", "plain"), "kind.*plain"),
     ],

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 
 from repopt_jax.models.mobileone import FAMILY as MOBILEONE
 from repopt_jax.models.mobileone import MOBILEONE_SIZES, MobileOne, MobileOneBlock
+from repopt_jax.models.replknet import FAMILY as REPLKNET
+from repopt_jax.models.replknet import REPLKNET_SIZES, LargeKernelBlock, RepLKNet
+from repopt_jax.models.repmlpnet import FAMILY as REPMLPNET
+from repopt_jax.models.repmlpnet import REPMLPNET_SIZES, BranchedPatchDense, RepMLPNet
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import GHOST_SIZES, RepGhost, RepOptGhost
 from repopt_jax.models.repopt_vgg import REPVGG_SIZES, SIZES, RepOptVGG, RepVGGBlock
 from repopt_jax.models.search import search_network
+from repopt_jax.models.yolov6 import FAMILY as YOLOV6
+from repopt_jax.models.yolov6 import YOLOV6_SIZES, YOLOv6
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
 VGG, REPVGG = "RepOpt-VGG", "RepVGG"
-KINDS = ("target", "hs", "csla", "repvgg", "rep", "mobileone")
+KINDS = ("target", "hs", "csla", "repvgg", "rep", "mobileone", "replknet", "repmlpnet")
+Network = RepOptVGG | RepOptGhost | MobileOne | RepLKNet | RepMLPNet | YOLOv6
 
 
 class Family(NamedTuple):
@@ -31,6 +38,7 @@ class Family(NamedTuple):
       blocks: the option that makes the baseline.
       needed: options without which there is no size.
       options: other ones, but for those of every family.
+      classifies: whether it gives logits, so that it has `num_classes`.
     """
 
     network: type[nnx.Module]
@@ -38,7 +46,8 @@ class Family(NamedTuple):
     baseline: str
     blocks: Mapping[str, type]
     needed: tuple[str, ...]
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    classifies: bool = True
 
 
 _VGG = Family(
@@ -68,39 +77,64 @@ FAMILIES = {
         needed=("num_blocks", "widths"),
         options=("copies", "se_blocks"),
     ),
+    REPLKNET: Family(
+        RepLKNet,
+        REPLKNET_SIZES,
+        baseline="replknet",
+        blocks={"block_type": LargeKernelBlock},
+        needed=("num_blocks", "widths", "kernel_sizes"),
+        options=("small", "ratio"),
+    ),
+    REPMLPNET: Family(
+        RepMLPNet,
+        REPMLPNET_SIZES,
+        baseline="repmlpnet",
+        blocks={"block_type": BranchedPatchDense},
+        needed=("num_blocks", "widths", "patches", "sets"),
+    ),
+    YOLOV6: Family(
+        YOLOv6,
+        YOLOV6_SIZES,
+        baseline="repvgg",
+        blocks={"block_type": RepVGGBlock},
+        needed=("num_blocks", "widths"),
+        options=("bifpan",),
+        classifies=False,
+    ),
 }
 COMMON_OPTIONS = ("bn_group", "dtype", "param_dtype")
 
 
 def create_model(
     name: str,
-    kind: Literal["target", "hs", "csla", "repvgg", "rep", "mobileone"] = "target",
+    kind: str = "target",
     *,
     num_classes: int = 1000,
     scales: Mapping[str, Mapping[str, Array]] | None = None,
     rngs: nnx.Rngs,
     **options: Any,
-) -> RepOptVGG | RepOptGhost | MobileOne:
+) -> Network:
     """Create a network.
 
     Args:
-      name: a published size, such as ``RepOpt-VGG-B1``, ``RepVGG-B1g4``, ``MobileOne-S0`` or
-        ``RepOpt-GhostNet-0.5x``; or a size of your own: ``RepOpt-VGG``, ``RepVGG`` or
-        ``MobileOne`` with `num_blocks` and `widths`, or ``RepOpt-GhostNet`` with `width`.
+      name: a published size, such as ``RepOpt-VGG-B1``, ``RepVGG-B1g4``, ``MobileOne-S0``,
+        ``RepOpt-GhostNet-0.5x``, ``RepLKNet-31B``, ``RepMLPNet-T224`` or ``YOLOv6-N``; or a size
+        of your own: the name of a family, such as ``RepOpt-VGG``, with the options that it needs.
       kind: "target", the plain network; "hs", its search network with trainable scales; "csla",
-        the same with constant scales; "repvgg" (VGG), "rep" (GhostNet) or "mobileone", the
-        baseline with a BN in every branch.
-      num_classes: outputs of the last layer.
+        the same with constant scales; "repvgg" (VGG, YOLOv6), "rep" (GhostNet), "mobileone",
+        "replknet" or "repmlpnet", the baseline with a BN in every branch.
+      num_classes: outputs of the last layer; YOLOv6, which gives feature maps, has none.
       scales: what the scales of "hs" and "csla" start from, by path and branch. None: the
         search's initial values. Other kinds have no scales; see `init_target`.
       rngs: draws the parameters.
       **options: of `RepOptVGG`: num_blocks, widths, strides, groups, se, pre_se; of `MobileOne`:
-        num_blocks, widths, copies, se_blocks; of `RepOptGhost`: width, dropout; of all: bn_group,
-        dtype, param_dtype.
+        num_blocks, widths, copies, se_blocks; of `RepOptGhost`: width, dropout; of `RepLKNet`:
+        num_blocks, widths, kernel_sizes, small, ratio; of `RepMLPNet`: num_blocks, widths, patches,
+        sets; of `YOLOv6`: num_blocks, widths, bifpan; of all: bn_group, dtype, param_dtype.
 
     Raises:
-      ValueError: unknown name or kind, an option of the other family, or scales for a kind that
-        has none.
+      ValueError: unknown name or kind, an option of another family, scales for a kind that has
+        none, or a search of a network without branches.
 
     >>> import repopt_jax
     >>> from flax import nnx
@@ -123,8 +157,11 @@ def create_model(
         needed = " and ".join(family.needed)
         raise ValueError(f"name {name!r} needs {needed}, missing {missing}")
     blocks = family.blocks if kind == family.baseline else {}
-    model = family.network(num_classes=num_classes, rngs=rngs, **options, **blocks)
+    classes = {"num_classes": num_classes} if family.classifies else {}
+    model = family.network(rngs=rngs, **classes, **options, **blocks)
     if kind in ("hs", "csla"):
+        if not model.blocks():
+            raise ValueError(f"kind {kind!r} needs branches, of which {name!r} has none")
         return search_network(model, model.blocks(), kind=kind, scales=scales, rngs=rngs)
     return model
 
@@ -141,6 +178,9 @@ def family_of(name: str) -> Family:
     for family_name, family in FAMILIES.items():
         if name == family_name or name in family.sizes:
             return family
-    names = sorted(name for family in FAMILIES.values() for name in family.sizes)
-    own = [f"{n!r} with {' and '.join(f.needed)}" for n, f in FAMILIES.items()]
-    raise ValueError(f"name must be one of {names}, or {' or '.join(own)}, got {name!r}")
+    # The sizes of the family that is meant, or of none: those of all would be a page.
+    known = {n: (*f.sizes, f"{n} with {' and '.join(f.needed)}") for n, f in FAMILIES.items()}
+    meant = [n for n in known if name.lower().startswith(n.lower())]
+    choices = known[max(meant, key=len)] if meant else tuple(FAMILIES)
+    what = "" if meant else "the sizes of "
+    raise ValueError(f"name must be one of {what}{choices}, got {name!r}")

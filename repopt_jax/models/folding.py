@@ -16,10 +16,14 @@ from flax import nnx
 
 from repopt_jax.branches import Block, Full, check_block, merge, wide_type
 from repopt_jax.branches.presets import repghost_branches
+from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, activate
+from repopt_jax.models.create import Network
 from repopt_jax.models.layers import check_numbers
-from repopt_jax.models.mobileone import MobileOne, MobileOneBlock
-from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost, RepOptGhost
-from repopt_jax.models.repopt_vgg import PlainBlock, RepOptVGG, RepVGGBlock, activate
+from repopt_jax.models.mobileone import MobileOneBlock
+from repopt_jax.models.replknet import LargeKernelBlock
+from repopt_jax.models.repmlpnet import BranchedPatchDense, PatchDense
+from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
@@ -81,7 +85,7 @@ def fold_block(
     check_block(block, kernel_shape)
     _check_parts(block, weights, norms, biases, norm, kernel_shape)
     used = [bn.scale.dtype for bn in (*norms.values(), norm) if bn is not None]
-    dtype = jnp.result_type(jnp.float32, *weights.values(), *used)
+    dtype = wide_type(jnp.result_type(*weights.values(), *used))
     weights = {name: jnp.asarray(weight, dtype) for name, weight in weights.items()}
     scales, total = {}, jnp.zeros(kernel_shape[-1], dtype)
     for name, branch in block.items():
@@ -174,18 +178,27 @@ def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
 
 
 class FoldedBlock(nnx.Module):
-    """Convolution with bias, ReLU and the squeeze-excites that the block had."""
+    """Convolution with bias, and the activation and squeeze-excites that the block had."""
 
-    def __init__(self, block: PlainBlock | RepVGGBlock | MobileOneBlock):
+    def __init__(self, block: PlainBlock | BranchedBlock):
         if isinstance(block, PlainBlock):
             self.conv = _folded_pair(block.conv, block.bn)
         else:
             self.conv = _folded(*block.parts())
-        self.post_se, self.pre_se = block.post_se, block.pre_se
+        self.activation, self.post_se, self.pre_se = block.activation, block.post_se, block.pre_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
         return activate(self, self.conv(x))
+
+
+class FoldedPatchDense(PatchDense):
+    """Dense layer over patches, with a bias."""
+
+    def __init__(self, block: PatchDense):
+        plain = not isinstance(block, BranchedPatchDense)
+        self.conv = _folded_pair(block.conv, block.bn) if plain else _folded(*block.parts())
+        self.bn, self.branches = jax.nn.identity, ()
 
 
 class FoldedGhost(nnx.Module):
@@ -209,12 +222,13 @@ class FoldedGhost(nnx.Module):
         return x
 
 
-FOLDED = {PlainBlock: FoldedBlock, RepVGGBlock: FoldedBlock, MobileOneBlock: FoldedBlock}
-FOLDED |= {PlainGhost: FoldedGhost, RepGhost: FoldedGhost}
+FOLDED = {
+    **{block: FoldedBlock for block in (PlainBlock, RepVGGBlock, MobileOneBlock, LargeKernelBlock)},
+    **{PlainGhost: FoldedGhost, RepGhost: FoldedGhost},
+    **{PatchDense: FoldedPatchDense, BranchedPatchDense: FoldedPatchDense},
+}
 # Layers outside such blocks, and the BatchNorm that follows each.
 PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
-
-Network = RepOptVGG | RepOptGhost | MobileOne
 
 
 def fold(model: Network) -> Network:
@@ -244,7 +258,7 @@ def fold(model: Network) -> Network:
             "FoldedBlock and FoldedGhost have no BatchNorm"
         )
     nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
-    for module in modules:
+    for module in reversed(modules):  # a block before the blocks in it
         for name, child in list(vars(module).items()):
             if type(child) in FOLDED:
                 setattr(module, name, FOLDED[type(child)](child))

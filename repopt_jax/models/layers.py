@@ -34,20 +34,21 @@ def conv(
     *,
     groups: int = 1,
     use_bias: bool = False,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A square convolution padded by ``size // 2`` on every side, as torch pads it.
 
-    "SAME" would pad a strided convolution on one side only.
+    "SAME" would pad a strided convolution on one side only. Even windows, those of patches, are
+    not padded.
     """
     layer = nnx.Conv(
         in_features,
         out_features,
         (size, size),
         stride,
-        padding=((size // 2, size // 2),) * 2,
+        padding=((size // 2 * (size % 2),) * 2,) * 2,
         feature_group_count=groups,
         use_bias=use_bias,
         kernel_init=uniform_fan_in,
@@ -57,7 +58,7 @@ def conv(
         rngs=rngs,
     )
     if use_bias:
-        _draw_bias(layer, rngs)
+        draw_bias(layer, rngs)
     return layer
 
 
@@ -65,8 +66,8 @@ def linear(
     in_features: int,
     out_features: int,
     *,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A dense layer with torch's initial weights and bias, ``U(+-1 / sqrt(in_features))``."""
@@ -78,11 +79,11 @@ def linear(
         param_dtype=param_dtype,
         rngs=rngs,
     )
-    _draw_bias(layer, rngs)
+    draw_bias(layer, rngs)
     return layer
 
 
-def _draw_bias(layer: nnx.Conv | nnx.Linear, rngs: nnx.Rngs) -> None:
+def draw_bias(layer: nnx.Conv | nnx.ConvTranspose | nnx.Linear, rngs: nnx.Rngs) -> None:
     """Give the bias the bounds of the kernel; its own shape does not know the fan-in."""
     bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
     shape, dtype = layer.bias.shape, layer.bias.dtype
@@ -215,7 +216,7 @@ class BatchNorm(nnx.Module):
         # Whole groups lie on one device, so this reshape of a sharded batch moves nothing.
         grouped = x.reshape(x.shape[0] // group, group, *x.shape[1:])
         y, mean, var = batch_normalize(grouped, self.scale[...], self.bias[...], self.epsilon)
-        count = grouped[0, ..., 0].size
+        count = math.prod(grouped.shape[1:-1])
         self._track(self.mean, mean)
         self._track(self.var, var * (count / max(count - 1, 1)))
         return y.reshape(x.shape)
@@ -278,9 +279,11 @@ class SqueezeExcite(nnx.Module):
         self.up = conv(hidden, features, 1, use_bias=True, **types)
         self.gate = gate
 
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
-        """Gate `x`."""
-        pooled = x.mean((1, 2), keepdims=True)
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], seen: Array | None = None
+    ) -> Array:
+        """Gate `x` by the averages of `seen`. None: by its own."""
+        pooled = (x if seen is None else seen).mean((1, 2), keepdims=True)
         return x * self.gate(self.up(jax.nn.relu(self.down(pooled))))
 
 

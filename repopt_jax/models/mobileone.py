@@ -9,32 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block
 from repopt_jax.branches.presets import mobileone_branches
-from repopt_jax.models.layers import (
-    MAX_WIDTH,
-    BatchNorm,
-    SqueezeExcite,
-    check_sizes,
-    conv,
-    linear,
-    materialize,
-)
-from repopt_jax.models.repopt_vgg import (
-    MAX_BLOCKS,
-    FiveStages,
-    PlainBlock,
-    activate,
-    stage_widths,
-)
+from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
+from repopt_jax.models.layers import MAX_WIDTH, check_sizes, linear
+from repopt_jax.models.repopt_vgg import MAX_BLOCKS, FiveStages, stage_widths
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float
+    from jaxtyping import DTypeLike
 
 FAMILY = "MobileOne"
 MAX_COPIES = 10  # for which torch names are known
@@ -55,65 +41,10 @@ MOBILEONE_SIZES = {
 }
 
 
-class MobileOneBlock(nnx.Module):
-    """MobileOne's training block, the structural baseline: every branch has a BatchNorm.
+class MobileOneBlock(BranchedBlock):
+    """MobileOne's training block: every copy of the kernel has a BatchNorm, as has the rest."""
 
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      stride: of the convolutions.
-      copies: how many convolutions have the window of the block.
-      size: of that window; above 1 there is a 1x1 convolution too.
-      groups: of the channels.
-      pre_se: squeeze-excite before the ReLU, of a sixteenth of the channels.
-      bn_group: see `MobileOne`, as for the rest.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        *,
-        copies: int,
-        size: int = 3,
-        groups: int = 1,
-        pre_se: bool,
-        bn_group: int | None,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        sizes = {str(i): size for i in range(copies)} | ({"_scale": 1} if size > 1 else {})
-        self.names = tuple(sizes)
-        for name, side in sizes.items():
-            layer = conv(in_features, out_features, side, stride, groups=groups, **types)
-            setattr(self, f"conv{name}", layer)
-            norm = BatchNorm(out_features, group=bn_group, param_dtype=param_dtype)
-            setattr(self, f"bn{name}", norm)
-        norm = BatchNorm(out_features, group=bn_group, param_dtype=param_dtype)
-        self.bn_skip = norm if in_features == out_features and stride == 1 else None
-        self.post_se = None
-        self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
-
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the block."""
-        y = sum(getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(x)) for n in self.names)
-        if self.bn_skip is not None:
-            y = y + self.bn_skip(materialize(x))
-        return activate(self, y)
-
-    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
-        """As `RepVGGBlock.parts`."""
-        copies = sum(name.isdigit() for name in self.names)
-        block = mobileone_branches("", self.conv0, copies=copies) or {}
-        names = dict(zip(block, self.names, strict=False))  # all but the identity, which comes last
-        weights = {
-            branch: getattr(self, f"conv{name}").kernel[...] for branch, name in names.items()
-        }
-        norms = {branch: getattr(self, f"bn{name}") for branch, name in names.items()}
-        return self.conv0, block, weights, {**norms, "identity": self.bn_skip}
+    suffixes: ClassVar = {"conv1x1": "_scale", "identity": "_skip"}
 
 
 class MobileOne(FiveStages):
@@ -165,10 +96,8 @@ class MobileOne(FiveStages):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def block(*shape: int, copies: int, **options: int) -> nnx.Module:
-            kind = {"copies": copies}
-            if block_type is PlainBlock:
-                kind = {"rule": functools.partial(mobileone_branches, **kind)}
-            return block_type(*shape, bn_group=bn_group, **kind, **options, **types)
+            rule = functools.partial(mobileone_branches, copies=copies)
+            return block_type(*shape, rule=rule, bn_group=bn_group, **options, **types)
 
         self.stage0 = block(3, widths[0], 2, copies=1, pre_se=False)
         features = widths[0]

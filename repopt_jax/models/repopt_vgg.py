@@ -9,24 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block
-from repopt_jax.branches.presets import repvgg_branches
-from repopt_jax.models.layers import (
-    MAX_WIDTH,
-    BatchNorm,
-    SqueezeExcite,
-    check_sizes,
-    conv,
-    linear,
-    materialize,
-)
+from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
+from repopt_jax.models.layers import MAX_WIDTH, check_sizes, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
@@ -86,96 +77,10 @@ def size_name(options: dict[str, Any], sizes: dict[str, dict[str, Any]] = SIZES)
     return next(matching, None)
 
 
-def activate(block: nnx.Module, x: Array) -> Array:
-    """ReLU, with the squeeze-excite that `block` has before or after it."""
-    x = jax.nn.relu(x if block.pre_se is None else block.pre_se(x))
-    return x if block.post_se is None else block.post_se(x)
+class RepVGGBlock(BranchedBlock):
+    """RepVGG's training block: three branches with a BatchNorm each."""
 
-
-class PlainBlock(nnx.Module):
-    """Convolution, BatchNorm and ReLU, with squeeze-excite before or after the ReLU if wanted.
-
-    Args:
-      in_features: channels of the input.
-      out_features: channels of the output.
-      stride: of the convolution.
-      size: of its window.
-      groups: of its channels.
-      rule: from a layer to its branches, see `find_blocks`.
-      se: squeeze-excite after the ReLU, of a quarter of the channels.
-      pre_se: squeeze-excite before the ReLU, of a sixteenth of the channels.
-      bn_group: see `RepOptVGG`, as for the rest.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        *,
-        size: int = 3,
-        groups: int = 1,
-        rule: Callable[[str, Any], Block | None] = repvgg_branches,
-        se: bool = False,
-        pre_se: bool = False,
-        bn_group: int | None,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.conv = conv(in_features, out_features, size, stride, groups=groups, **types)
-        self.bn = BatchNorm(out_features, group=bn_group, param_dtype=param_dtype)
-        # A tuple, as the parts of a network that are no arrays must have a hash.
-        self.branches = tuple((rule("", self.conv) or {}).items())
-        self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None
-        self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
-
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the block."""
-        return activate(self, self.bn(self.conv(x)))
-
-
-class RepVGGBlock(nnx.Module):
-    """RepVGG's training block, the structural baseline: three branches with a BN each."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        *,
-        groups: int = 1,
-        se: bool = False,
-        pre_se: bool = False,
-        bn_group: int | None,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = {"group": bn_group, "param_dtype": param_dtype}
-        self.conv3x3 = conv(in_features, out_features, 3, stride, groups=groups, **types)
-        self.bn3x3 = BatchNorm(out_features, **norm)
-        self.conv1x1 = conv(in_features, out_features, 1, stride, groups=groups, **types)
-        self.bn1x1 = BatchNorm(out_features, **norm)
-        has_identity = in_features == out_features and stride == 1
-        self.bn_identity = BatchNorm(out_features, **norm) if has_identity else None
-        self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None
-        self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
-
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the block."""
-        y = self.bn3x3(self.conv3x3(x)) + self.bn1x1(self.conv1x1(x))
-        if self.bn_identity is not None:
-            y = y + self.bn_identity(materialize(x))
-        return activate(self, y)
-
-    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
-        """The layer with the whole kernel, and its branches with their weights and BatchNorms."""
-        norms = {"conv3x3": self.bn3x3, "conv1x1": self.bn1x1, "identity": self.bn_identity}
-        weights = {"conv3x3": self.conv3x3.kernel[...], "conv1x1": self.conv1x1.kernel[...]}
-        return self.conv3x3, repvgg_branches("", self.conv3x3) or {}, weights, norms
+    suffixes: ClassVar = {"identity": "_identity"}
 
 
 class FiveStages(nnx.Module):

@@ -41,7 +41,24 @@ _LAYERS = (
             **{"shortcut/conv_pw": "shortcut.2", "shortcut/bn_pw": "shortcut.3"},
         },
     ),
-    (r"()", {name: name for name in ("linear", "conv_stem", "bn1", "conv_head", "classifier")}),
+    # RepLKNet, RepMLPNet and YOLOv6.
+    (
+        r"((?:stem|transitions|stage[1-4]|embeds|backbone|neck)/.+)/",
+        {
+            **{name: name for name in ("conv", "bn", "conv_small", "bn_small", "down", "up")},
+            **{name: name for name in ("large_norm", "ffn_norm", "prebn1", "upsample_transpose")},
+            **{"conv3x3": "conv_3x3", "conv1x1": "conv_1x1"},
+            **{"bn3x3": "bn_3x3", "bn1x1": "bn_1x1", "bn_identity": "bn_identity"},
+        },
+    ),
+    (r"(conv_embedding)/", {"conv": "conv", "bn": "bn"}),
+    (
+        r"()",
+        {
+            **{name: name for name in ("linear", "conv_stem", "bn1", "conv_head", "classifier")},
+            **{name: name for name in ("norm", "head")},
+        },
+    ),
 )
 _ARRAYS = {
     "kernel": "weight",
@@ -71,12 +88,16 @@ class Dialect(NamedTuple):
       mark: pattern of a name that only it has.
       words: parts of its names, each after a dot or at the start -> the official parts.
       fused: whether its convolutions have taken in the BatchNorms after them.
+      epsilon: of these BatchNorms.
+      other: how the names of further parts begin, which are no part of the network of ours.
     """
 
     family: str
     mark: str
     words: Mapping[str, str]
     fused: bool = False
+    epsilon: float = 1e-5
+    other: str | None = None
 
     def official(self, name: str) -> str:
         """The official name of one of its own."""
@@ -88,7 +109,8 @@ class Dialect(NamedTuple):
 
 
 def _replaced(words: Mapping[str, str], name: str) -> str:
-    pattern = "|".join(re.escape(word) for word in words) or "(?!)"
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
     return re.sub(rf"(?<![^.])(?:{pattern})", lambda match: words[match[0]], name)
 
 
@@ -99,16 +121,39 @@ _TIMM = {
 }
 _TIMM_BLOCK = r"(stem|stages\.[0-3]\.\d+)"
 _FUSED = {"reparam_conv.weight": "conv.weight", "reparam_conv.bias": "bn.bias"}
+_RBR = {
+    **{"rbr_dense.conv.": "conv_3x3.", "rbr_dense.bn.": "bn_3x3."},
+    **{"rbr_1x1.conv.": "conv_1x1.", "rbr_1x1.bn.": "bn_1x1."},
+    "rbr_identity.": "bn_identity.",
+}
+_REPLK = {
+    **{f"stages.{i}.blocks.": f"stage{i + 1}." for i in range(4)},
+    **{"prelkb_bn.": "large_norm.", "preffn_bn.": "ffn_norm."},
+    **{"large_kernel.lkb_origin.": "large.", "large_kernel.small_conv.conv.": "large.conv_small."},
+    "large_kernel.small_conv.bn.": "large.bn_small.",
+}
+_REPMLP = {
+    **{f"stages.{i}.": f"stage{i + 1}." for i in range(4)},
+    **{"gp.fc1.": "gp.down.", "gp.fc2.": "gp.up.", "prebn2.": "ffn.ffn_norm."},
+    "head_norm.": "norm.",
+    **{"ffn_block.ffn_fc1.": "ffn.pw1.", "ffn_block.ffn_fc2.": "ffn.pw2."},
+}
+# YOLOv6 before version 0.3 has shorter names for layers without branches.
+_YOLOV6_OLD = {
+    f"{layer}.{part}.": f"{layer.replace('.cv', '.sppf.cv')}.block.{part}."
+    for layer in (
+        *("neck.reduce_layer0", "neck.reduce_layer1", "neck.downsample1", "neck.downsample2"),
+        *("ERBlock_5.2.cv1", "ERBlock_5.2.cv2"),
+    )
+    for part in ("conv", "bn")
+}
+_YOLOV6 = r"(backbone|neck)\..+\."
 _MOBILEONE = {"se.reduce.": "se.down.", "se.expand.": "se.up."}
 DIALECTS = (
     Dialect(
         "RepVGG",
         r"stage(0|\d\.\d+)\.rbr_(dense|1x1|identity)\..+",
-        {
-            **{"rbr_dense.conv.": "conv_3x3.", "rbr_dense.bn.": "bn_3x3."},
-            **{"rbr_1x1.conv.": "conv_1x1.", "rbr_1x1.bn.": "bn_1x1."},
-            "rbr_identity.": "bn_identity.",
-        },
+        _RBR,
     ),
     Dialect(
         "RepVGG in deploy form",
@@ -161,6 +206,51 @@ DIALECTS = (
         },
         fused=True,
     ),
+    Dialect(
+        "RepLKNet in deploy form",
+        r"stages\.\d\.blocks\.\d+\.large_kernel\.lkb_reparam\..+",
+        {
+            **_REPLK,
+            "large_kernel.lkb_reparam.weight": "large.conv.weight",
+            "large_kernel.lkb_reparam.bias": "large.bn.bias",
+        },
+        fused=True,
+    ),
+    Dialect("RepLKNet", r"stages\.\d\.blocks\.\d+\.large_kernel\..+", _REPLK),
+    Dialect(
+        "RepMLPNet",
+        r"stages\.\d\.\d+\.repmlp_block\.fc3_bn\..+",
+        {
+            **_REPMLP,
+            **{"fc3.": "fc3.conv.", "fc3_bn.": "fc3.bn."},
+            **{f"repconv{k}.": f"fc3.repconv{k}." for k in (1, 3)},
+        },
+    ),
+    Dialect(
+        "RepMLPNet in deploy form",
+        r"stages\.\d\.\d+\.repmlp_block\.fc3\..+",
+        {**_REPMLP, "fc3.weight": "fc3.conv.weight", "fc3.bias": "fc3.bn.bias"},
+        fused=True,
+    ),
+    Dialect(
+        "YOLOv6 before version 0.3",
+        r"neck\.reduce_layer0\.conv\.weight",
+        {**_RBR, **_YOLOV6_OLD},
+        other="detect.",
+    ),
+    Dialect(
+        "YOLOv6 in deploy form",
+        rf"{_YOLOV6}rbr_reparam\..+",
+        {
+            **{"rbr_reparam.weight": "conv.weight", "rbr_reparam.bias": "bn.bias"},
+            "block.conv.bias": "block.bn.bias",
+        },
+        fused=True,
+        epsilon=1e-3,
+        other="detect.",
+    ),
+    Dialect("YOLOv6", rf"{_YOLOV6}rbr_dense\..+", _RBR, other="detect."),
+    Dialect("YOLOv6 with RepOptimizers", rf"{_YOLOV6}conv\.weight", {}, other="detect."),
 )
 
 
@@ -178,15 +268,30 @@ def to_official(weights: Mapping[str, np.ndarray]) -> tuple[Dialect, dict[str, n
     dialect = next(
         (d for d in DIALECTS if any(re.fullmatch(d.mark, name) for name in weights)), OFFICIAL
     )
-    official = {dialect.official(name): value for name, value in weights.items()}
+    official = {
+        dialect.official(name): value
+        for name, value in weights.items()
+        if dialect.other is None or not name.startswith(dialect.other)
+    }
     if dialect.fused:
         for name, bias in list(official.items()):
             bn = name.removesuffix("bias")
             if name.endswith("bn.bias") and f"{bn}weight" not in official:
+                if name.endswith("fc3.bn.bias"):
+                    pixels = np.shape(official.get(f"{bn[:-3]}conv.weight"))[1]
+                    bias = official[name] = _bias_of_sets(dialect.own(name), bias, pixels)
                 official[f"{bn}weight"] = np.ones_like(bias)
                 official[f"{bn}running_mean"] = np.zeros_like(bias)
-                official[f"{bn}running_var"] = np.full_like(bias, 1 - 1e-5)
+                official[f"{bn}running_var"] = np.full_like(bias, 1 - dialect.epsilon)
     return dialect, official
+
+
+def _bias_of_sets(name: str, bias: np.ndarray, pixels: int) -> np.ndarray:
+    """One bias for each set of RepMLPNet's channels: all of a set's pixels have the same."""
+    by_set = bias.reshape(-1, pixels)
+    if not np.allclose(by_set, by_set[:, :1], rtol=1e-3, atol=1e-5):
+        raise ValueError(f"{name} must have one number for all {pixels} pixels of a set")
+    return by_set[:, 0]
 
 
 def torch_block(path: str) -> str:
@@ -214,7 +319,7 @@ def torch_name(path: str) -> str | None:
     ('stage1.0.conv.weight', 'stage0.scale_conv.weight')
     """
     for block, layers in _LAYERS:
-        match = re.fullmatch(block + r"(.+)/(.+?)", path)
+        match = re.fullmatch(rf"{block}({'|'.join(layers)}|\w+/branch_\w+)/(\w+)", path)
         if match is None:
             continue
         parent, layer, array = match.groups()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,15 @@ from repopt_jax.messages import quote
 from repopt_jax.models.create import REPVGG, VGG
 from repopt_jax.models.mobileone import FAMILY as MOBILEONE
 from repopt_jax.models.mobileone import MOBILEONE_SIZES
+from repopt_jax.models.replknet import FAMILY as REPLKNET
+from repopt_jax.models.replknet import REPLKNET_SIZES
+from repopt_jax.models.repmlpnet import FAMILY as REPMLPNET
+from repopt_jax.models.repmlpnet import REPMLPNET_SIZES
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
 from repopt_jax.models.repopt_vgg import LAST_GROUPED, REPVGG_SIZES, SIZES, size_name
+from repopt_jax.models.yolov6 import FAMILY as YOLOV6
+from repopt_jax.models.yolov6 import YOLOV6_SIZES
 from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
 from repopt_jax.torch_files.pickles import TorchFileError
 
@@ -38,8 +45,6 @@ _OTHERS = {
     r".*ERBlock_\d\..*": "YOLOv6",
     r".*\.rbr_(dense|1x1)\.[01]\..*": "YOLOv7",
     r"stage\d(_first|_second)?\.blocks\.\d+\..*": "RepVGGplus",
-    r".*\.lkb_(origin|reparam)\..*": "RepLKNet",
-    r".*\.(repconv\d|fc3_bn)\..*": "RepMLPNet",
     r".*\.(square_conv|fused_conv)\..*": "ACNet",
     r".*\.dbb_(origin|reparam)\..*": "a network of Diverse Branch Blocks",
 }
@@ -128,6 +133,92 @@ def _mobileone_size(weights, rows, counts) -> dict[str, Any]:
     return {"name": name, **size, **({"copies": copies} if copies else {})}
 
 
+def _shape(official: Mapping[str, np.ndarray], name: str, dialect: Dialect) -> tuple[int, ...]:
+    """The shape of a tensor that the network has at any rate."""
+    if name not in official:
+        found = dialect.own(name)
+        raise TorchFileError(f"it looks like {dialect.family}, but {found} is missing")
+    return official[name].shape
+
+
+def _count(official: Mapping[str, np.ndarray], pattern: str) -> int:
+    return sum(re.fullmatch(pattern, name) is not None for name in official)
+
+
+def _replknet(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
+    counts = [_count(official, rf"stage{i}\.\d+\.large\.conv\.weight") for i in range(1, 5)]
+    firsts = [_shape(official, f"stage{i}.0.pw1.conv.weight", dialect) for i in range(1, 5)]
+    large = [_shape(official, f"stage{i}.0.large.conv.weight", dialect) for i in range(1, 5)]
+    size = {"num_blocks": tuple(counts), "widths": tuple(shape[1] for shape in firsts)}
+    size |= {
+        "kernel_sizes": tuple(shape[2] for shape in large),
+        "ratio": firsts[0][0] / firsts[0][1],
+    }
+    small = official.get("stage1.0.large.conv_small.weight")
+    if small is not None:
+        size["small"] = small.shape[2]
+    return {**size, "kind": "target" if small is None else "replknet"}
+
+
+def _repmlpnet(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
+    stages = 1 + _count(official, r"embeds\.\d\.conv\.weight")
+    dense = [f"stage{i}.0.repmlp_block.fc3.conv.weight" for i in range(1, stages + 1)]
+    shapes = [_shape(official, name, dialect) for name in dense]
+    pattern = r"stage{}\.\d+\.repmlp_block\.fc3\.conv\.weight"
+    size = {
+        "num_blocks": tuple(_count(official, pattern.format(i)) for i in range(1, stages + 1)),
+        "widths": tuple(
+            _shape(official, f"stage{i}.0.prebn1.weight", dialect)[0] for i in range(1, stages + 1)
+        ),
+        "patches": tuple(math.isqrt(shape[1]) for shape in shapes),
+        "sets": tuple(shape[0] // shape[1] for shape in shapes),
+    }
+    branched = any(".repconv" in name for name in official)
+    return {**size, "kind": "repmlpnet" if branched else "target"}
+
+
+def _yolov6(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
+    stages = [f"backbone.ERBlock_{i}.1" for i in range(2, 6)]
+    stages += [f"neck.Rep_{name}" for name in ("p4", "p3", "n3", "n4")]
+    kinds = {"scale_conv": "hs", "conv_3x3": "repvgg", "conv": "target"}
+    layer = next((n for n in kinds if f"backbone.stem.{n}.weight" in official), "conv")
+    kernel = "conv" if layer == "scale_conv" else layer
+    blocks = [
+        1 + _count(official, rf"{re.escape(s)}\.block\.\d+\.{kernel}\.weight") for s in stages
+    ]
+    firsts = ["backbone.stem", *(f"{stage}.conv1" for stage in stages)]
+    stem, *rows = (_shape(official, f"{first}.{kernel}.weight", dialect)[0] for first in firsts)
+    p4, p3, n3, n4 = rows[4:]
+    between = (
+        _shape(official, f"neck.downsample{i}.block.conv.weight", dialect)[0] for i in (2, 1)
+    )
+    d3, d4 = between
+    return {
+        "num_blocks": (1, *blocks),
+        "widths": (stem, *rows[:4], p4, p3, d3, n3, d4, n4),
+        "bifpan": any(".Bifusion" in name for name in official),
+        "kind": kinds[layer],
+    }
+
+
+# First word of a dialect's name -> family, its sizes, and the function that finds them.
+_LATER = {
+    "RepLKNet": (REPLKNET, REPLKNET_SIZES, _replknet),
+    "RepMLPNet": (REPMLPNET, REPMLPNET_SIZES, _repmlpnet),
+    "YOLOv6": (YOLOV6, YOLOV6_SIZES, _yolov6),
+}
+
+
+def _recognize_later(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
+    """As `recognize`, for the families of `_LATER`."""
+    family, sizes, function = _LATER[dialect.family.split()[0]]
+    found = function(official, dialect)
+    names = [n for n, size in sizes.items() if all(found.get(k, v) == v for k, v in size.items())]
+    if family != YOLOV6:
+        found["num_classes"] = _shape(official, "head.weight", dialect)[0]
+    return {"name": names[0] if names else family, **found}
+
+
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Arguments of `create_model` for the network whose state dict this is.
 
@@ -140,10 +231,12 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
       TorchFileError: it is no network of ours; the message says what it looks like, and what is
         missing.
     """
+    dialect, official = to_official(weights)
+    if dialect.family.split()[0] in _LATER:
+        return _recognize_later(official, dialect)
     for pattern, family in _OTHERS.items():
         if any(re.fullmatch(pattern, name) for name in weights):
             raise TorchFileError(f"it looks like {family}, of which at most scales are read")
-    dialect, official = to_official(weights)
     kinds = [kind for name, kind in _KINDS.items() if name in official]
     size = recognize_size(official, dialect)
     is_ghost = any(name.startswith(("conv_stem.", "blocks.0.0.ghost1.")) for name in official)

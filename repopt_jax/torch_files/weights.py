@@ -13,13 +13,28 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.messages import listed
-from repopt_jax.models import MobileOne, RepOptGhost, RepOptVGG, create_model
-from repopt_jax.models.create import family_of
+from repopt_jax.models import MobileOne, RepLKNet, RepMLPNet, YOLOv6, create_model
+from repopt_jax.models.create import Network, family_of
 from repopt_jax.models.layers import bad_numbers
 from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
-from repopt_jax.torch_files.names import DIALECTS, from_torch, to_official, to_torch, torch_name
+from repopt_jax.torch_files.names import (
+    DIALECTS,
+    OFFICIAL,
+    from_torch,
+    to_official,
+    to_torch,
+    torch_name,
+)
 from repopt_jax.torch_files.recognition import recognize
 from repopt_jax.tree_paths import path_str
+
+# Networks that are exported under their own authors' names.
+_OWN_NAMES = {
+    MobileOne: "MobileOne",
+    RepLKNet: "RepLKNet",
+    RepMLPNet: "RepMLPNet",
+    YOLOv6: "YOLOv6",
+}
 
 
 def variables(model: nnx.Module) -> dict[str, jax.Array]:
@@ -111,10 +126,10 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
         if name.endswith(".running_var"):
             count = np.array(num_batches_tracked, np.int64)
             exported[name.replace("running_var", "num_batches_tracked")] = count
-    if isinstance(model, MobileOne):
-        dialect = next(d for d in DIALECTS if d.family == "MobileOne")
-        return {dialect.own(name): array for name, array in exported.items()}
-    return exported
+    dialect = next((d for d in DIALECTS if d.family == _OWN_NAMES.get(type(model))), OFFICIAL)
+    if dialect.family == "YOLOv6" and not any(".conv_3x3." in name for name in exported):
+        dialect = OFFICIAL  # plain and search networks have the names of RepOptimizers
+    return {dialect.own(name): array for name, array in exported.items()}
 
 
 def load_torch_weights(
@@ -123,7 +138,7 @@ def load_torch_weights(
     kind: Literal["hs", "csla"] | None = None,
     key: str | None = None,
     **options: Any,
-) -> RepOptVGG | RepOptGhost | MobileOne:
+) -> Network:
     """The network of a torch file, with its weights and BatchNorm statistics.
 
     Args:
@@ -145,7 +160,7 @@ def load_torch_weights(
 
 def load_torch_network(
     path: str | os.PathLike, key: str | None = None, **told: Any
-) -> tuple[RepOptVGG | RepOptGhost | MobileOne, dict[str, Any]]:
+) -> tuple[Network, dict[str, Any]]:
     """`load_torch_weights`, with the arguments of `create_model` that make this network."""
     weights = read_torch_weights(path, key)
     with usable(path):
@@ -172,6 +187,6 @@ def network_arguments(weights: Weights) -> dict[str, Any]:
     return found
 
 
-def unfilled_model(**arguments: Any) -> RepOptVGG | RepOptGhost | MobileOne:
+def unfilled_model(**arguments: Any) -> Network:
     """A network that has shapes but no numbers: drawing what is then replaced takes seconds."""
     return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))

@@ -58,6 +58,8 @@ PARTS = {
     "repvgg": PartSpec("RepVGG", "repvgg"),
     "rep": PartSpec("RepGhost", "rep"),
     "mobileone": PartSpec("MobileOne", "mobileone"),
+    "replknet": PartSpec("RepLKNet", "replknet"),
+    "repmlpnet": PartSpec("RepMLPNet", "repmlpnet"),
     # Quantization-aware training of what the parts above have trained.
     "qat": PartSpec("RepOptimizer, QAT", "target", multiplied=True, tunes="target"),
     "plain_qat": PartSpec("plain optimizer, QAT", "target", tunes="plain"),

@@ -314,6 +314,8 @@ def draw_network(
     options |= {"num_classes": num_classes, "bn_group": bn_group, "dtype": dtype, "rngs": rngs}
     options["param_dtype"] = jnp.float64 if dtype == jnp.float64 else jnp.float32
     with _named("model"):
+        if not family_of(config.model.name).classifies:
+            raise ValueError(f"name must be of a network with logits, got {config.model.name!r}")
         model = create_model(kind="target" if spec.network == "csla" else spec.network, **options)
     if spec.network == "csla":
         blocks, starts = model.blocks(), None
