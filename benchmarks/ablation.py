@@ -64,7 +64,14 @@ SETS = {
     },
 }
 MOST_IMAGES = 45_000  # of the 50,000 to train on; the last 5,000 judge the sweeps
-QUICK = {"images": 10_000, "classes": 5, "epochs": 1.0, "seeds": [0]}
+QUICK = {
+    "images": 10_000,
+    "classes": 5,
+    "epochs": 1.0,
+    "seeds": [0],
+    "sweep": False,
+    "networks": ["tiny"],
+}
 
 
 class OutOfTime(Exception):
@@ -91,17 +98,21 @@ class Study:
 
     def run(self) -> None:
         """Train what is missing: of every group of rows first the sweeps, then seed after seed."""
-        quick, seeds = self._arguments.quick, self._arguments.seeds
-        for network, variants in QUICK_ROWS if quick else ROWS:
-            if network not in self._arguments.networks and not quick:
+        given = self._arguments
+        for network, variants in QUICK_ROWS if given.quick else ROWS:
+            if network not in given.networks:
                 continue
             rates = {}
             for variant in variants:
                 judge = functools.partial(self._held_out_top1, network, variant)
-                rates[variant] = variant.rate if quick else best_rate(variant.rate, judge)
-            for seed in seeds:
+                rates[variant] = best_rate(variant.rate, judge) if given.sweep else variant.rate
+            for seed in given.seeds:
                 for variant in variants:
                     self._row(network, variant, rates[variant], seed)
+
+    def own_rows(self) -> list[dict]:
+        """The rows with the images, classes and epochs of this command."""
+        return [row for row in self.rows if self._setting.items() <= row.items()]
 
     def _held_out_top1(self, network: str, variant: Variant, rate: float) -> float:
         return self._row(network, variant, rate, self._arguments.seeds[0])["held_out_top1"]
@@ -242,7 +253,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, help="how many of either half; all by default")
     parser.add_argument("--epochs", type=float, default=30.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--sweep", action=argparse.BooleanOptionalAction, default=True, help="the learning rates"
+    )
+    networks = list(dict.fromkeys(network for network, _ in ROWS))
+    parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin nothing that ends later"
     )
@@ -273,9 +288,9 @@ def main() -> None:
         study.run()
     except OutOfTime:
         print("The time is up; the same command goes on from here.")
-    if any("top1" in row for row in study.rows):
-        draw(study.rows, arguments.output.with_suffix(".png"))
-        print(ablation({"rows": study.rows}, ""))
+    if own := study.own_rows():
+        draw(own, arguments.output.with_suffix(".png"))
+        print(ablation({"rows": own}, ""))
     print(f"\n{arguments.output}")
 
 

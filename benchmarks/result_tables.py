@@ -128,8 +128,9 @@ def _ablation_of(setting: tuple, rows: list[dict], output: str) -> str:
     )
     facts = dict.fromkeys(f"{r['device']}, jax {r['jax']}, commit {r['commit']}" for r in rows)
     about = (
-        f"{SETS[name]}, {images:,} training images, of which {classes} classes for the search and "
-        f"{classes} others for the rest, {epochs:g} epochs, batch 128; {'; '.join(facts)}."
+        f"{SETS[name]}, the first {images:,} training images, those of {classes} classes for the "
+        f"search and of {classes} others for the rest, {epochs:g} epochs, batch 128; "
+        f"{'; '.join(facts)}."
     )
     return f"{table}\n\n{sweeps}\n\n{about}"
 
@@ -327,6 +328,7 @@ def step_time(data: dict, output: str) -> str:
 
 TABLES = {
     "ablation_4_epochs": ablation,
+    "ablation_tinyimagenet": ablation,
     "small_set_h100": small_set,
     "input_pipeline": input_pipeline,
     "input_scaling": input_scaling,

@@ -19,8 +19,10 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
 from repopt_jax.files import load_network, save_weights
 from repopt_jax.messages import listed, quote
-from repopt_jax.models.create import Network
-from repopt_jax.torch_files.weights import unfilled_model, variables
+from repopt_jax.models.create import COMMON_OPTIONS, Network
+from repopt_jax.models.layers import check_numbers
+from repopt_jax.models.search import SearchLayer
+from repopt_jax.torch_files.weights import unfilled_model
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken
 CONFIG, CARD = "config.json", "README.md"
@@ -175,8 +177,9 @@ def save_pretrained(
       license: of the weights, as the hub names it, such as ``apache-2.0``. None: not stated.
 
     Raises:
-      ValueError: `training` is empty, `license` is no name, `arguments` make another network, or
-        `folder` holds such files already.
+      ValueError: `training` is empty, `license` is no name, `arguments` make another network or
+        hold bn_group or types, `model` has numbers that are not finite, or `folder` holds such
+        files already.
     """
     if license is not None and not re.fullmatch(r"[\w.+-]+", license):
         raise ValueError(f"license must be one of the hub's names, got {quote(license)}")
@@ -185,8 +188,10 @@ def save_pretrained(
     folder = epath.Path(folder)
     if taken := [file for file in (*WEIGHTS, CONFIG, CARD) if (folder / file).exists()]:
         raise ValueError(f"folder must hold no network yet, got {folder} with {taken}")
-    made = {path: v.shape for path, v in variables(unfilled_model(**arguments)).items()}
-    found = {path: v.shape for path, v in variables(model).items()}
+    if surplus := sorted(arguments.keys() & set(COMMON_OPTIONS)):
+        raise ValueError(f"arguments must hold none of {COMMON_OPTIONS}, got {surplus}")
+    check_numbers(model)
+    made, found = _structure(unfilled_model(**arguments)), _structure(model)
     if made != found:
         different = sorted(k for k in made.keys() | found.keys() if made.get(k) != found.get(k))
         raise ValueError(f"arguments must make model, got others, in {listed(different, ', ')}")
@@ -203,3 +208,15 @@ def save_pretrained(
         with atomic_write(folder / file) as unfinished:
             unfinished.write_text(text)
     save_weights(folder / WEIGHTS[0], model, arguments)
+
+
+def _structure(model: nnx.Module) -> dict[str, tuple]:
+    """What a network is beside its numbers: types and shapes, strides and groups, by path."""
+    state = nnx.to_flat_state(nnx.state(model))
+    facts = {"/".join(map(str, path)): (type(v), v.get_value().shape) for path, v in state}
+    for path, layer in nnx.iter_modules(model):
+        if isinstance(layer, SearchLayer):
+            layer = nnx.merge(layer.layer_def, {n: nnx.Param(0) for n in ("kernel", *layer.others)})
+        if isinstance(layer, nnx.Conv):
+            facts["/".join(map(str, path))] = (layer.strides, layer.feature_group_count)
+    return facts

@@ -335,7 +335,7 @@ def parse_scales(data: bytes, name: str) -> Scales:
     flat, metadata = parse_safetensors(data, name)
     check_own(flat, metadata, name)
     vectors: dict[str, dict[str, np.ndarray]] = {}
-    for key in sorted(flat, key=_in_network_order):
+    for key in sorted(flat, key=in_network_order):
         path, _, branch = current_path(key).rpartition("/")
         if not path or flat[key].ndim != 1:
             raise ValueError(
@@ -346,6 +346,6 @@ def parse_scales(data: bytes, name: str) -> Scales:
     return Scales(vectors, metadata)
 
 
-def _in_network_order(key: str) -> list[tuple[int, int, str]]:
+def in_network_order(key: str) -> list[tuple[int, int, str]]:
     """Sort ``stage1/2`` before ``stage1/10``."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in key.split("/")]

@@ -14,7 +14,7 @@ def begin(tmp_path, monkeypatch):
     """Begins a run without a `bn_group` on so many devices, and returns the part to be trained."""
 
     def begin(devices, **changes):
-        config = small_config(parts=("plain",), **{"target__bn_group": None} | changes)
+        config = small_config(**{"parts": ("plain",), "target__bn_group": None} | changes)
         mesh = make_mesh(devices=jax.devices()[:devices])
         parts = []
 
@@ -39,6 +39,14 @@ def test_a_run_keeps_its_bn_group_on_fewer_devices(begin):
     for devices in (8, 1):
         part = begin(devices)
         assert part.section.bn_group == part.options.group == 16
+
+
+def test_a_part_may_follow_that_does_not_read_every_section(begin):
+    """Such as "qat" after a search and a target: the search's groups are still what they were."""
+    begin(8, parts=("search", "plain"), search__bn_group=None)
+    for _ in range(2):  # the second sees what the first wrote
+        begin(8, parts=("plain",), search__bn_group=None)
+    assert begin(1, parts=("search",), search__bn_group=None).options.group == 16
 
 
 def test_a_bn_group_that_devices_cannot_hold_is_told_with_its_origin(begin, tmp_path):

@@ -86,7 +86,7 @@ def test_scales_are_drawn_as_mean_and_range_of_their_absolute_values(tmp_path, d
     assert {tuple(point) for point in band} >= {(0, 1), (0, 3), (1, 0.5)}
     assert [label.get_text() for label in ax.get_xticklabels()] == ["stage0", "stage1/0"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["conv3x3", "identity"]
-    assert ax.get_yscale() == "log" and ax.get_ylabel() == "Absolute scale"
+    assert ax.get_yscale() == "log" and ax.get_ylabel() == "Absolute scale (logarithmic)"
 
 
 def test_range_of_a_vector_without_neighbours_is_drawn_too(tmp_path, drawn):

@@ -165,6 +165,9 @@ def test_a_written_folder_is_read_back(tmp_path, capsys):
     [
         ({"training": " \n"}, "training must say how"),
         ({"arguments": ARGUMENTS | {"num_classes": 4}}, r"arguments must .*linear/bias"),
+        ({"arguments": ARGUMENTS | {"strides": (2, 1, 2, 2, 2)}}, r"arguments must .*stage0/conv"),
+        ({"arguments": ARGUMENTS | {"kind": "hs"}}, r"arguments must .*branch_scales"),
+        ({"arguments": ARGUMENTS | {"bn_group": 2}}, r"arguments must .*got \['bn_group'\]"),
         ({"license": "mit\nother: x"}, r"license must be .*got 'mit\\nother: x'"),
     ],
 )
@@ -173,6 +176,14 @@ def test_what_cannot_be_read_back_is_not_written(change, message, tmp_path):
     given = {"arguments": ARGUMENTS, "training": "Not at all.", **change}
     with pytest.raises(ValueError, match=message):
         save_pretrained(model, tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+
+
+def test_numbers_that_no_network_has_are_not_written(tmp_path):
+    model = create_model(**ARGUMENTS, rngs=nnx.Rngs(0))
+    model.linear.bias[...] = jnp.nan
+    with pytest.raises(ValueError, match="linear/bias must be finite"):
+        save_pretrained(model, tmp_path / "a", ARGUMENTS, training="Not at all.")
     assert not (tmp_path / "a").exists()
 
 

@@ -50,7 +50,15 @@ def command(tmp_path, monkeypatch):
 def test_the_ablation_trains_every_variant_and_goes_on_where_it_stopped(
     command, monkeypatch, tfds_dir
 ):
-    """With a tiny network, one seed and no sweep."""
+    """With a tiny network, one seed and no sweep; images lie on the device, as on a GPU."""
+    config_of = ablation.Study._config
+
+    def on_device(*arguments):
+        config = config_of(*arguments)
+        config.search.data.on_device = config.target.data.on_device = "always"
+        return config
+
+    monkeypatch.setattr(ablation.Study, "_config", on_device)
     monkeypatch.setattr(ablation, "use_compilation_cache", lambda _: None)
     flags = ("--quick", f"--data-dir={tfds_dir}")
     (_, variants_of_it), *_ = variants.QUICK_ROWS

@@ -253,6 +253,21 @@ def test_what_wrappers_put_before_every_name_is_left_out(prefix):
     assert scales.metadata["model"] == "RepOpt-VGG"
 
 
+@pytest.mark.parametrize("name", ["_orig_mod.neck.rep.0", "neck._orig_mod.rep.0"])
+def test_what_compiling_puts_into_names_is_left_out(name):
+    """Also of a network of the user's own, and where only a part of it was compiled."""
+    assert list(find_weights({f"{name}.scale_conv.weight": np.ones(2)}).arrays) == [
+        "neck.rep.0.scale_conv.weight"
+    ]
+
+
+def test_scales_come_in_the_order_of_the_network():
+    """Whatever order a safetensors file has."""
+    names = [f"stages.{i}" for i in (1, 0, 10, 2)]
+    found = scales_in({f"{name}.scale_conv.weight": np.ones(2) for name in names})
+    assert list(found) == [f"stages/{i}/conv" for i in (0, 1, 2, 10)]
+
+
 def test_entries_that_are_no_weights_are_left_out():
     weights = export_weights(network("target"))
     counts = {"total_ops": np.ones(1), "stage0.conv.total_params": np.ones(1)}

@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 from small_run import small_config
-from variants import OPTIMIZERS, QUICK_ROWS, changed, part_of
+from variants import NETWORKS, OPTIMIZERS, QUICK_ROWS, ROWS, changed, part_of
 
 from repopt_jax import Centre, Full, Identity, init_weights, merge, reparameterize
 from repopt_jax.data import load_dataset
@@ -74,12 +74,21 @@ def test_scales_become_what_the_variant_says(scales):
     np.testing.assert_allclose(found["averaged"], scales[path][name].mean(), rtol=1e-6)
 
 
+def test_titles_tell_the_rows_apart():
+    """They are the keys of what the JSON holds; a title means the same for every network."""
+    assert len(VARIANTS) == len(QUICK_ROWS[0][1])
+    for network, group in ROWS:
+        assert network in NETWORKS
+        assert all(VARIANTS[variant.title] == variant for variant in group)
+
+
 def test_muon_orthogonalizes_the_kernels_of_convolutions_and_nothing_else():
     """As matrices of (window * in, out), whose steps have equal singular values, about."""
     rng = np.random.default_rng(0)
     shapes = {"conv": {"kernel": (3, 3, 2, 4), "bias": (4,)}, "dense": {"kernel": (18, 4)}}
     zeros = jax.tree.map(np.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
-    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape) * 10.0 ** np.arange(4), zeros)
+    # Nearly of rank 1, and so would be Adam's step.
+    gradients = jax.tree.map(lambda x: 1 + 0.3 * rng.normal(size=x.shape), zeros)
     tx = OPTIMIZERS["muon"](lambda _: 1.0)
     updates, _ = tx.update(gradients, tx.init(zeros), zeros)
     values = np.linalg.svd(np.reshape(updates["conv"]["kernel"], (18, 4)))[1]

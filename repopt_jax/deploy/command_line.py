@@ -110,7 +110,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             warnings.append(f"{path}: {found['not_finite']} images had logits that are not finite")
         setting = network.metadata.get("quantization", "float")
         rows.append((path, *cells, found["images"], _megabytes(path), setting))
-    header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "images", "MB", "")
+    header = ("graph", "top-1 %", "top-5 %", "top-1 drop", "top-5 drop", "images", "MB", "setting")
     print("\n".join([format_table(rows, header), *warnings]))
 
 

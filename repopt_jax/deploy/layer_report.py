@@ -226,15 +226,15 @@ def plot(path: str | os.PathLike, reports: Sequence[LayerReport], title: str) ->
     draw(spread, "all", 0, "o-", [r.std for r in reports])
     draw(spread, "centre", 1, "s-", [r.centre_std for r in reports])
     draw(spread, "surround", 2, "^-", [r.surround_std for r in reports])
-    spread.set_ylabel("Standard deviation")
+    spread.set_ylabel("Standard deviation of weights")
     low, high = [r.low for r in reports], [r.high for r in reports]
     extent.vlines(places, low, high, color=COLOURS[0], linewidth=3)
     extent.set_ylabel("Weights, least to largest")
     draw(noise, "weights, a scale per layer", 0, "o-", [r.snr for r in reports])
-    draw(noise, "a scale per channel", 1, "s-", [r.channel_snr for r in reports])
+    draw(noise, "weights, a scale per channel", 1, "s-", [r.channel_snr for r in reports])
     if any(r.output_snr is not None for r in reports):
         draw(noise, "output of the INT8 graph", 2, "^-", [r.output_snr for r in reports])
-    noise.set_ylabel("Signal to noise, dB")
+    noise.set_ylabel("Signal-to-noise ratio (dB)")
     noise.set_xticks(places, names, rotation=90, fontsize=7)
     for ax in (spread, noise):
         ax.legend(frameon=False, fontsize=8)

@@ -30,6 +30,10 @@ def read_onnx(path: str | os.PathLike) -> tuple[onnx.ModelProto, dict[str, str]]
     """
     try:
         model = onnx.load(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"graph must be an existing file, got {os.fspath(path)!r}"
+        ) from None
     except DecodeError:
         raise ValueError(f"graph must be an ONNX file, got {os.fspath(path)!r}") from None
     metadata = metadata_of(model)

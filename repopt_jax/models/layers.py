@@ -216,7 +216,7 @@ class BatchNorm(nnx.Module):
         # Whole groups lie on one device, so this reshape of a sharded batch moves nothing.
         grouped = x.reshape(x.shape[0] // group, group, *x.shape[1:])
         y, mean, var = batch_normalize(grouped, self.scale[...], self.bias[...], self.epsilon)
-        count = grouped[0, ..., 0].size
+        count = math.prod(grouped.shape[1:-1])
         self._track(self.mean, mean)
         self._track(self.var, var * (count / max(count - 1, 1)))
         return y.reshape(x.shape)

@@ -126,7 +126,7 @@ def find_weights(content: Any, key: str | None = None) -> Weights:
 
     Checkpoints keep them under a name such as ``model``, ``state_dict`` or ``ema``, which may be
     nested: the first of `WEIGHT_KEYS` is taken. Pickled modules are turned into their state dict.
-    A prefix of all names that training wrappers put there (``module.``, ``_orig_mod.``) is
+    What training wrappers put into names (``module.`` before all of them, ``_orig_mod.``) is
     removed, and entries that are no weights, such as an epoch, are left out and named.
 
     Args:
@@ -190,6 +190,8 @@ def _arrays(content: dict) -> dict[str, np.ndarray]:
 
 def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights under their names in the network itself."""
+    # torch.compile puts this before the names of whatever module it compiled.
+    arrays = {re.sub(r"(?<![^.])_orig_mod\.", "", name): array for name, array in arrays.items()}
     matches = (_OUTERMOST.match(name) for name in arrays)
     prefix = next((match[1] for match in matches if match), None) or "module."
     while arrays and all(name.startswith(prefix) for name in arrays):

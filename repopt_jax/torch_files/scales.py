@@ -10,7 +10,7 @@ import numpy as np
 
 from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import ghost_modules
-from repopt_jax.scales import Scales
+from repopt_jax.scales import Scales, in_network_order
 from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
 from repopt_jax.torch_files.names import SCALES, block_path, torch_block
 from repopt_jax.torch_files.pickles import TorchFileError
@@ -73,8 +73,8 @@ def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:
         if 0 in lengths.values() or len(set(lengths.values())) > 1:
             raise TorchFileError(f"vectors of {path} must be of one length above 0, got {lengths}")
     vectors = {
-        path: {branch: block[branch] for _, branch in SCALES.values() if branch in block}
-        for path, block in blocks.items()
+        path: {b: blocks[path][b] for _, b in SCALES.values() if b in blocks[path]}
+        for path in sorted(blocks, key=in_network_order)  # safetensors files have another one
     }
     model = _model(Scales(vectors))
     return Scales(vectors, {"source": "converted from torch", "model": model})

@@ -67,7 +67,8 @@ def _parse(argv: list[str]) -> list[str]:
         config_flags.DEFINE_config_file(
             "config",
             str(DEFAULT_CONFIG),
-            "Configuration file, with an argument after a colon where it takes one.",
+            "Configuration file, with an argument after a colon where it takes one; "
+            "--config.FIELD=VALUE changes a field.",
             lock_config=True,
         )
         flags.DEFINE_string("workdir", None, "Where everything goes. Default: runs/CONFIG.")

@@ -148,7 +148,7 @@ def plot_scales(path: epath.PathLike, scales: Mapping[str, Mapping[str, Any]]) -
     ax.set_yscale("log", subs=(2, 5))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
-    ax.set_ylabel("Absolute scale")
+    ax.set_ylabel("Absolute scale (logarithmic)")
     if means:  # single channels near zero would squeeze all lines together at the top
         ax.set_ylim(bottom=max(ax.get_ylim()[0], min(means) / 20))
     ax.legend(

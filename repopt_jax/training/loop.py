@@ -317,9 +317,10 @@ def _scales_folder(workdir: epath.Path) -> epath.Path:
 
 def _headline(part: Part, state: TrainState) -> str:
     count = parameter_overview.count_parameters(nnx.to_pure_dict(state.params))
+    devices = "1 device" if part.mesh.size == 1 else f"{part.mesh.size} devices"
     return (
         f"{part.name}: {count:,} parameters, {part.steps:,} steps of {part.section.batch_size} "
-        f"images, BatchNorm groups of {part.options.group}, {part.mesh.size} devices"
+        f"images, BatchNorm groups of {part.options.group}, {devices}"
     )
 
 

@@ -272,6 +272,7 @@ class Progress:
     ):
         self._total, self._batch_size, self._label = total, batch_size, label
         self._reported, self._since = resumed_at, time.perf_counter()
+        self._compiled = False  # what the first report's time contains
         self._lines = None
         silent = jax.process_index() != 0
         self._bar = tqdm(
@@ -311,6 +312,8 @@ class Progress:
     def report(self, step: int, *, loss: float, lr: float) -> float:
         """Show the loss, the learning rate, images per second and the time left.
 
+        The first report's time contains the compilation, so nothing can be said of the time left.
+
         Returns:
           Images per second since the last report, without the time spent in :meth:`paused`.
         """
@@ -318,8 +321,9 @@ class Progress:
         seconds = max(now - self._since, 1e-9) / max(step - self._reported, 1)  # per update
         self._reported, self._since = step, now
         speed, left = self._batch_size / seconds, seconds * (self._total - step)
-        facts = f"loss {float(loss):.4f}, lr {float(lr):.3g}, {speed:,.0f} images/s, "
-        facts += f"{format_seconds(left)} left"
+        facts = f"loss {float(loss):.4f}, lr {float(lr):.3g}, {speed:,.0f} images/s"
+        facts += f", {format_seconds(left)} left" if self._compiled else " with compiling"
+        self._compiled = True
         self._bar.set_postfix_str(facts, refresh=False)
         self.step(step)
         done = f"{self._label} {step}/{self._total} ({100 * step / self._total:.0f} %)"

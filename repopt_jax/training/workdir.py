@@ -61,18 +61,22 @@ def with_bn_groups(
 ) -> ConfigDict:
     """`config` with a number for every `bn_group` of None that the parts `names` use.
 
-    A run keeps the group size that it began with, whatever the number of devices now.
+    A run keeps the group sizes that it began with, whatever the number of devices and the parts
+    now.
 
     Raises:
       ValueError: for devices that cannot hold that number, or a share too small for statistics.
     """
     config = config.copy_and_resolve_references()
     begun = _read(workdir / CONFIG)
-    for name in dict.fromkeys(PARTS[part].section for part in names):
-        section = config[name]
+    used = {PARTS[part].section for part in names}
+    for name in dict.fromkeys(spec.section for spec in PARTS.values()):
+        section, before = config[name], begun.get(name, {}).get("bn_group")
         if section.bn_group is not None:
             continue
-        before = begun.get(name, {}).get("bn_group")
+        if name not in used:
+            section.bn_group = before
+            continue
         sizes = section.batch_size, section.accumulation
         try:
             group = section.bn_group = samples_per_group(*sizes, before, mesh)
