@@ -137,6 +137,16 @@ def test_deploy_form_is_read_as_the_plain_network(golden, name, x64, strict):
 
 
 @cases
+def test_as_many_layers_have_branches_as_the_authors_have(golden, name):
+    layer = r"train/.*\.(rbr_dense\.conv|lkb_origin\.conv|fc3)\.weight"
+    wanted = [k for k in golden if re.fullmatch(layer, k)]
+    blocks = unfilled_model(**TINY[name]).blocks()
+    assert len(blocks) == len(wanted)
+    identities = sum("identity" in block for block in blocks.values())
+    assert identities == sum(k.endswith("rbr_identity.weight") for k in golden)
+
+
+@cases
 def test_training_form_is_exported_under_its_authors_names(golden, name, x64):
     weights = state_dict(golden, "train")
     exported = export_weights(read(weights))
