@@ -11,7 +11,7 @@ between two worse ones. Images of the training split that nothing trains on judg
 first seed; the tables have the test images.
 
 Each training is a row of the JSON, which is written after each. What it holds is not trained
-again: several short leases of a GPU add up, in the order of `ROWS` in variants.py. The working
+again: several short sessions on a GPU add up, in the order of `ROWS` in variants.py. The working
 directory has the searched scales, which a later lease needs, and trainings that were interrupted.
 """
 

@@ -26,8 +26,8 @@ def weight_decay_mask(params: PyTree) -> PyTree:
     the vectors of identity branches. The official code goes by the name: it also decays the scale
     of the BatchNorm in RepVGG's identity branch, and it does not decay the identity vectors of
     RepOpt-GhostNet (``cheap_conv/branch_weights/identity``). Not decayed: biases, the other
-    BatchNorms and scales, of any rank; they are told by their names in Flax, Haiku, Equinox and
-    Keras.
+    BatchNorms and scales, of any rank; they are recognized by their names in Flax, Haiku, Equinox
+    and Keras.
 
     A plain RepOpt-GhostNet has one kernel in place of the branches, all of which is decayed, as in
     the official target training. It therefore follows its branches exactly only where their

@@ -23,7 +23,7 @@ from repopt_jax.torch_files import TorchFileError, export_weights, import_weight
 from repopt_jax.torch_files.names import DIALECTS, to_torch, torch_name
 from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training.config import PARTS, default_config
-from repopt_jax.training.parts import draw_network
+from repopt_jax.training.networks import draw_network
 
 WIDTHS = (4, 6, 8, 10, 12, 6, 4, 4, 6, 6, 8)
 REPEATS = (1, 2, 2, 3, 1, 2, 1, 2, 1)
@@ -134,6 +134,16 @@ def test_deploy_form_is_read_as_the_plain_network(golden, name, x64, strict):
     found = recognize(deploy(golden))
     assert found == {**TINY[name], "kind": "target"}
     assert_outputs(read(deploy(golden)), golden)
+
+
+@cases
+def test_as_many_layers_have_branches_as_the_authors_have(golden, name):
+    layer = r"train/.*\.(rbr_dense\.conv|lkb_origin\.conv|fc3)\.weight"
+    wanted = [k for k in golden if re.fullmatch(layer, k)]
+    blocks = unfilled_model(**TINY[name]).blocks()
+    assert len(blocks) == len(wanted)
+    identities = sum("identity" in block for block in blocks.values())
+    assert identities == sum(k.endswith("rbr_identity.weight") for k in golden)
 
 
 @cases

@@ -47,6 +47,10 @@ CONFIGS = [
     ({"scales": "initial", "parts": ("search",)}, "parts must name another part .*'initial'"),
     ({"identity": "two"}, "identity must be 'searched' or 'one', got 'two'"),
     ({"model.name": "VGG"}, "model: name must be one of .* got 'VGG'"),
+    (
+        {"model.name": "VGG", "search.data.name": "folder"},
+        "model: name must be one of .* got 'VGG'",
+    ),
     ({"model.widths": (4, 4)}, r"model: widths must be 5 whole numbers .*got \(4, 4\)"),
     ({"model.widths": (4, 4, 4, 8, "8")}, "model.widths must be whole numbers above 0"),
     ({"model.num_blocks": (1, 1, 0, 1)}, "model.num_blocks must be whole numbers above 0"),

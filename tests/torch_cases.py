@@ -199,7 +199,7 @@ def refused_cases():
         yield Case("sparse, quantized and meta tensors", data, f"'linear.bias' is a {kind} tens", 1)
         module = build.archive_of(build.module("my.Net", {"linear.bias": tensor}))
         yield Case("sparse, quantized and meta tensors", module, f"is a {kind} tensor", 1)
-    row = "integers, truths and complex numbers"
+    row = "integers, booleans and complex numbers"
     for kind in (np.int64, np.bool_, np.complex64):
         yield changed(row, "linear.bias must hold floats", linear__bias=np.ones(3, kind))
     row = "NaN, infinity, negative variances"
@@ -296,7 +296,7 @@ def metadata_cases():
     yield case("dropout must be", **ghost, width=0.1, dropout=2)
     for kind in (np.int64, np.bool_, np.complex64):
         says = "must hold floats, got stage0/bn/bias of"
-        yield Case("integers, truths and complex numbers", ours(kind), says, 1, load=True)
+        yield Case("integers, booleans and complex numbers", ours(kind), says, 1, load=True)
     deep = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for head in (deep, b"{" + b" " * 300):
         data = len(head).to_bytes(8, "little") + head

@@ -94,7 +94,7 @@ def prepare(
         for path, same in zip(paths, pool.map(_is_undamaged, paths), strict=True):
             if not same:
                 path.unlink()
-                raise ValueError(f"{path} is not what was written; the same command writes it anew")
+                raise ValueError(f"{path} is not what was written; the same command rewrites it")
     finally:
         pool.shutdown(cancel_futures=True)
     facts = _facts(plan, found)

@@ -119,7 +119,7 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
 
     Raises:
       ValueError: the file is another, damaged, of another version of the format, or so old that
-        this version of JAX may read it wrongly; the message says how to make it anew.
+        this version of JAX may read it wrongly; the message says how to make a new one.
       FileNotFoundError: there is no file.
     """
     metadata, network, weights = read_stablehlo(path)
@@ -130,7 +130,7 @@ def load_stablehlo(path: str | os.PathLike) -> StableHLO:
         raise ValueError(
             f"path must be a file of the last {READABLE.days} days or of JAX {jax.__version__}, "
             f"got {os.fspath(path)!r} of {written} and JAX {metadata['jax_version']}; "
-            f"make it anew: repopt-deploy export NEW.stablehlo {source}"
+            f"make a new one: repopt-deploy export NEW.stablehlo {source}"
         )
     try:
         exported = jax.export.deserialize(bytearray(network))

@@ -121,6 +121,7 @@ class RepLKNet(Stages):
     Raises:
       ValueError: a size is out of its range or even.
 
+    >>> import jax.numpy as jnp
     >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8), "kernel_sizes": (9, 7, 5, 5)}
     >>> net = RepLKNet(**size, num_classes=10, rngs=nnx.Rngs(0))
     >>> net(jnp.ones((2, 32, 32, 3))).shape

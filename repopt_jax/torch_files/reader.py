@@ -99,7 +99,8 @@ def _read(stream: BinaryIO) -> Any:
         root, order = _read_legacy(stream, storages, budget), "little"
     elif head[257:] == b"ustar":
         raise TorchFileError(
-            "it is a tar file of a torch release before 0.2; a later release can save it anew"
+            "it is a tar file of a torch release before 0.2; load it with a later release and save "
+            "it again"
         )
     else:
         raise TorchFileError(f"it is no torch file, as it starts with {quote(head[:16])}")

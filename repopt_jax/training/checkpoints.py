@@ -222,7 +222,7 @@ class Checkpoints:
         if failures:
             raise OSError(
                 f"no checkpoint in {self.directory} can be read (tried {[*failures]}); move them "
-                f"away to start anew; the first failed with {next(iter(failures.values()))}"
+                f"away to start again; the first failed with {next(iter(failures.values()))}"
             )
         return None
 

@@ -26,8 +26,8 @@ class PartSpec:
       section: the section of the configuration that it reads.
       initialized: whether the kernels start by the Rule of Initialization.
       multiplied: whether the optimizer multiplies the gradients.
-      tunes: the part whose trained network it goes on with, folded and in simulated INT8. Empty:
-        it begins anew.
+      tunes: the part whose trained network it starts from, folded and in simulated INT8. Empty:
+        it starts from new weights.
     """
 
     title: str

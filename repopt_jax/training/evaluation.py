@@ -25,10 +25,10 @@ def evaluate_state(
 ) -> dict[str, float] | None:
     """Loss, top-1 and top-5 (percent) over every evaluation image exactly once.
 
-    Of the raw parameters as ``eval/loss`` and so on; of the moving averages, if there are any, as
-    ``eval_ema/loss`` and so on. Images whose logits are not finite are no hits; where there are
-    any, ``eval/not_finite`` says how many. None if `stop` has received a signal meanwhile. `wait`
-    is told of every batch.
+    Results of the raw parameters are called ``eval/loss`` and so on, those of the moving averages,
+    if there are any, ``eval_ema/loss`` and so on. An image whose logits are not finite counts as
+    wrong; where there are such images, ``eval/not_finite`` is their number. None if `stop` has
+    received a signal meanwhile. `wait` counts the time spent waiting for each batch.
     """
     wait = wait or InputWait()
     networks = {"eval": (state.params, state.stats)}

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from repopt_jax import data as data_lib
 from repopt_jax.branches import Block, grad_mults
 from repopt_jax.models import searched_scales
+from repopt_jax.models.create import family_of
 from repopt_jax.models.simulated_int8 import simulate_int8
 from repopt_jax.scales import Scales
 from repopt_jax.training.config import PARTS, PartSpec, check_config, check_section, part_section
@@ -227,6 +228,8 @@ def prepare(
     check_config(config)
     spec = PARTS[name]
     section = part_section(config, spec)
+    with errors_at("model"):
+        family_of(config.model.name)  # before the images are looked for
     with errors_at(spec.section):
         check_section(section)
         group = _group(section, mesh)
