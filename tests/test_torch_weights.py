@@ -268,6 +268,14 @@ def test_scales_come_in_the_order_of_the_network():
     assert list(found) == [f"stages/{i}/conv" for i in (0, 1, 2, 10)]
 
 
+def test_tensors_beside_a_network_are_named():
+    """As Lightning keeps those of a loss or a metric; the names of the network are not at fault."""
+    weights = {f"model.{k}": v for k, v in export_weights(network("target")).items()}
+    found = find_weights(weights | {"loss.weight": np.ones(3)}).arrays
+    with pytest.raises(TorchFileError, match=r"more than the network 'model\.': 'loss\.weight'$"):
+        recognize(found)
+
+
 def test_entries_that_are_no_weights_are_left_out():
     weights = export_weights(network("target"))
     counts = {"total_ops": np.ones(1), "stage0.conv.total_params": np.ones(1)}

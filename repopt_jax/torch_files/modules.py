@@ -23,7 +23,7 @@ WEIGHT_KEYS = (
     *("ema", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "student", "teacher"),
 )
 # What stands before the first layer of a network of ours in the names of its tensors.
-_OUTERMOST = re.compile(
+OUTERMOST = re.compile(
     r"(.+\.)?(?:stage0|conv_stem|blocks\.0\.0\.ghost1|stem\.(?:conv_kxk|reparam_conv|0)"
     r"|conv_embedding|backbone\.ERBlock_2)\."
 )
@@ -192,7 +192,7 @@ def _without_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights under their names in the network itself."""
     # torch.compile puts this before the names of whatever module it compiled.
     arrays = {re.sub(r"(?<![^.])_orig_mod\.", "", name): array for name, array in arrays.items()}
-    matches = (_OUTERMOST.match(name) for name in arrays)
+    matches = (OUTERMOST.match(name) for name in arrays)
     prefix = next((match[1] for match in matches if match), None) or "module."
     while arrays and all(name.startswith(prefix) for name in arrays):
         arrays = {name.removeprefix(prefix): value for name, value in arrays.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.messages import quote
+from repopt_jax.messages import listed, quote
 from repopt_jax.models.create import REPVGG, VGG
 from repopt_jax.models.mobileone import FAMILY as MOBILEONE
 from repopt_jax.models.mobileone import MOBILEONE_SIZES
@@ -22,6 +22,7 @@ from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
 from repopt_jax.models.repopt_vgg import LAST_GROUPED, REPVGG_SIZES, SIZES, size_name
 from repopt_jax.models.yolov6 import FAMILY as YOLOV6
 from repopt_jax.models.yolov6 import YOLOV6_SIZES
+from repopt_jax.torch_files.modules import OUTERMOST
 from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
 from repopt_jax.torch_files.pickles import TorchFileError
 
@@ -256,6 +257,10 @@ def _refusal(dialect: Dialect, official: Mapping[str, Any], is_ghost: bool, head
         f"{first}." for first in firsts if not any(n.startswith(f"{first}.") for n in official)
     ]
     if len(missing) == len(firsts):
+        prefix = next((m[1] for name in official if (m := OUTERMOST.match(name))), None)
+        if prefix:
+            others = [quote(name) for name in official if not name.startswith(prefix)]
+            return f"it has more than the network {quote(prefix)}: {listed(others, ', ')}"
         names = ", ".join(quote(name) for name in list(official)[:3])
         return f"it is no {VGG}, {REPVGG}, {MOBILEONE} or {GHOST}: its names are {names}, ..."
     missing += [head] if head not in official else []
