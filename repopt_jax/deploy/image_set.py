@@ -57,7 +57,9 @@ class ImageSet:
         """
         available = len(self.dataset.train)
         if not 1 <= count <= available:
-            raise ValueError(f"number of calibration images must be in 1..{available}, got {count}")
+            raise ValueError(
+                f"count of calibration images (--images) must be in 1..{available}, got {count}"
+            )
         drawn = np.sort(np.random.default_rng(seed).permutation(available)[:count])
         chosen = SubsetSource(self.dataset.train, drawn, np.zeros(count, np.int32))
         dataset = dataclasses.replace(self.dataset, train=chosen)

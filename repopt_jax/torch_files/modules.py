@@ -180,10 +180,12 @@ def _arrays(content: dict) -> dict[str, np.ndarray]:
         if isinstance(value, Standin) and value.name.startswith("torch._utils._rebuild"):
             raise TorchFileError(_no_plain_tensor(str(name), value))
         value = array_of(value)
-        # thop, a package that counts operations, leaves its counts among the weights.
-        counts = str(name).rpartition(".")[2] in ("total_ops", "total_params")
-        if isinstance(name, str) and isinstance(value, np.ndarray) and not counts:
-            arrays[name] = value
+        if isinstance(name, str) and isinstance(value, np.ndarray):
+            # thop, a package that counts operations, leaves its counts among the weights; a single
+            # number that belongs to no layer is an epoch or the like.
+            module, _, last = name.rpartition(".")
+            if last not in ("total_ops", "total_params") and (module or value.ndim):
+                arrays[name] = value
     check_names(arrays)
     return arrays
 
