@@ -274,7 +274,7 @@ def test_other_wrong_arguments_are_refused(graph, int8, calibration, tmp_path):
         quantize(int8, calibration)
     with pytest.raises(ValueError, match="graph must be a float one with Conv or Gemm"):
         layer_reports(int8)
-    with pytest.raises(ValueError, match=r"calibration images must be in 1\.\.1437, got 1438"):
+    with pytest.raises(ValueError, match=r"calibration images .* must be in 1\.\.1437, got 1438"):
         DIGITS.calibration(1438)
     with pytest.raises(ValueError, match="given together, got only int8"):
         layer_reports(graph, int8)
