@@ -62,6 +62,12 @@ def fingerprint(x: jax.Array) -> jax.Array:
 _mixed = functools.partial(mixed_bits, shift=13, factors=(0x85EBCA6B, 0xC2B2AE35))
 
 
+def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, list[int]]:
+    # Each is waited for: where many programs that sum over devices are under way at once, the
+    # devices of a CPU may wait for each other for ever.
+    return {path: np.asarray(fingerprint(array)).tolist() for path, array in arrays.items()}
+
+
 def is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether it is a typed random key, which files hold as its plain data."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -86,11 +92,10 @@ def make_manifest(leaves: dict[str, jax.Array]) -> dict[str, Any]:
     Returns:
       A dict that JSON can hold.
     """
-    prints = {path: fingerprint(as_saved(leaf)) for path, leaf in leaves.items()}
     return {
         "types": _types(leaves),
         "generators": {p: str(jax.random.key_impl(x)) for p, x in leaves.items() if is_key(x)},
-        "fingerprints": {path: pair.tolist() for path, pair in jax.device_get(prints).items()},
+        "fingerprints": _fingerprints({path: as_saved(leaf) for path, leaf in leaves.items()}),
     }
 
 
@@ -140,9 +145,9 @@ def require_undamaged(manifest: dict[str, Any], arrays: dict[str, jax.Array]) ->
       manifest: from `read_manifest`.
       arrays: what was read, by `current_name`; random keys as their data.
     """
-    prints = jax.device_get({path: fingerprint(array) for path, array in arrays.items()})
+    prints = _fingerprints(arrays)
     for path, pair in manifest["fingerprints"].items():
-        if prints[path].tolist() != pair:
+        if prints[path] != pair:
             raise ValueError(f"the numbers of {path} are not those that were written")
 
 
