@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from small_run import small_config
 
+import repopt_jax.weight_decay as weight_decay
 from repopt_jax.models import repopt_ghost
 from repopt_jax.models.search import search_layers
 from repopt_jax.training.devices import make_mesh, put_batch
@@ -51,6 +52,12 @@ def config_of(network, optimizer="sgd", identity="searched"):
 def _a_short_ghost(monkeypatch):
     """Two of sixteen bottlenecks, which compile in a fraction of the time."""
     monkeypatch.setattr(repopt_ghost, "STAGES", repopt_ghost.STAGES[1:3])
+
+
+@pytest.fixture(autouse=True)
+def _ghosts_identities_decay(monkeypatch):
+    """As the plain kernel does, which the official search of RepOpt-GhostNet does not match."""
+    monkeypatch.setattr(weight_decay, "GHOST_IDENTITY", "no such name")
 
 
 def trained(part):
