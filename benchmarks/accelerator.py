@@ -1,4 +1,4 @@
-"""What a lent accelerator tells in eight minutes: steps, augmentation, input and training.
+"""What an accelerator tells in eight minutes: steps, augmentation, input and training.
 
     python benchmarks/accelerator.py                      # at most 8 minutes on one GPU
     python benchmarks/accelerator.py --quick              # tiny sizes, about a minute on a CPU
