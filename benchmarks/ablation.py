@@ -12,7 +12,7 @@ first seed; the tables have the test images.
 
 Each training is a row of the JSON, which is written after each. What it holds is not trained
 again: several short sessions on a GPU add up, in the order of `ROWS` in variants.py. The working
-directory has the searched scales, which a later lease needs, and trainings that were interrupted.
+directory has the searched scales, which a later session needs, and trainings that were interrupted.
 """
 
 import argparse
