@@ -46,37 +46,33 @@ def strict():
         yield
 
 
+def shared(name, what):
+    """A folder beside the project, which users may not have: without it the test is skipped."""
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"{what} (../shared/{name}) are not on this machine")
+    return folder
+
+
 @pytest.fixture
 def golden():
-    """Folder of float64 results of the official PyTorch code, which users do not have."""
-    folder = SHARED / "golden"
-    if not folder.is_dir():
-        pytest.skip("the official code's results (../shared/golden) are not on this machine")
-    return folder
+    """Folder of float64 results of the official PyTorch code."""
+    return shared("golden", "the official code's results")
 
 
 @pytest.fixture(scope="session")
 def tfds_dir():
-    """Folder of the real TFDS sets, images of ImageNet and CIFAR-10, which users do not have."""
-    folder = SHARED / "tfds"
-    if not folder.is_dir():
-        pytest.skip("the real TFDS sets (../shared/tfds) are not on this machine")
-    return str(folder)
+    """Folder of the real TFDS sets, images of ImageNet and CIFAR-10."""
+    return str(shared("tfds", "the real TFDS sets"))
 
 
 @pytest.fixture
 def official_scales():
-    """Folder of the scale files that the authors released, which users may not have."""
-    folder = SHARED / "official_scales"
-    if not folder.is_dir():
-        pytest.skip("the released scale files (../shared/official_scales) are not on this machine")
-    return folder
+    """Folder of the scale files that the authors released."""
+    return shared("official_scales", "the released scale files")
 
 
 @pytest.fixture
 def golden_family():
-    """Folder of float64 results of the sibling papers' PyTorch code, which users do not have."""
-    folder = SHARED / "golden_family"
-    if not folder.is_dir():
-        pytest.skip("the siblings' results (../shared/golden_family) are not on this machine")
-    return folder
+    """Folder of float64 results of the sibling papers' PyTorch code."""
+    return shared("golden_family", "the siblings' results")

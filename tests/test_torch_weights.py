@@ -278,9 +278,9 @@ def test_tensors_beside_a_network_are_named():
 
 def test_entries_that_are_no_weights_are_left_out():
     weights = export_weights(network("target"))
-    counts = {"total_ops": np.ones(1), "stage0.conv.total_params": np.ones(1)}
-    single = {"epoch": 3, "global_step": np.array(7.0), "args": None}
-    assert find_weights(weights | counts | single).arrays == weights
+    others = {"total_ops": np.ones(1), "stage0.conv.total_params": np.ones(1)}
+    others |= {"epoch": 3, "global_step": np.array(7.0), "args": None}
+    assert find_weights(weights | others).arrays == weights
     sparse = Standin("torch._utils._rebuild_sparse_tensor", ())
     with pytest.raises(TorchFileError, match=r"'linear\.weight' is a sparse tensor"):
         find_weights(weights | {"linear.weight": sparse})
