@@ -12,7 +12,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block, Identity
 from repopt_jax.branches.presets import repvgg_branches
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, materialize
+from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, layer_types, materialize
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
@@ -34,15 +34,7 @@ def batch_norm(
     norm: Mapping[str, float] | None = None,
     **types: Any,
 ) -> BatchNorm:
-    """`BatchNorm` by the options of a network, of which it takes no others.
-
-    Args:
-      features: size of the last axis.
-      bn_group: samples per group. None: the whole batch.
-      param_dtype: of the parameters.
-      norm: further options of `BatchNorm`. None: its defaults.
-      types: further options of the network.
-    """
+    """`BatchNorm` by the options of a network; `norm` are further ones, such as epsilon."""
     del types
     return BatchNorm(features, group=bn_group, param_dtype=param_dtype, **(norm or {}))
 
@@ -64,8 +56,7 @@ class ConvBlock(nnx.Module):
       activation: after the sum of the branches.
       se: squeeze-excite after the activation, of a quarter of the channels.
       pre_se: squeeze-excite before the activation, of a sixteenth of the channels.
-      norm: further options of every `BatchNorm`. None: its defaults.
-      bn_group: see `RepOptVGG`, as for the rest.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`; and norm, see `batch_norm`.
     """
 
     def __init__(
@@ -80,17 +71,13 @@ class ConvBlock(nnx.Module):
         activation: Callable[[Array], Array] = jax.nn.relu,
         se: bool = False,
         pre_se: bool = False,
-        norm: Mapping[str, float] | None = None,
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        bn = functools.partial(batch_norm, out_features, **types)
+        types = layer_types(**types)
         layer = functools.partial(
             conv, in_features, out_features, stride=stride, groups=groups, **types
         )
-        bn = functools.partial(batch_norm, out_features, bn_group=bn_group, norm=norm, **types)
         self._build(layer(size), rule, layer, bn)
         self.activation = activation
         self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None

@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import replknet_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import (
     BranchedBlock,
     PlainBlock,
@@ -25,13 +25,10 @@ from repopt_jax.models.conv_blocks import (
     blocks_in,
     no_branches,
 )
-from repopt_jax.models.layers import linear
+from repopt_jax.models.layers import layer_types, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-FAMILY = "RepLKNet"
-MAX_BLOCKS = 128  # of a stage
 
 
 def _size(width: int, kernel_sizes: tuple[int, ...], **options: Any) -> dict[str, Any]:
@@ -85,9 +82,9 @@ class Stages(nnx.Module):
     A network has `stage1`, `stage2`, ..., and before each the layers that `embeddings` gives.
     """
 
-    def _finish(self, width: int, num_classes: int, *, bn_group: int | None = None, **types: Any):
-        self.norm = batch_norm(width, bn_group=bn_group, **types)
-        self.head = linear(width, num_classes, **types)
+    def _finish(self, width: int, num_classes: int, **types: Any):
+        self.norm = batch_norm(width, **types)
+        self.head = linear(width, num_classes, **layer_types(**types))
 
     def __call__(
         self, images: Float[Array, "batch height width 3"]

@@ -16,15 +16,19 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repmlp_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import PlainBlock, batch_norm, blocks_in, no_branches
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv
-from repopt_jax.models.replknet import MAX_BLOCKS, Residual, Stages
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
+from repopt_jax.models.conv_blocks import (
+    PlainBlock,
+    batch_norm,
+    blocks_in,
+    no_branches,
+)
+from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, layer_types
+from repopt_jax.models.replknet import Residual, Stages
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-FAMILY = "RepMLPNet"
 WINDOWS = (1, 3)  # of the convolutions, in all published networks
 
 
@@ -54,16 +58,13 @@ class PatchDense(nnx.Module):
     Args:
       sets: of channels that share a layer.
       image: height and width of a patch.
-      bn_group: see `RepMLPNet`.
-      types: dtype, param_dtype and rngs.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
     """
 
-    def __init__(
-        self, sets: int, image: tuple[int, int], *, bn_group: int | None = None, **types: Any
-    ):
+    def __init__(self, sets: int, image: tuple[int, int], **types: Any):
         features = sets * image[0] * image[1]
-        self.conv = conv(features, features, 1, groups=sets, **types)
-        self.bn = batch_norm(sets, bn_group=bn_group, **types)
+        self.conv = conv(features, features, 1, groups=sets, **layer_types(**types))
+        self.bn = batch_norm(sets, **types)
         block = repmlp_branches("", self.conv, image=image, windows=WINDOWS)
         self.branches = tuple(block.items())
 
@@ -103,8 +104,7 @@ class PatchMix(nnx.Module):
     """The dense layer over patches, gated by the averages of all channels."""
 
     def __init__(self, features: int, fc3: PatchDense, sets: int, patch: int, **types: Any):
-        types.pop("bn_group", None)
-        self.gp = SqueezeExcite(features, features // 4, **types)
+        self.gp = SqueezeExcite(features, features // 4, **layer_types(**types))
         self.fc3, self.sets, self.patch = fc3, sets, patch
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:

@@ -63,9 +63,8 @@ STAGES = (
 MAX_FACTOR = 100  # of all channels
 STEM, LAST, HEAD = 16, 960, 1280  # the head has the same channels at every width
 
-FAMILY = "RepOpt-GhostNet"
 GHOST_WIDTHS = (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)
-GHOST_SIZES = {f"{FAMILY}-{width}x": width for width in GHOST_WIDTHS}
+GHOST_SIZES = {f"RepOpt-GhostNet-{width}x": {"width": width} for width in GHOST_WIDTHS}
 
 
 def ghost_channels(channels: float) -> int:

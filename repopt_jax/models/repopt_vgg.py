@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
 from repopt_jax.models.layers import linear
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
 LAST_GROUPED = 26  # of the layers, counted from stage 0; deeper ones are never grouped
-MAX_BLOCKS = 128  # of a stage
 
 
 def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
@@ -38,7 +37,8 @@ def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
 
 
 def _size(num_blocks: tuple, multipliers: Sequence[float], **options: Any) -> dict[str, Any]:
-    return {"num_blocks": num_blocks, "widths": stage_widths(multipliers), **options}
+    size = {"num_blocks": num_blocks, "widths": stage_widths(multipliers)}
+    return {**size, "groups": 1, "pre_se": False, **options}
 
 
 # name -> options of `RepOptVGG`
@@ -64,18 +64,6 @@ REPVGG_SIZES |= {
     for n in ("B1", "B2", "B3")
     for groups in (2, 4)
 }
-
-
-def size_name(options: dict[str, Any], sizes: dict[str, dict[str, Any]] = SIZES) -> str | None:
-    """The published name among `sizes` of a network with these options; None if it has none.
-
-    >>> size = {"num_blocks": (4, 6, 16, 1), "widths": (64, 128, 256, 512, 2048)}
-    >>> size_name({**size, "groups": 1, "pre_se": False, "se": True})
-    'RepOpt-VGG-B1'
-    """
-    defaults = {"groups": 1, "pre_se": False}
-    matching = (n for n, size in sizes.items() if (defaults | size).items() <= options.items())
-    return next(matching, None)
 
 
 class RepVGGBlock(BranchedBlock):

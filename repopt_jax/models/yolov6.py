@@ -16,15 +16,14 @@ from flax import nnx
 
 from repopt_jax.branches import Block, uniform_fan_in
 from repopt_jax.branches.presets import repvgg_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import PlainBlock, blocks_in, no_branches
-from repopt_jax.models.layers import draw_bias
-from repopt_jax.models.repopt_vgg import MAX_BLOCKS, RepVGGBlock
+from repopt_jax.models.layers import draw_bias, layer_types
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-FAMILY = "YOLOv6"
 NORM = {"epsilon": 1e-3, "momentum": 0.03}
 
 
@@ -68,10 +67,6 @@ class RepBlock(nnx.Module):
         return x
 
 
-def _max_pool(x: Array) -> Array:
-    return nnx.max_pool(x, (5, 5), padding="SAME")
-
-
 class Pooling(nnx.Module):
     """Spatial pyramid pooling: an image, and the largest of 5, 9 and 13 pixels around each.
 
@@ -98,7 +93,7 @@ class Pooling(nnx.Module):
         csp = self.name == "cspsppf"
         maps = [cv["cv4"](cv["cv3"](cv["cv1"](x))) if csp else cv["cv1"](x)]
         for _ in range(3):
-            maps.append(_max_pool(maps[-1]))
+            maps.append(nnx.max_pool(maps[-1], (5, 5), padding="SAME"))
         y = jnp.concatenate(maps, -1)
         if not csp:
             return cv["cv2"](y)
@@ -131,12 +126,11 @@ class EfficientRep(nnx.Module):
 class Upsample(nnx.Module):
     """A transposed 2x2 convolution with stride 2, its kernel laid out as torch's."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **types: Any):
-        types = {name: types[name] for name in types.keys() & {"dtype", "param_dtype"}}
+    def __init__(self, features: int, **types: Any):
         layout = {"strides": (2, 2), "padding": "VALID", "transpose_kernel": True}
-        layout |= {"kernel_init": uniform_fan_in, "rngs": rngs}
-        self.upsample_transpose = nnx.ConvTranspose(features, features, (2, 2), **layout, **types)
-        draw_bias(self.upsample_transpose, rngs)
+        layout |= {"kernel_init": uniform_fan_in, **layer_types(**types)}
+        self.upsample_transpose = nnx.ConvTranspose(features, features, (2, 2), **layout)
+        draw_bias(self.upsample_transpose, types["rngs"])
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Run the layer."""

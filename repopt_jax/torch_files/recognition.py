@@ -10,18 +10,9 @@ from typing import Any
 import numpy as np
 
 from repopt_jax.messages import listed, quote
-from repopt_jax.models.create import REPVGG, VGG
-from repopt_jax.models.mobileone import FAMILY as MOBILEONE
-from repopt_jax.models.mobileone import MOBILEONE_SIZES
-from repopt_jax.models.replknet import FAMILY as REPLKNET
-from repopt_jax.models.replknet import REPLKNET_SIZES
-from repopt_jax.models.repmlpnet import FAMILY as REPMLPNET
-from repopt_jax.models.repmlpnet import REPMLPNET_SIZES
-from repopt_jax.models.repopt_ghost import FAMILY as GHOST
-from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
-from repopt_jax.models.repopt_vgg import LAST_GROUPED, REPVGG_SIZES, SIZES, size_name
-from repopt_jax.models.yolov6 import FAMILY as YOLOV6
-from repopt_jax.models.yolov6 import YOLOV6_SIZES
+from repopt_jax.models.create import FAMILIES, GHOST, MOBILEONE, REPVGG, VGG
+from repopt_jax.models.repopt_ghost import ghost_width
+from repopt_jax.models.repopt_vgg import LAST_GROUPED
 from repopt_jax.torch_files.modules import OUTERMOST
 from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
 from repopt_jax.torch_files.pickles import TorchFileError
@@ -75,10 +66,10 @@ def recognize_size(
     if any(path.startswith("stages/") for path in rows):
         last = np.shape(weights.get("blocks.9.0.conv.weight"))
         width = ghost_width({f"{k}/cheap_conv": n for k, n in rows.items()}, *last[:1])
-        names = [name for name, size in GHOST_SIZES.items() if size == width]
-        if names:
-            return {"name": names[0]}
-        return None if width is None else {"name": GHOST, "width": width}
+        if width is None:
+            return None
+        name = FAMILIES[GHOST].name_of({"width": width})
+        return {"name": name} if name else {"name": GHOST, "width": width}
     if any(block_path(first) not in rows for first in _FIRSTS):
         return None
     counts = tuple(sum(key.startswith(f"stage{i}/") for key in rows) for i in range(1, 5))
@@ -94,8 +85,8 @@ def _vgg_size(weights, rows, num_blocks, dialect) -> dict[str, Any]:
     options = {"groups": _groups(weights, rows, num_blocks)}
     options |= {"pre_se": any(".se." in name for name in weights)}
     options |= {"se": any(".post_se." in name for name in weights)}
-    family, sizes = (VGG, SIZES) if dialect is OFFICIAL else (REPVGG, REPVGG_SIZES)
-    name = size_name({**size, **options}, sizes) or family
+    family = VGG if dialect is OFFICIAL else REPVGG
+    name = FAMILIES[family].name_of({**size, **options}) or family
     identities = ("scale_identity.weight", "bn_identity.weight")
     strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in _FIRSTS)
     told = {"strides": strides} if 1 in strides else {}
@@ -127,8 +118,7 @@ def _mobileone_size(weights, rows, counts) -> dict[str, Any]:
         "widths": (rows["stage0"], *(rows.get(last, 0) for last in lasts)),
         "se_blocks": tuple(n // 2 for n in gated),
     }
-    names = [name for name, known in MOBILEONE_SIZES.items() if size.items() <= known.items()]
-    name = names[0] if names else MOBILEONE
+    name = FAMILIES[MOBILEONE].name_of(size) or MOBILEONE
     copies = sum(f"stage1.0.rbr_conv.{i}.conv.weight" in weights for i in range(len(weights)))
     # A plain network does not show how many copies it could have.
     return {"name": name, **size, **({"copies": copies} if copies else {})}
@@ -202,22 +192,17 @@ def _yolov6(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, A
     }
 
 
-# First word of a dialect's name -> family, its sizes, and the function that finds them.
-_LATER = {
-    "RepLKNet": (REPLKNET, REPLKNET_SIZES, _replknet),
-    "RepMLPNet": (REPMLPNET, REPMLPNET_SIZES, _repmlpnet),
-    "YOLOv6": (YOLOV6, YOLOV6_SIZES, _yolov6),
-}
+# Family, the first word of a dialect's name -> the function that finds its sizes.
+_LATER = {"RepLKNet": _replknet, "RepMLPNet": _repmlpnet, "YOLOv6": _yolov6}
 
 
 def _recognize_later(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
     """As `recognize`, for the families of `_LATER`."""
-    family, sizes, function = _LATER[dialect.family.split()[0]]
-    found = function(official, dialect)
-    names = [n for n, size in sizes.items() if all(found.get(k, v) == v for k, v in size.items())]
-    if family != YOLOV6:
+    family = dialect.family.split()[0]
+    found = _LATER[family](official, dialect)
+    if FAMILIES[family].classifies:
         found["num_classes"] = _shape(official, "head.weight", dialect)[0]
-    return {"name": names[0] if names else family, **found}
+    return {"name": FAMILIES[family].name_of(found) or family, **found}
 
 
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
