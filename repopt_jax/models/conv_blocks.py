@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Identity
+from repopt_jax.branches import Block, Full, Identity
 from repopt_jax.branches.presets import repvgg_branches
 from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, layer_types, materialize
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
 Rule = Callable[[str, Any], Block | None]
+# A layer with the whole kernel, and its branches with their weights and BatchNorms.
+Parts = tuple[nnx.Conv, Block, dict[str, "Array"], dict[str, BatchNorm]]
 
 
 def activate(block: nnx.Module, x: Array) -> Array:
@@ -37,6 +39,11 @@ def batch_norm(
     """`BatchNorm` by the options of a network; `norm` are further ones, such as epsilon."""
     del types
     return BatchNorm(features, group=bn_group, param_dtype=param_dtype, **(norm or {}))
+
+
+def pair(layer: Any, norm: BatchNorm) -> Parts:
+    """The parts of a layer without branches and of the BatchNorm after it."""
+    return layer, {"conv": Full()}, {"conv": jnp.asarray(layer.kernel[...])}, {"conv": norm}
 
 
 def no_branches(path: str, layer: Any) -> None:
@@ -100,6 +107,10 @@ class PlainBlock(ConvBlock):
         """Run the block."""
         return activate(self, self.bn(self.conv(x)))
 
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
+        return pair(self.conv, self.bn)
+
 
 class BranchedBlock(ConvBlock):
     """A paper's training block, the structural baseline: every branch has a BatchNorm.
@@ -130,8 +141,8 @@ class BranchedBlock(ConvBlock):
         ]
         return activate(self, functools.reduce(jnp.add, parts))
 
-    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
-        """The layer with the whole kernel, and its branches with their weights and BatchNorms."""
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
         norms = {name: getattr(self, f"bn{self._suffix(name)}") for name, _ in self.branches}
         layers = {
             name: getattr(self, f"conv{self._suffix(name)}")

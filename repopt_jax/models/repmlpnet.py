@@ -18,12 +18,14 @@ from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repmlp_branches
 from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import (
+    Parts,
     PlainBlock,
     batch_norm,
     blocks_in,
     no_branches,
+    pair,
 )
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, layer_types
+from repopt_jax.models.layers import SqueezeExcite, conv, layer_types
 from repopt_jax.models.replknet import Residual, Stages
 
 if TYPE_CHECKING:
@@ -78,6 +80,10 @@ class PatchDense(nnx.Module):
         """Run the block."""
         return self.bn(self.dense(x))
 
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
+        return pair(self.conv, self.bn)
+
 
 class BranchedPatchDense(PatchDense):
     """RepMLPNet's training block: beside it depthwise convolutions, with a BatchNorm each."""
@@ -92,8 +98,8 @@ class BranchedPatchDense(PatchDense):
         """Run the block."""
         return super().__call__(x) + sum(getattr(self, f"repconv{k}")(x) for k in WINDOWS)
 
-    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
-        """As `BranchedBlock.parts`."""
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
         layers = {f"conv{k}x{k}": getattr(self, f"repconv{k}") for k in WINDOWS} | {"fc": self}
         weights = {name: layer.conv.kernel[...] for name, layer in layers.items()}
         norms = {name: layer.bn for name, layer in layers.items()}
