@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -73,6 +73,12 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
                 groups[f"{path}/{gate}"] = ChannelGroup({down: None}, (up,))
         groups[path] = ChannelGroup(layers, readers)
     return groups
+
+
+def check_names(argument: str, names: Iterable[str], groups: Mapping[str, ChannelGroup]) -> None:
+    """Refuse names of no group."""
+    if unknown := sorted(set(names) - groups.keys()):
+        raise ValueError(f"{argument} must be by group among {list(groups)}, got {unknown}")
 
 
 def channel_widths(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:

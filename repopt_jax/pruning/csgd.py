@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, channel_widths, unsharded
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, check_names, unsharded
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def scale_by_csgd(
     """
     if strength < 0:
         raise ValueError(f"strength must not be negative, got {strength}")
-    if unknown := sorted(clusters.keys() - groups.keys()):
-        raise ValueError(f"clusters must be by group among {list(groups)}, got {unknown}")
+    check_names("clusters", clusters, groups)
     labels: dict[str, np.ndarray] = {}
     for name, label in clusters.items():
         for layer in groups[name].layers:
@@ -153,11 +152,9 @@ def cluster_filters(
     >>> cluster_filters(model, groups, {"hidden": 2})["hidden"].tolist()
     [0, 1, 0, 1]
     """
-    channels = channel_widths(model, groups)
-    clusters = {}
+    channels, clusters = channel_widths(model, groups), {}
+    check_names("widths", widths, groups)
     for name, width in widths.items():
-        if name not in channels:
-            raise ValueError(f"widths must be by group among {list(groups)}, got {name!r}")
         if not 1 <= width <= channels[name]:
             raise ValueError(
                 f"widths[{name!r}] must be between 1 and {channels[name]}, got {width}"
