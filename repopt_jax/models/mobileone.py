@@ -77,12 +77,8 @@ class MobileOne(FiveStages):
         block_type: type[PlainBlock] | type[MobileOneBlock] = PlainBlock,
         **types: Any,
     ):
-        check_sizes(
-            num_blocks=(num_blocks, 4, MAX_BLOCKS),
-            widths=(widths, 5, MAX_WIDTH),
-            copies=(copies, 1, MAX_COPIES),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, 4, MAX_BLOCKS), widths=(widths, 5, MAX_WIDTH))
+        check_sizes(copies=(copies, 1, MAX_COPIES), num_classes=(num_classes, 1, MAX_WIDTH))
         check_sizes(least=0, se_blocks=(se_blocks, 4, MAX_BLOCKS))
         first, rest = (functools.partial(mobileone_branches, copies=n) for n in (1, copies))
         self.stage0 = block_type(3, widths[0], 2, rule=first, **types)

@@ -139,12 +139,9 @@ class RepLKNet(Stages):
         block_type: type[PlainBlock] | type[LargeKernelBlock] = PlainBlock,
         **types: Any,
     ):
-        check_sizes(
-            num_blocks=(num_blocks, 4, MAX_BLOCKS),
-            widths=(widths, 4, MAX_WIDTH),
-            kernel_sizes=(kernel_sizes, 4, MAX_BLOCKS),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, 4, MAX_BLOCKS), widths=(widths, 4, MAX_WIDTH))
+        check_sizes(kernel_sizes=(kernel_sizes, 4, MAX_BLOCKS))
+        check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
         check_sizes(least=0, small=(small, 1, MAX_BLOCKS))
         if even := [n for n in (*kernel_sizes, small or 1) if n % 2 == 0]:
             raise ValueError(f"kernel_sizes and small must be odd, got {even}")

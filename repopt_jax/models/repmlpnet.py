@@ -179,13 +179,9 @@ class RepMLPNet(Stages):
         **types: Any,
     ):
         stages = len(num_blocks) if isinstance(num_blocks, Sequence) else 4
-        check_sizes(
-            num_blocks=(num_blocks, max(1, min(stages, 4)), MAX_BLOCKS),
-            widths=(widths, stages, MAX_WIDTH),
-            patches=(patches, stages, MAX_BLOCKS),
-            sets=(sets, stages, MAX_WIDTH),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, max(1, min(stages, 4)), MAX_BLOCKS))
+        check_sizes(widths=(widths, stages, MAX_WIDTH), patches=(patches, stages, MAX_BLOCKS))
+        check_sizes(sets=(sets, stages, MAX_WIDTH), num_classes=(num_classes, 1, MAX_WIDTH))
         if any(width % n for width, n in zip(widths, sets, strict=True)):
             raise ValueError(f"sets must divide the widths {tuple(widths)}, got {tuple(sets)}")
         embed = functools.partial(PlainBlock, rule=no_branches, **types)

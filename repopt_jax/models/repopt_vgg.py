@@ -149,13 +149,9 @@ class RepOptVGG(FiveStages):
         block_type: type[PlainBlock] | type[RepVGGBlock] = PlainBlock,
         rngs: nnx.Rngs,
     ):
-        check_sizes(
-            num_blocks=(num_blocks, 4, MAX_BLOCKS),
-            widths=(widths, 5, MAX_WIDTH),
-            strides=(strides, 5, MAX_WIDTH),
-            groups=(groups, 1, MAX_WIDTH),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, 4, MAX_BLOCKS), widths=(widths, 5, MAX_WIDTH))
+        check_sizes(strides=(strides, 5, MAX_WIDTH), groups=(groups, 1, MAX_WIDTH))
+        check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
         if any(width % groups for width in widths[1:]):
             raise ValueError(f"groups must divide the widths {tuple(widths[1:])}, got {groups}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
