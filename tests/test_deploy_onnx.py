@@ -142,7 +142,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_network_without_a_writer_is_refused():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear$"):
+    with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear; "):
         onnx_model(model, Preprocessing(8, 8), name="x")
 
 

@@ -14,6 +14,9 @@ from repopt_jax import Scales, create_model, load_scales, searched_scales
 from repopt_jax.check_equivalence.layers import METHODS
 from repopt_jax.check_equivalence.training import differences, start
 from repopt_jax.deploy import fold
+from repopt_jax.deploy.onnx_export import onnx_model
+from repopt_jax.deploy.preprocessing import Preprocessing
+from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
 from repopt_jax.files import load_weights, save_weights, variables
 from repopt_jax.models.create import FAMILIES
 from repopt_jax.models.replknet import REPLKNET_SIZES
@@ -262,6 +265,25 @@ def test_weights_files_give_the_same_network(name, kind, tmp_path):
 def test_options_that_do_not_fit_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         tiny(name, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_deployed_as_stablehlo_and_refused_as_onnx(name, tmp_path):
+    model = tiny(name)
+    model.eval()
+    size = (32, 32) if "repmlp" in name else (64, 64)
+    options = {"preprocessing": Preprocessing(*size, inside=False), "name": name}
+    with pytest.raises(ValueError, match=r"ONNX.*StableHLO"):
+        onnx_model(model, **options)
+    path = tmp_path / "net.stablehlo"
+    export_stablehlo(path, fold(model), **options, platforms=["cpu"])
+    loaded = load_stablehlo(path)
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
+    for found, wanted in zip(maps(loaded.call(images)), maps(model(images)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    classes = TINY[name].get("num_classes")
+    assert loaded.metadata.get("num_classes") == (classes and str(classes))
 
 
 def test_maps_that_patches_do_not_divide_are_refused():
