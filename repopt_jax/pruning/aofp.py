@@ -1,9 +1,4 @@
-"""AOFP: approximated oracle filter pruning, a search for filters to mask (ICML 2019).
-
-While the network trains, random halves of a layer's filters are switched off for the next layer
-alone, and what this changes there is put down to them. The half with the least damage is halved
-again, until it may go for good. No gradient is changed: a state says what is masked, and
-`Aofp.forward` runs the network with it.
+"""AOFP: approximated oracle filter pruning, a search for filters to mask (arXiv 1905.04748).
 
 Deviation from the authors' code: a layer is not pruned to nothing (theirs stops with an assertion
 when one filter is left; here that one stays).
@@ -68,15 +63,16 @@ class AofpState(NamedTuple):
 class Aofp:
     """An AOFP search: `init`, and in every step `draw`, `forward` and `update`.
 
-    With ``y`` the output of a group's follower and ``y'`` its output without a random half of the
-    search set, the damage ``|y - y'|^2 / |y|^2`` goes to every filter of that half. After `steps`
-    steps the half with the least mean damage is taken. If all its means are below `threshold` it
-    is masked for good and the search starts anew among all filters left; else, if it has more
-    than one filter, it is the next search set; else the search starts anew.
+    While the network trains, a random half of a group's search set is switched off for its
+    follower alone. With ``y`` the follower's output and ``y'`` that without the half, the damage
+    ``|y - y'|^2 / |y|^2`` goes to every filter of the half. After `steps` steps the half with the
+    least mean damage is taken. If all its means are below `threshold` it is masked for good and
+    the search starts anew among all filters left; else, if it has more than one filter, it is the
+    next search set; else the search starts anew.
 
-    Masked filters get no gradient and decay. `prune_filters` with ``state.base_masks`` gives the
-    smaller network, which computes what the masked one does. Training stops, in the paper, at the
-    first epoch that ends with few enough multiply-adds.
+    No gradient is changed; masked filters get none and decay. `prune_filters` with
+    ``state.base_masks`` gives the smaller network, which computes what the masked one does.
+    Training stops, in the paper, at the first epoch that ends with few enough multiply-adds.
 
     Attributes:
       groups: name -> group of channels.

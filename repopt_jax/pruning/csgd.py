@@ -1,7 +1,4 @@
-"""C-SGD: centripetal SGD, which trains filters into equal ones (arXiv 1904.03837).
-
-Filters are clustered once. Those of a cluster then get the same gradient and are pulled to their
-centre, so that they end equal, and `merge_clusters` makes one of them without a loss.
+"""C-SGD: centripetal SGD, which trains clustered filters into equal ones (arXiv 1904.03837).
 
 Deviation from the authors' code: weight decay, which is the same for all filters, is left to
 ``optax.add_decayed_weights``; of their two versions this is the later one, which decays no bias
@@ -40,6 +37,8 @@ def scale_by_csgd(
     strength: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Give the filters of a cluster one gradient, and pull them to their centre.
+
+    They end equal, so that `merge_clusters` makes one of them without a loss.
 
     For filter ``w_i`` in cluster ``H``, with gradient ``g_i`` and ``e`` the `strength`::
 

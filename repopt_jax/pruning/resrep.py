@@ -1,9 +1,7 @@
 """ResRep: compactors, which forget channels while the network remembers (arXiv 2007.03260).
 
-A compactor, a 1x1 convolution that starts as the identity, follows the BatchNorm of every target
-layer. A lasso shrinks its output channels; for the least of them the loss's gradient is reset to
-zero, so that nothing resists the lasso. Then layer, BatchNorm and compactor are one layer with
-fewer channels: `fold_compactors`.
+A compactor, a 1x1 convolution, follows the BatchNorm of every target layer. A lasso shrinks its
+output channels; for the least of them the gradient is reset, so that nothing resists the lasso.
 
 Deviations from the authors' code: multiply-adds are counted as they are (theirs count a 1x1
 projection as 2x2), and the folded layer keeps a BatchNorm, which passes its bias on.
