@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,10 @@ def no_branches(path: str, layer: Any) -> None:
 
 
 class ConvBlock(nnx.Module):
-    """What plain and branched blocks share: branches or their sum, then an activation.
+    """Convolution, BatchNorm and activation; of the first two one, or one for each branch.
+
+    Its layers are called ``conv`` and ``bn`` with the name of the branch after it, for which a
+    subclass may have another one in `suffixes`.
 
     Args:
       in_features: channels of the input.
@@ -65,6 +68,9 @@ class ConvBlock(nnx.Module):
       pre_se: squeeze-excite before the activation, of a sixteenth of the channels.
       types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`; and norm, see `batch_norm`.
     """
+
+    plain: ClassVar[bool]
+    suffixes: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -82,81 +88,61 @@ class ConvBlock(nnx.Module):
     ):
         bn = functools.partial(batch_norm, out_features, **types)
         types = layer_types(**types)
-        layer = functools.partial(
-            conv, in_features, out_features, stride=stride, groups=groups, **types
-        )
-        self._build(layer(size), rule, layer, bn)
+        shape = {"stride": stride, "groups": groups, **types}
+        whole = conv(in_features, out_features, size, **shape)
+        # Tuples, as the parts of a network that are no arrays must have a hash.
+        stated = tuple((rule("", whole) or {}).items())
+        self.branches = stated if self.plain else ()  # those that GR trains the layer with
+        self.built = (("conv", Full()),) if self.plain else stated
+        for i, (name, branch) in enumerate(self.built):
+            if not isinstance(branch, Identity):
+                side = getattr(branch, "size", size)
+                layer = conv(in_features, out_features, side, **shape) if i else whole
+                setattr(self, f"conv{self._suffix(name)}", layer)
+            setattr(self, f"bn{self._suffix(name)}", bn())
         self.activation = activation
         self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None
         self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
-
-
-class PlainBlock(ConvBlock):
-    """One convolution and one BatchNorm; it states the branches that GR trains it with.
-
-    Its arguments are those of `ConvBlock`.
-    """
-
-    def _build(self, whole, rule, layer, bn):
-        del layer
-        self.conv, self.bn = whole, bn()
-        # A tuple, as the parts of a network that are no arrays must have a hash.
-        self.branches = tuple((rule("", whole) or {}).items())
-
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the block."""
-        return activate(self, self.bn(self.conv(x)))
-
-    def parts(self) -> Parts:
-        """What `fold` makes one layer of."""
-        return pair(self.conv, self.bn)
-
-
-class BranchedBlock(ConvBlock):
-    """A paper's training block, the structural baseline: every branch has a BatchNorm.
-
-    Its arguments are those of `ConvBlock`. Its layers are called ``conv`` and ``bn`` with the name
-    of the branch after it, for which a subclass may have another one in `suffixes`.
-    """
-
-    suffixes: Mapping[str, str] = {}
-
-    def _build(self, whole, rule, layer, bn):
-        self.branches = tuple((rule("", whole) or {}).items())
-        for i, (name, branch) in enumerate(self.branches):
-            if not isinstance(branch, Identity):
-                side = getattr(branch, "size", whole.kernel_size[0])
-                setattr(self, f"conv{self._suffix(name)}", layer(side) if i else whole)
-            setattr(self, f"bn{self._suffix(name)}", bn())
 
     def _suffix(self, name: str) -> str:
         return self.suffixes.get(name, name.removeprefix("conv"))
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
-        _, _, _, norms = self.parts()
-        parts = [
-            bn(getattr(self, f"conv{self._suffix(name)}", materialize)(x))
-            for name, bn in norms.items()
-        ]
+        parts = []
+        for suffix in (self._suffix(name) for name, _ in self.built):
+            layer = getattr(self, f"conv{suffix}", materialize)
+            parts.append(getattr(self, f"bn{suffix}")(layer(x)))
         return activate(self, functools.reduce(jnp.add, parts))
 
     def parts(self) -> Parts:
         """What `fold` makes one layer of."""
-        norms = {name: getattr(self, f"bn{self._suffix(name)}") for name, _ in self.branches}
+        norms = {name: getattr(self, f"bn{self._suffix(name)}") for name, _ in self.built}
         layers = {
             name: getattr(self, f"conv{self._suffix(name)}")
-            for name, branch in self.branches
+            for name, branch in self.built
             if not isinstance(branch, Identity)
         }
         weights = {name: layer.kernel[...] for name, layer in layers.items()}
-        return next(iter(layers.values())), dict(self.branches), weights, norms
+        return next(iter(layers.values())), dict(self.built), weights, norms
 
 
-def blocks_in(model: nnx.Module, block_type: type = PlainBlock) -> dict[str, Block]:
-    """Path of the layer of every plain block of `model` that has branches -> its branches."""
+class PlainBlock(ConvBlock):
+    """One convolution and one BatchNorm; it states the branches that GR trains it with."""
+
+    plain: ClassVar = True
+
+
+class BranchedBlock(ConvBlock):
+    """A paper's training block, the structural baseline: every branch has a BatchNorm."""
+
+    plain: ClassVar = False
+
+
+def blocks_in(model: nnx.Module) -> dict[str, Block]:
+    """Path of every layer ``conv`` of `model` that states branches for GR -> its branches."""
     return {
         "/".join(map(str, (*path, "conv"))): dict(module.branches)
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, block_type) and module.branches
+        if getattr(module, "branches", ())
     }

@@ -14,17 +14,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repmlp_branches
 from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import (
-    Parts,
-    PlainBlock,
-    batch_norm,
-    blocks_in,
-    no_branches,
-    pair,
-)
+from repopt_jax.models.conv_blocks import Parts, PlainBlock, batch_norm, no_branches, pair
 from repopt_jax.models.layers import SqueezeExcite, conv, layer_types
 from repopt_jax.models.replknet import Residual, Stages
 
@@ -68,17 +60,13 @@ class PatchDense(nnx.Module):
         self.conv = conv(features, features, 1, groups=sets, **layer_types(**types))
         self.bn = batch_norm(sets, **types)
         block = repmlp_branches("", self.conv, image=image, windows=WINDOWS)
-        self.branches = tuple(block.items())
-
-    def dense(self, x: Float[Array, "patches height width sets"]) -> Array:
-        """The layer alone: set after set, the pixels of a patch are the channels of a 1x1."""
-        count, height, width, sets = x.shape
-        y = self.conv(x.transpose(0, 3, 1, 2).reshape(count, 1, 1, -1))
-        return y.reshape(count, sets, height, width).transpose(0, 2, 3, 1)
+        self.branches = tuple(block.items())  # those that GR trains the layer with
 
     def __call__(self, x: Float[Array, "patches height width sets"]) -> Array:
-        """Run the block."""
-        return self.bn(self.dense(x))
+        """Run the block: set after set, the pixels of a patch are the channels of a 1x1."""
+        count, height, width, sets = x.shape
+        y = self.conv(x.transpose(0, 3, 1, 2).reshape(count, 1, 1, -1))
+        return self.bn(y.reshape(count, sets, height, width).transpose(0, 2, 3, 1))
 
     def parts(self) -> Parts:
         """What `fold` makes one layer of."""
@@ -90,6 +78,7 @@ class BranchedPatchDense(PatchDense):
 
     def __init__(self, sets: int, image: tuple[int, int], **types: Any):
         super().__init__(sets, image, **types)
+        self.built, self.branches = self.branches, ()
         types |= {"groups": sets, "rule": no_branches, "activation": jax.nn.identity}
         for k in WINDOWS:
             setattr(self, f"repconv{k}", PlainBlock(sets, sets, size=k, **types))
@@ -103,7 +92,7 @@ class BranchedPatchDense(PatchDense):
         layers = {f"conv{k}x{k}": getattr(self, f"repconv{k}") for k in WINDOWS} | {"fc": self}
         weights = {name: layer.conv.kernel[...] for name, layer in layers.items()}
         norms = {name: layer.bn for name, layer in layers.items()}
-        return self.conv, dict(self.branches), weights, norms
+        return self.conv, dict(self.built), weights, norms
 
 
 class PatchMix(nnx.Module):
@@ -198,8 +187,3 @@ class RepMLPNet(Stages):
     def embeddings(self) -> list[tuple[PlainBlock]]:
         """The layers before each stage."""
         return [(layer,) for layer in (self.conv_embedding, *self.embeds)]
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        found = blocks_in(self, PatchDense)
-        return {} if isinstance(self.stage1[0].repmlp_block.fc3, BranchedPatchDense) else found

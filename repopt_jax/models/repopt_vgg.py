@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
+from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, blocks_in
 from repopt_jax.models.layers import linear
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ class FiveStages(nnx.Module):
 
     def blocks(self) -> dict[str, Block]:
         """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        if not isinstance(self.stage0, PlainBlock):
-            return {}
-        return {f"{path}/conv": dict(block.branches) for path, block in self.layers()}
+        return blocks_in(self)
 
 
 class RepOptVGG(FiveStages):
