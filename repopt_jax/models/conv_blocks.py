@@ -51,10 +51,10 @@ def no_branches(path: str, layer: Any) -> None:
 
 
 class ConvBlock(nnx.Module):
-    """Convolution, BatchNorm and activation; of the first two one, or one for each branch.
+    """One convolution and BatchNorm, or one of each for every branch; then an activation.
 
-    Its layers are called ``conv`` and ``bn`` with the name of the branch after it, for which a
-    subclass may have another one in `suffixes`.
+    The layers of a branch are called ``conv`` and ``bn``, followed by the branch's name or what
+    `suffixes` has for it.
 
     Args:
       in_features: channels of the input.
