@@ -139,10 +139,13 @@ class BranchedBlock(ConvBlock):
     plain: ClassVar = False
 
 
-def blocks_in(model: nnx.Module) -> dict[str, Block]:
-    """Path of every layer ``conv`` of `model` that states branches for GR -> its branches."""
-    return {
-        "/".join(map(str, (*path, "conv"))): dict(module.branches)
-        for path, module in nnx.iter_modules(model)
-        if getattr(module, "branches", ())
-    }
+class ConvNetwork(nnx.Module):
+    """A network of such blocks."""
+
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""
+        return {
+            "/".join(map(str, (*path, "conv"))): dict(module.branches)
+            for path, module in nnx.iter_modules(self)
+            if getattr(module, "branches", ())
+        }

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 from flax import nnx
 
-from repopt_jax.branches import Block
 from repopt_jax.branches.presets import replknet_branches
 from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import (
     BranchedBlock,
+    ConvNetwork,
     PlainBlock,
     batch_norm,
-    blocks_in,
     no_branches,
 )
 from repopt_jax.models.layers import layer_types, linear
@@ -76,7 +75,7 @@ class Residual(nnx.Module):
         return x + self.pw2(y if self.large is None else self.large(y))
 
 
-class Stages(nnx.Module):
+class Stages(ConvNetwork):
     """Blocks in stages, then BatchNorm, global average pooling and a dense layer.
 
     A network has `stage1`, `stage2`, ..., and before each the layers that `embeddings` gives.
@@ -95,10 +94,6 @@ class Stages(nnx.Module):
             for block in (*before, *getattr(self, f"stage{stage}")):
                 x = block(x)
         return self.head(self.norm(x).mean((1, 2)))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""
-        return blocks_in(self)
 
 
 class RepLKNet(Stages):

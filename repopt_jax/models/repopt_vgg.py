@@ -17,7 +17,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block
 from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, blocks_in
+from repopt_jax.models.conv_blocks import BranchedBlock, ConvNetwork, PlainBlock
 from repopt_jax.models.layers import linear
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class RepVGGBlock(BranchedBlock):
     suffixes: ClassVar = {"identity": "_identity"}
 
 
-class FiveStages(nnx.Module):
+class FiveStages(ConvNetwork):
     """A block, four lists of blocks, global average pooling and a dense layer.
 
     Attributes:
@@ -96,10 +96,6 @@ class FiveStages(nnx.Module):
         for _, block in self.layers():
             x = block(x)
         return self.linear(x.mean((1, 2)))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        return blocks_in(self)
 
 
 class RepOptVGG(FiveStages):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, uniform_fan_in
+from repopt_jax.branches import uniform_fan_in
 from repopt_jax.branches.presets import repvgg_branches
 from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import PlainBlock, blocks_in, no_branches
+from repopt_jax.models.conv_blocks import ConvNetwork, PlainBlock, no_branches
 from repopt_jax.models.layers import draw_bias, layer_types
 from repopt_jax.models.repopt_vgg import RepVGGBlock
 
@@ -192,7 +192,7 @@ class Neck(nnx.Module):
         return [p3, n3, n4]
 
 
-class YOLOv6(nnx.Module):
+class YOLOv6(ConvNetwork):
     """Backbone and neck; `PlainBlock` makes them plain, `RepVGGBlock` as in training.
 
     Args:
@@ -236,7 +236,3 @@ class YOLOv6(nnx.Module):
     def __call__(self, images: Float[Array, "batch height width 3"]) -> list[Array]:
         """Three maps of normalized `images`, the largest first."""
         return self.neck(self.backbone(images))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        return blocks_in(self)
