@@ -97,15 +97,16 @@ def all_rows(sizes: Sizes, images: pathlib.Path | None, small: bool) -> Iterator
     large = functools.partial(step, sizes.model, sizes.batch)
     yield Row("randaugment", f"{sizes.batch} images", 25, lambda: augmentation_row(sizes))
     yield large("target", 40)
-    yield Row("batch_norm", "plain autodiff", 25, lambda: autodiff_row(sizes))
     yield Row("training", "real files against one batch", 90, lambda: training_row(sizes, images))
+    yield Row("small_set", "a small set on the device", 60, lambda: small_set_row(small))
+    yield Row("batch_norm", "plain autodiff", 25, lambda: autodiff_row(sizes))
+    if not small:
+        yield large("torch, compiled", 50)
+        yield large("repvgg", 30)
+        yield Row("search", "CIFAR-100's size, batch 128", 25, lambda: search_row(sizes))
     yield Row("input", "threads and processes", 60, lambda: input_row(sizes, images))
-    yield Row("small_set", "a small set on the device", 40, lambda: small_set_row(small))
     if small:
         return
-    yield large("torch, compiled", 50)
-    yield large("repvgg", 30)
-    yield Row("search", "CIFAR-100's size, batch 128", 25, lambda: search_row(sizes))
     for variant in OTHERS:
         yield large(variant, 15)
     for name, batch in ((sizes.model, sizes.small_batch), (sizes.small_model, sizes.batch)):
