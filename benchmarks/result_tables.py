@@ -46,6 +46,7 @@ def measured_with(environment: dict, *packages: str) -> str:
     return ", ".join(facts)
 
 
+SETTING = ("data", "images", "classes", "epochs", "batch_size")  # of the ablation's trainings
 SETS = {"tinyimagenet": "Tiny-ImageNet", "cifar10": "CIFAR-10"}
 
 
@@ -94,11 +95,11 @@ def ablation(data: dict, output: str) -> str:
 
 
 def _setting(row: dict) -> tuple:
-    return tuple(row[key] for key in ("data", "images", "classes", "epochs"))
+    return tuple(row[key] for key in SETTING)
 
 
 def _ablation_of(setting: tuple, rows: list[dict], output: str) -> str:
-    name, images, classes, epochs = setting
+    name, images, classes, epochs, batch_size = setting
     table = markdown(
         ("network", "variant", "learning rate", "top-1 %", "seeds", "images/s", "device"),
         [
@@ -129,7 +130,7 @@ def _ablation_of(setting: tuple, rows: list[dict], output: str) -> str:
     facts = dict.fromkeys(f"{r['device']}, jax {r['jax']}, commit {r['commit']}" for r in rows)
     about = (
         f"{SETS[name]}, the first {images:,} training images, those of {classes} classes for the "
-        f"search and of {classes} others for the rest, {epochs:g} epochs, batch 128; "
+        f"search and of {classes} others for the rest, {epochs:g} epochs, batch {batch_size}; "
         f"{'; '.join(facts)}."
     )
     return f"{table}\n\n{sweeps}\n\n{about}"
