@@ -99,7 +99,8 @@ def all_rows(sizes: Sizes, images: pathlib.Path | None, small: bool) -> Iterator
     yield large("target", 40)
     yield Row("training", "real files against one batch", 90, lambda: training_row(sizes, images))
     yield Row("small_set", "a small set on the device", 60, lambda: small_set_row(small))
-    yield Row("batch_norm", "plain autodiff", 25, lambda: autodiff_row(sizes))
+    yield Row("batch_norm", "by autodiff", 20, lambda: batch_norm_row(sizes, by_autodiff))
+    yield Row("batch_norm", "ReLU by autodiff", 20, lambda: batch_norm_row(sizes, relu_apart))
     if not small:
         yield large("torch, compiled", 50)
         yield large("repvgg", 30)
@@ -135,14 +136,21 @@ def search_row(sizes: Sizes) -> dict[str, Any]:
     return found | {"minutes": round(240 * 50_000 / found["images_per_second"] / 60, 1)}
 
 
-def autodiff_row(sizes: Sizes) -> dict[str, Any]:
-    """The target's step with BatchNorm's derivative by autodiff instead of its own."""
-
-    def normalize(*arguments):
-        return layers._normalize_forward(*arguments)[0]
-
+def batch_norm_row(sizes: Sizes, normalize: Callable[..., Any]) -> dict[str, Any]:
+    """The target's step with `normalize` in place of `batch_normalize`."""
     with mock.patch.object(layers, "batch_normalize", normalize):
         return step_row(sizes, sizes.model, sizes.batch, "target")
+
+
+def by_autodiff(*arguments) -> tuple[jax.Array, ...]:
+    """BatchNorm and ReLU by autodiff instead of their own derivative."""
+    return layers._normalize_forward(*arguments)[0]
+
+
+def relu_apart(x, scale, bias, epsilon, relu, normalize=layers.batch_normalize):
+    """BatchNorm with its own derivative, ReLU by autodiff."""
+    y, *statistics = normalize(x, scale, bias, epsilon)
+    return jax.nn.relu(y) if relu else y, *statistics
 
 
 def augmentation_row(sizes: Sizes) -> dict[str, Any]:

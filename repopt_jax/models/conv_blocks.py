@@ -132,6 +132,16 @@ class PlainBlock(ConvBlock):
 
     plain: ClassVar = True
 
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the block."""
+        x = self.conv(x)
+        # Only our BatchNorm takes ReLU in; pruning may put something else in its place.
+        fused = isinstance(self.bn, BatchNorm) and self.activation is jax.nn.relu
+        if not fused or self.pre_se is not None:
+            return activate(self, self.bn(x))
+        x = self.bn(x, relu=True)
+        return x if self.post_se is None else self.post_se(x)
+
 
 class BranchedBlock(ConvBlock):
     """A paper's training block, the structural baseline: every branch has a BatchNorm."""
