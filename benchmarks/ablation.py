@@ -32,8 +32,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 from environment import REAL_IMAGES, REPOSITORY, RESULTS, environment
+from markdown_table import machine
 from ml_collections import ConfigDict
-from result_tables import SETTING, ablation, ablation_rows, machine
+from result_tables import SETTING, ablation, ablation_rows
 from variants import NETWORKS, QUICK_ROWS, ROWS, Variant, changed, part_of
 
 from repopt_jax.data import dataset_arguments, load_dataset
@@ -237,7 +238,8 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         ax.errorbar(x, y, xerr=bars, **style)
     ax.set_yticks(range(len(titles)), titles)
     ax.set_xlabel("Top-1 accuracy (%)")
-    ax.legend(frameon=False)
+    # Above the axes: a marker of the legend among the points would look like one of them.
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     save_figure(figure, path)
 
 

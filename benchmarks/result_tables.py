@@ -3,7 +3,9 @@
 import json
 import statistics
 
+from accelerator_table import accelerator
 from environment import RESULTS
+from markdown_table import markdown, measured_with, over_seeds
 
 # As benchmarks/quantization.py names them, which needs onnx.
 NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
@@ -12,38 +14,6 @@ NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plai
 def load(name: str) -> dict:
     """The content of a file of results."""
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def markdown(header, rows) -> str:
-    """A table; the first column is words, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def over_seeds(values: list[float], digits: int = 1) -> str:
-    """The mean, and the standard deviation where there are several values."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def gpu(environment: dict) -> str | None:
-    """The GPU that was used. None: only the processor was."""
-    (device,) = set(environment.get("devices", ["cpu"]))
-    return None if device == "cpu" else device
-
-
-def machine(environment: dict) -> str:
-    """The GPU, or the processor and its cores."""
-    return gpu(environment) or f"{environment['cpu']}, {environment['cores']} cores"
-
-
-def measured_with(environment: dict, *packages: str) -> str:
-    """Machine, versions and commit."""
-    facts = [machine(environment), *(f"{p} {environment['versions'][p]}" for p in packages)]
-    if environment.get("commit"):
-        changed = " with changes" if environment.get("uncommitted_changes") else ""
-        facts.append(f"commit {environment['commit']}{changed}")
-    return ", ".join(facts)
 
 
 SETTING = ("data", "images", "classes", "epochs", "batch_size")  # of the ablation's trainings
@@ -328,6 +298,7 @@ def step_time(data: dict, output: str) -> str:
 
 
 TABLES = {
+    "accelerator_h100": accelerator,
     "ablation_4_epochs": ablation,
     "ablation_tinyimagenet": ablation,
     "small_set_h100": small_set,
