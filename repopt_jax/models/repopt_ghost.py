@@ -134,7 +134,7 @@ class _Makers:
 
 
 class GhostModule(nnx.Module):
-    """Pointwise convolution, BatchNorm, `depthwise`; ReLU after each if wanted."""
+    """Pointwise convolution with BatchNorm, then `depthwise`; ReLU after both or after none."""
 
     norms: ClassVar[tuple[str, ...]]  # after the depthwise convolution
 
