@@ -81,9 +81,9 @@ def around_one(rng, shape):
     return rng.normal(size=shape) * np.prod(shape[:-1]) ** -0.5
 
 
-def drawn(model, draw=around_one):
+def drawn(model, draw=around_one, seed=0):
     """`model` with other numbers for every variable, from numpy: JAX would compile each draw."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     state = jax.tree.map(lambda x: jnp.asarray(draw(rng, x.shape), x.dtype), nnx.state(model))
     nnx.update(model, state)
     return model

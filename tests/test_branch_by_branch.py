@@ -12,6 +12,7 @@ from test_golden import load, relative, train
 
 import repopt_jax
 from repopt_jax.models import search_layers
+from repopt_jax.torch_files.weights import fill, unfilled_model, variables
 from repopt_jax.tree_paths import layer_at
 
 OPTIMIZERS = {
@@ -29,11 +30,11 @@ def results():
 
 def network(kind, start, scales):
     """The plain or the CSLA network, started as the reference."""
-    model = repopt_jax.create_model(
-        "RepOpt-VGG", kind, num_blocks=reference.NUM_BLOCKS, widths=reference.WIDTHS,
+    model = unfilled_model(
+        name="RepOpt-VGG", kind=kind, num_blocks=reference.NUM_BLOCKS, widths=reference.WIDTHS,
         strides=reference.STRIDES, num_classes=reference.CLASSES, param_dtype=jnp.float64,
-        rngs=nnx.Rngs(0),
     )  # fmt: skip
+    fill(model, {p: np.full(v.shape, p.endswith("/var")) for p, v in variables(model).items()})
     for path, branches in model.blocks().items():
         place = path.removesuffix("/conv")
         layer, norm = layer_at(model, path), layer_at(model, f"{place}/bn")
