@@ -10,7 +10,7 @@ from pruning_networks import section
 
 from repopt_jax.models.create import FAMILIES
 from repopt_jax.torch_files import import_weights, recognize
-from repopt_jax.torch_files.weights import unfilled_model
+from repopt_jax.torch_files.weights import fill, unfilled_model, variables
 
 _YOLOV6 = {
     "name": "YOLOv6",
@@ -87,6 +87,20 @@ def drawn(model, draw=around_one, seed=0):
     state = jax.tree.map(lambda x: jnp.asarray(draw(rng, x.shape), x.dtype), nnx.state(model))
     nnx.update(model, state)
     return model
+
+
+def begun(model):
+    """`model` as it begins, its kernels within torch's bounds: again without compiling draws."""
+    rng = np.random.default_rng(0)
+
+    def value(path, shape):
+        if path.endswith(("/scale", "/var")):
+            return np.ones(shape)
+        if path.endswith("/mean") or re.search("bn.*/bias$", path):
+            return np.zeros(shape)
+        return rng.uniform(-1, 1, shape) * np.prod(shape[:-1] or shape) ** -0.5
+
+    return fill(model, {path: value(path, v.shape) for path, v in variables(model).items()})
 
 
 def deploy_form(arrays):

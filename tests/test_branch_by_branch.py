@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_networks import begun
 from flax import nnx
 from test_golden import load, relative, train
 
 import repopt_jax
 from repopt_jax.models import search_layers
-from repopt_jax.torch_files.weights import fill, unfilled_model, variables
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at
 
 OPTIMIZERS = {
@@ -34,7 +35,7 @@ def network(kind, start, scales):
         name="RepOpt-VGG", kind=kind, num_blocks=reference.NUM_BLOCKS, widths=reference.WIDTHS,
         strides=reference.STRIDES, num_classes=reference.CLASSES, param_dtype=jnp.float64,
     )  # fmt: skip
-    fill(model, {p: np.full(v.shape, p.endswith("/var")) for p, v in variables(model).items()})
+    begun(model)
     for path, branches in model.blocks().items():
         place = path.removesuffix("/conv")
         layer, norm = layer_at(model, path), layer_at(model, f"{place}/bn")
