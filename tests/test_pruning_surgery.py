@@ -232,8 +232,8 @@ def test_layers_know_their_new_sizes(x64):
     layers = small.conv1, small.depthwise, small.head
     sizes = [(m.in_features, m.out_features) for m in layers]
     assert sizes == [(4, 3), (4, 4), (4 * 4 * 4, 7)]
-    assert own.depthwise.feature_group_count == 4
-    assert own.conv1.kernel_shape == own.conv1.kernel.shape
+    assert small.depthwise.feature_group_count == 4
+    assert small.conv1.kernel_shape == small.conv1.kernel.shape
 
 
 def test_multiply_adds_of_every_layer(x64):
