@@ -244,7 +244,8 @@ class BatchNorm(nnx.Module):
 
     def _track(self, running: nnx.Variable, statistic: Array) -> None:
         new = statistic.reshape(-1, statistic.shape[-1]).mean(0).astype(running.dtype)
-        running[...] = (1 - self.momentum) * running[...] + self.momentum * new
+        # `running[...] = ` would ask a traced array for its sharding, which takes long to refuse.
+        running.set_value((1 - self.momentum) * running[...] + self.momentum * new)
 
 
 def _match(vector: Array, x: Array) -> Array:

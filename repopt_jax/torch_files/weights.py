@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -182,4 +183,10 @@ def network_arguments(weights: Weights) -> dict[str, Any]:
 
 def unfilled_model(**arguments: Any) -> Network:
     """A network that has shapes but no numbers: drawing what is then replaced takes seconds."""
-    return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
+
+    def made():
+        key = jax.random.key(0)
+        # The count of `nnx.Rngs` would take most of the time; what it counts is not drawn here.
+        return create_model(**arguments, rngs=types.SimpleNamespace(params=lambda: key))
+
+    return nnx.eval_shape(made)
