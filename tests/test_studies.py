@@ -70,6 +70,8 @@ def test_the_ablation_trains_variants_of_every_kind_and_goes_on_where_it_stopped
 
     monkeypatch.setattr(ablation.Study, "_config", on_device)
     monkeypatch.setattr(ablation, "use_compilation_cache", lambda _: None)
+    monkeypatch.setitem(ablation.QUICK, "images", 6000)  # two steps
+    monkeypatch.setattr(ablation, "MOST_IMAGES", 49_800)  # so that few are held out
     flags = ("--quick", f"--data-dir={tfds_dir}")
     ((network, everything),) = variants.QUICK_ROWS
     titles = ["plain SGD", "RepVGG", "plain AdamW", "reparameterize(Muon)"]
