@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import small_run
 from kill_and_resume import final_states
 from small_run import kill_one, lines_written, small_config, start_joined
 
@@ -23,7 +24,6 @@ for _part in ("search", "target"):
     SETTINGS |= {f"{_part}.epochs": 1.0, f"{_part}.random_erasing": 0.3}  # 11 steps each
     SETTINGS |= {f"{_part}.mix.mixup": 0.2, f"{_part}.mix.cutmix": 1.0}
 FLAGS = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-SEARCH_ONLY = "--config.parts=('search',)"  # for processes that come no further
 
 
 def environment(folder):
@@ -66,7 +66,9 @@ def story(tmp_path_factory):
         patch.setattr(run, "make_mesh", lambda *_: two_devices)
         run.run(configuration(), alone)
     env = environment(folder)
-    both = start_joined(together, *FLAGS, SEARCH_ONLY, env=env)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(small_run.SETTINGS, "parts", ("search",))  # they come no further
+        both = start_joined(together, *FLAGS, env=env)
     begun = time.monotonic()
     while lines_written(together) < 4 and both[0].poll() is None and time.monotonic() < begun + 200:
         time.sleep(0.01)
@@ -113,16 +115,48 @@ def test_only_the_first_process_writes_and_prints(story):
     assert summary["machine"]["devices"] == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_sentence(story, tmp_path, victim):
-    env = environment(story["together"].parent)
-    both = start_joined(tmp_path, *FLAGS, SEARCH_ONLY, env=env)
-    status, other, said, seconds = kill_one(both, victim, tmp_path, lines=3, delay=0.0)
+def check_the_survivor(status, other, said, seconds):
     assert (status, other) == (-signal.SIGKILL, 1)
     assert seconds < 120
     assert "another process of this run has ended" in said  # jax's own lines may come after it
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_training_of_the_first_with_a_sentence(
+    story, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(small_run.SETTINGS, "parts", ("search",))
+    both = start_joined(tmp_path, *FLAGS, env=environment(story["together"].parent))
+    check_the_survivor(*kill_one(both, 1, tmp_path, lines=3, delay=0.0))
+
+
+COLLECTIVES = """
+import pathlib, sys
+from repopt_jax.training import command_line, processes, run
+def collectives(_, workdir):
+    processes.agreed([0])
+    metrics = pathlib.Path(workdir, "search", "metrics.jsonl")
+    metrics.parent.mkdir(exist_ok=True)
+    metrics.write_text("one step\\n")
+    while True:
+        processes.agreed([0])
+run.run = collectives
+command_line.main()
+"""
+
+
+@pytest.mark.slow
+def test_when_the_first_process_is_killed_the_other_ends_with_a_sentence(tmp_path):
+    """jax, which the first has served, ends it whatever it does; here collectives and no step."""
+    flags = [f"--workdir={tmp_path}", f"--coordinator_address=localhost:{free_port()}"]
+    command = [sys.executable, "-c", COLLECTIVES, *flags, "--num_processes=2"]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [
+        subprocess.Popen([*command, f"--process_id={i}"], env=environment(tmp_path), **pipes)
+        for i in range(2)
+    ]
+    check_the_survivor(*kill_one(both, 0, tmp_path, lines=1, delay=0.0))
 
 
 ABORT = """
