@@ -1,5 +1,6 @@
 """Strictness for every test: eight CPU devices, no silent rank promotion."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -21,6 +22,11 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_finish(session):
+    """What is imported lives to the end: the collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture
