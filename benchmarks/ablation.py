@@ -1,6 +1,6 @@
 """What each half of the method, its scales and its rivals are worth, on two sets of 32 px.
 
-    python benchmarks/ablation.py --minutes=9                       (for a GPU; --epochs=90 as well)
+    python benchmarks/ablation.py --batch=256 --minutes=9           (for a GPU; --epochs=90 as well)
     python benchmarks/ablation.py --data=cifar10 --images=20000 --epochs=4      (for two CPU cores)
     python benchmarks/ablation.py --quick        (every kind of row with a tiny network; minutes)
 
@@ -32,8 +32,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 from environment import REAL_IMAGES, REPOSITORY, RESULTS, environment
+from markdown_table import machine
 from ml_collections import ConfigDict
-from result_tables import ablation, ablation_rows, machine
+from result_tables import SETTING, ablation, ablation_rows
 from variants import NETWORKS, QUICK_ROWS, ROWS, Variant, changed, part_of
 
 from repopt_jax.data import dataset_arguments, load_dataset
@@ -93,8 +94,8 @@ class Study:
         self._end = time.monotonic() + 60 * arguments.minutes
         self._longest = 0.0
         self._load = functools.cache(load_dataset)
-        self._setting = {k: getattr(arguments, k) for k in ("data", "images", "classes", "epochs")}
-        place = "{data}, {images} images, {classes} classes, {epochs:g} epochs"
+        self._setting = {key: getattr(arguments, key) for key in SETTING}
+        place = "{data}, {images} images, {classes} classes, {epochs:g} epochs, batch {batch_size}"
         self._workdir = pathlib.Path(arguments.workdir) / place.format(**self._setting)
 
     def run(self) -> None:
@@ -103,16 +104,19 @@ class Study:
         for network, variants in QUICK_ROWS if given.quick else ROWS:
             if network not in given.networks:
                 continue
+            if given.variants:
+                variants = [variant for variant in variants if variant.title in given.variants]
             rates = {}
             for variant in variants:
                 judge = functools.partial(self._held_out_top1, network, variant)
-                rates[variant] = best_rate(variant.rate, judge) if given.sweep else variant.rate
+                first = variant.rate * given.batch_size / 128
+                rates[variant] = best_rate(first, judge) if given.sweep else first
             for seed in given.seeds:
                 for variant in variants:
                     self._row(network, variant, rates[variant], seed)
 
     def own_rows(self) -> list[dict]:
-        """The rows with the images, classes and epochs of this command."""
+        """The rows with the setting of this command."""
         return [row for row in self.rows if self._setting.items() <= row.items()]
 
     def _held_out_top1(self, network: str, variant: Variant, rate: float) -> float:
@@ -127,11 +131,10 @@ class Study:
                 return row
         config = self._config(network)
         config.seed = seed
-        config.target.schedule.base_lr = rate * 256 / config.target.batch_size
         scales = self._scales(network, variant, config)
         workdir = self._workdir / f"{network}, {variant.title}, {rate:g}, seed {seed}"
         with self._timed():
-            part = part_of(variant, config, scales, self._load)
+            part = part_of(variant, config, rate, scales, self._load)
             row = key | self._measured(part, workdir)
         facts = environment(*PACKAGES)
         changes = " with changes" if facts["uncommitted_changes"] else ""
@@ -156,7 +159,7 @@ class Study:
             section.data.update({key: sets[key] for key in ("mean", "std")})
             section.data.train_split = f"train[:{given.images}]"
             section.data.classes = tuple(classes)[: given.classes]
-            section.epochs = given.epochs
+            section.epochs, section.batch_size = given.epochs, given.batch_size
             section.schedule.warmup_epochs = min(1.0, given.epochs / 4)
         return config
 
@@ -235,7 +238,8 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
         ax.errorbar(x, y, xerr=bars, **style)
     ax.set_yticks(range(len(titles)), titles)
     ax.set_xlabel("Top-1 accuracy (%)")
-    ax.legend(frameon=False)
+    # Above the axes: a marker of the legend among the points would look like one of them.
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     save_figure(figure, path)
 
 
@@ -253,12 +257,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=MOST_IMAGES, help="of all classes")
     parser.add_argument("--classes", type=int, help="how many of either half; all by default")
     parser.add_argument("--epochs", type=float, default=30.0)
+    parser.add_argument("--batch", type=int, default=128, dest="batch_size")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--sweep", action=argparse.BooleanOptionalAction, default=True, help="the learning rates"
     )
     networks = list(dict.fromkeys(network for network, _ in ROWS))
     parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
+    titles = list(dict.fromkeys(variant.title for _, group in ROWS for variant in group))
+    parser.add_argument("--variants", nargs="+", choices=titles, help="all by default")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin nothing that ends later"
     )

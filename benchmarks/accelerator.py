@@ -3,10 +3,11 @@
     python benchmarks/accelerator.py                      # at most 8 minutes on one GPU
     python benchmarks/accelerator.py --quick              # tiny sizes, about a minute on a CPU
 
-Rows come in the order of their worth. Each is printed and written as soon as it is measured. A row
-that fails, or for which the time that is left does not suffice, is written with the reason, and the
-next one follows. The images are those of --folder (DIR/train/<class>/*.JPEG) or of TFDS's
-imagenet2012 in --data_dir; where there are none, images of noise take their place.
+Rows come in the order of their worth. Each is printed and written as soon as it is measured, and
+none that the JSON holds is measured again: several short sessions add up. A row that fails, or for
+which the time that is left does not suffice, is written with the reason, and the next one follows.
+The images are those of --folder (DIR/train/<class>/*.JPEG) or of TFDS's imagenet2012 in --data_dir;
+where there are none, images of noise take their place.
 """
 
 import argparse
@@ -37,10 +38,11 @@ from repopt_jax.data.sources import read_items
 from repopt_jax.data.workers import usable_cores
 from repopt_jax.models import layers
 from repopt_jax.training import randaugment
-from repopt_jax.training.report import read_metrics
+from repopt_jax.training.report import read_metrics, write_json
 from repopt_jax.training.run import run, throughput
 
 PACKAGES = (*step_time.PACKAGES, "jax-cuda13-plugin", "opencv-python-headless", "grain")
+SECTIONS = ("randaugment", "steps", "batch_norm", "training", "input", "small_set", "search")
 OTHERS = ("target, plain SGD", "hs", "torch, eager")
 
 
@@ -72,7 +74,7 @@ class Sizes(NamedTuple):
     rounds: int = 5
     steps: int = 20  # in a round
     input_seconds: float = 3.0
-    training_steps: int = 200  # many more than the batches that are made during compilation
+    training_steps: int = 400  # many more than the batches that are made during compilation
 
 
 QUICK = Sizes("RepOpt-VGG-A0", "RepOpt-VGG-A0", 32, 4, 2, "float32", 1, 1, 0.2, 4)
@@ -95,14 +97,17 @@ def all_rows(sizes: Sizes, images: pathlib.Path | None, small: bool) -> Iterator
     large = functools.partial(step, sizes.model, sizes.batch)
     yield Row("randaugment", f"{sizes.batch} images", 25, lambda: augmentation_row(sizes))
     yield large("target", 40)
-    yield Row("batch_norm", "plain autodiff", 25, lambda: autodiff_row(sizes))
     yield Row("training", "real files against one batch", 90, lambda: training_row(sizes, images))
+    yield Row("small_set", "a small set on the device", 60, lambda: small_set_row(small))
+    yield Row("batch_norm", "by autodiff", 20, lambda: batch_norm_row(sizes, by_autodiff))
+    yield Row("batch_norm", "ReLU by autodiff", 20, lambda: batch_norm_row(sizes, relu_apart))
+    if not small:
+        yield large("torch, compiled", 50)
+        yield large("repvgg", 30)
+        yield Row("search", "CIFAR-100's size, batch 128", 25, lambda: search_row(sizes))
     yield Row("input", "threads and processes", 60, lambda: input_row(sizes, images))
-    yield Row("small_set", "a small set on the device", 40, lambda: small_set_row(small))
     if small:
         return
-    yield large("torch, compiled", 50)
-    yield large("repvgg", 30)
     for variant in OTHERS:
         yield large(variant, 15)
     for name, batch in ((sizes.model, sizes.small_batch), (sizes.small_model, sizes.batch)):
@@ -113,24 +118,39 @@ def all_rows(sizes: Sizes, images: pathlib.Path | None, small: bool) -> Iterator
             yield step(name, batch, variant, 12)
 
 
-def step_row(sizes: Sizes, name: str, batch: int, variant: str) -> dict[str, Any]:
-    """One variant of the training step, by `step_time.py`."""
+def step_row(
+    sizes: Sizes, name: str, batch: int, variant: str, size: int | None = None
+) -> dict[str, Any]:
+    """One variant of the training step, by `step_time.py`. Without `size`, at that of `sizes`."""
     flags = SimpleNamespace(variants=[variant], rounds=sizes.rounds, steps=sizes.steps)
-    found = step_time.compare_steps(flags, name, sizes.size, batch, sizes.dtype)
+    found = step_time.compare_steps(flags, name, size or sizes.size, batch, sizes.dtype)
     if not found["rows"]:
         raise RuntimeError(found["left_out"].get(variant, "PyTorch cannot run here"))
     shares = {"op_shares": found["op_shares"]} if "op_shares" in found else {}
     return found["rows"][0] | shares
 
 
-def autodiff_row(sizes: Sizes) -> dict[str, Any]:
-    """The target's step with BatchNorm's derivative by autodiff instead of its own."""
+def search_row(sizes: Sizes) -> dict[str, Any]:
+    """The step of the official search, and the minutes of its 240 epochs of 50,000 images."""
+    found = step_row(sizes, sizes.model, 128, "hs", 32)
+    return found | {"minutes": round(240 * 50_000 / found["images_per_second"] / 60, 1)}
 
-    def normalize(*arguments):
-        return layers._normalize_forward(*arguments)[0]
 
+def batch_norm_row(sizes: Sizes, normalize: Callable[..., Any]) -> dict[str, Any]:
+    """The target's step with `normalize` in place of `batch_normalize`."""
     with mock.patch.object(layers, "batch_normalize", normalize):
         return step_row(sizes, sizes.model, sizes.batch, "target")
+
+
+def by_autodiff(*arguments) -> tuple[jax.Array, ...]:
+    """BatchNorm and ReLU by autodiff instead of their own derivative."""
+    return layers._normalize_forward(*arguments)[0]
+
+
+def relu_apart(x, scale, bias, epsilon, relu, normalize=layers.batch_normalize):
+    """BatchNorm with its own derivative, ReLU by autodiff."""
+    y, *statistics = normalize(x, scale, bias, epsilon)
+    return jax.nn.relu(y) if relu else y, *statistics
 
 
 def augmentation_row(sizes: Sizes) -> dict[str, Any]:
@@ -177,17 +197,17 @@ def training_row(sizes: Sizes, images: pathlib.Path | None) -> dict[str, Any]:
     config = runpy.run_path(str(REPOSITORY / "configs" / "imagenet.py"))["get_config"](sizes.model)
     config.parts = ("plain",)
     config.dtype = sizes.dtype
-    config.log_every = max(1, sizes.training_steps // 20)
-    data = data_options(images)
+    # A report waits for the device: with one every few steps, they would be what is measured.
+    config.log_every = max(1, sizes.training_steps // 4)
     section = config.target
-    section.data.update(data | {"image_size": sizes.size, "fast": True})
+    section.data.update({"name": "folder", "image_size": sizes.size, "fast": True})
     section.batch_size, section.eval_batch_size = sizes.batch, sizes.batch
     section.bn_group = min(section.bn_group, sizes.batch)
-    available = len(dataset_of(images).train)
-    epochs = sizes.training_steps / max(1, available // sizes.batch)
+    epochs = sizes.training_steps / 4
     section.epochs = config.eval_every = config.checkpoint.every = float(epochs)
     section.schedule.warmup_epochs = 0.0
     with tempfile.TemporaryDirectory() as folder:
+        section.data.data_dir = write_files(images, pathlib.Path(folder), 4 * sizes.batch)
         (bare,) = throughput(config).values()
         run(config, pathlib.Path(folder) / "run")
         records = read_metrics(pathlib.Path(folder) / "run" / "plain" / "metrics.jsonl")
@@ -225,6 +245,18 @@ def dataset_of(images: pathlib.Path):
     return load_dataset(options.pop("name"), **options)
 
 
+def write_files(images: pathlib.Path, folder: pathlib.Path, count: int) -> str:
+    """As many image files to train on, over and over again where there are fewer, and some more."""
+    dataset = dataset_of(images)
+    for split, source, number in (("train", dataset.train, count), ("val", dataset.eval, 8)):
+        for i in range(8):
+            (folder / split / f"class{i}").mkdir(parents=True)
+        items = read_items(source, [i % len(source) for i in range(number)])
+        for i, item in enumerate(items):
+            (folder / split / f"class{i % 8}" / f"{i}.jpg").write_bytes(item["image"])
+    return str(folder)
+
+
 def write_noise(folder: pathlib.Path, count: int) -> pathlib.Path:
     """Image files about as large as ImageNet's, of coarse noise."""
     rng = np.random.default_rng(0)
@@ -256,6 +288,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="that all rows may take")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one row of each kind")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--data_dir", type=pathlib.Path, default=REAL_IMAGES)
     where.add_argument("--folder", type=pathlib.Path)
@@ -267,22 +300,27 @@ def main():
         images = flags.folder or flags.data_dir
         if not (real := images.exists()):
             images = write_noise(pathlib.Path(folder), 8 if flags.quick else 256)
+        sizes = QUICK if flags.quick else Sizes()
+        output = pathlib.Path(flags.output)
+        known = json.loads(output.read_text())["rows"] if output.exists() else []
+        rows = {(r["section"], r["name"]): r for r in known if "left_out" not in r}
+        facts = environment(*PACKAGES)
         result = {
             "what": __doc__.splitlines()[0],
-            "environment": environment(*PACKAGES),
-            "minutes": flags.minutes,
-            "sizes": (QUICK if flags.quick else Sizes())._asdict(),
+            "environment": facts,
+            "sizes": sizes._asdict(),
             "real_images": real,
-            "rows": [],
         }
-        sizes = QUICK if flags.quick else Sizes()
         for row in all_rows(sizes, images, small=flags.quick):
+            key = row.section, row.name
+            if key in rows or row.section not in flags.sections:
+                continue
             left = 60 * flags.minutes - (time.perf_counter() - begun)
             seconds = 0 if flags.quick else row.seconds
-            found = measured(row._replace(seconds=seconds), left)
-            result["rows"].append({"section": row.section, "name": row.name} | found)
+            found = measured(row._replace(seconds=seconds), left) | {"commit": facts["commit"]}
+            rows[key] = {"section": row.section, "name": row.name} | found
             print(f"{row.section}, {row.name}: {json.dumps(found)}", flush=True)
-            pathlib.Path(flags.output).write_text(json.dumps(result, indent=2) + "\n")
+            write_json(output, result | {"rows": list(rows.values())})
 
 
 if __name__ == "__main__":

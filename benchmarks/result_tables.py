@@ -3,7 +3,9 @@
 import json
 import statistics
 
+from accelerator_table import accelerator
 from environment import RESULTS
+from markdown_table import markdown, measured_with, over_seeds
 
 # As benchmarks/quantization.py names them, which needs onnx.
 NETWORKS = {"repvgg": "RepVGG, folded", "target": "RepOptimizer", "plain": "plain SGD"}
@@ -14,38 +16,7 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def markdown(header, rows) -> str:
-    """A table; the first column is words, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def over_seeds(values: list[float], digits: int = 1) -> str:
-    """The mean, and the standard deviation where there are several values."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def gpu(environment: dict) -> str | None:
-    """The GPU that was used. None: only the processor was."""
-    (device,) = set(environment.get("devices", ["cpu"]))
-    return None if device == "cpu" else device
-
-
-def machine(environment: dict) -> str:
-    """The GPU, or the processor and its cores."""
-    return gpu(environment) or f"{environment['cpu']}, {environment['cores']} cores"
-
-
-def measured_with(environment: dict, *packages: str) -> str:
-    """Machine, versions and commit."""
-    facts = [machine(environment), *(f"{p} {environment['versions'][p]}" for p in packages)]
-    if environment.get("commit"):
-        changed = " with changes" if environment.get("uncommitted_changes") else ""
-        facts.append(f"commit {environment['commit']}{changed}")
-    return ", ".join(facts)
-
-
+SETTING = ("data", "images", "classes", "epochs", "batch_size")  # of the ablation's trainings
 SETS = {"tinyimagenet": "Tiny-ImageNet", "cifar10": "CIFAR-10"}
 
 
@@ -94,11 +65,11 @@ def ablation(data: dict, output: str) -> str:
 
 
 def _setting(row: dict) -> tuple:
-    return tuple(row[key] for key in ("data", "images", "classes", "epochs"))
+    return tuple(row[key] for key in SETTING)
 
 
 def _ablation_of(setting: tuple, rows: list[dict], output: str) -> str:
-    name, images, classes, epochs = setting
+    name, images, classes, epochs, batch_size = setting
     table = markdown(
         ("network", "variant", "learning rate", "top-1 %", "seeds", "images/s", "device"),
         [
@@ -129,7 +100,7 @@ def _ablation_of(setting: tuple, rows: list[dict], output: str) -> str:
     facts = dict.fromkeys(f"{r['device']}, jax {r['jax']}, commit {r['commit']}" for r in rows)
     about = (
         f"{SETS[name]}, the first {images:,} training images, those of {classes} classes for the "
-        f"search and of {classes} others for the rest, {epochs:g} epochs, batch 128; "
+        f"search and of {classes} others for the rest, {epochs:g} epochs, batch {batch_size}; "
         f"{'; '.join(facts)}."
     )
     return f"{table}\n\n{sweeps}\n\n{about}"
@@ -327,6 +298,7 @@ def step_time(data: dict, output: str) -> str:
 
 
 TABLES = {
+    "accelerator_h100": accelerator,
     "ablation_4_epochs": ablation,
     "ablation_tinyimagenet": ablation,
     "small_set_h100": small_set,

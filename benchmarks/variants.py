@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -12,6 +14,7 @@ from repopt_jax import reparameterize, weight_decay_mask
 from repopt_jax.data import Dataset
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
+from repopt_jax.training.optimizer import REFERENCE_BATCH
 from repopt_jax.training.parts import Part, prepare
 
 NETWORKS = {  # sizes of RepOpt-VGG; the first has the depth of B1, the fourth is a narrow A0
@@ -31,7 +34,7 @@ class Variant:
 
     Attributes:
       title: as the tables name it.
-      rate: learning rate of a batch at which its sweep begins.
+      rate: learning rate of a batch of 128 at which its sweep begins.
       part: target, plain or repvgg, see `repopt_jax.training.parts`.
       optimizer: sgd, or one of `OPTIMIZERS`.
       scales: searched, early (after a quarter of the search), initial, ones or averaged.
@@ -128,21 +131,47 @@ def _muon(schedule: optax.Schedule) -> optax.GradientTransformation:
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
+class ScaleByRateState(NamedTuple):
+    """The learning rate."""
+
+    rate: jax.Array
+
+
+def scale_by_rate(rate: float) -> optax.GradientTransformation:
+    """Multiply updates by a number of the state, so that all rates of a sweep are one program."""
+
+    def init(params):
+        del params
+        return ScaleByRateState(jnp.float32(rate))
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: u * state.rate.astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
 @dataclasses.dataclass(frozen=True)
-class OptaxPart(Part):
-    """A part with an optimizer of Optax: on the kernels or, `multiplied`, on their branches.
+class RatedPart(Part):
+    """A part whose learning rate is in the optimizer's state.
 
     Attributes:
-      optimizer: one of `OPTIMIZERS`.
+      rate: what the schedule, whose highest rate is 1, is multiplied by.
+      optimizer: sgd, or one of `OPTIMIZERS`: on the kernels or, `multiplied`, on their branches.
     """
 
-    optimizer: str = "adamw"
+    rate: float = 1.0
+    optimizer: str = "sgd"
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer."""
-        optimizer = OPTIMIZERS[self.optimizer](self.schedule)
-        if not self.spec.multiplied:
+        if self.optimizer == "sgd":
+            optimizer = super().tx
+        else:
+            optimizer = OPTIMIZERS[self.optimizer](self.schedule)
+        optimizer = optax.chain(optimizer, scale_by_rate(self.rate))
+        if self.optimizer == "sgd" or not self.spec.multiplied:
             return optimizer
         # The kernels are split into branches anew. Which split makes no difference, because these
         # optimizers look at weights only to decay them, all by the same factor.
@@ -150,11 +179,16 @@ class OptaxPart(Part):
 
 
 def part_of(
-    variant: Variant, config: ConfigDict, scales: Scales | None, load: Callable[..., Dataset]
+    variant: Variant,
+    config: ConfigDict,
+    rate: float,
+    scales: Scales | None,
+    load: Callable[..., Dataset],
 ) -> Part:
-    """The part that a variant trains, with the learning rate and seed of `config`."""
+    """The part that a variant trains, with the seed of `config` and the learning rate `rate`."""
     config = config.copy_and_resolve_references()
     config.identity = variant.identity
+    config.target.schedule.base_lr = REFERENCE_BATCH / config.target.batch_size  # 1 for the batch
     part = prepare(config, variant.part, make_mesh(), scales, load=load)
     spec = dataclasses.replace(
         part.spec,
@@ -162,6 +196,4 @@ def part_of(
         multiplied=part.spec.multiplied and variant.multiplied,
     )
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)} | {"spec": spec}
-    if variant.optimizer == "sgd":
-        return Part(**fields)
-    return OptaxPart(**fields, optimizer=variant.optimizer)
+    return RatedPart(**fields, rate=rate, optimizer=variant.optimizer)

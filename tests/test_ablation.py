@@ -16,13 +16,12 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "use_compilation_cache", lambda _: None)
     monkeypatch.setattr(ablation, "ROWS", (("28 layers", (PLAIN, REPOPTIMIZER)),))
     monkeypatch.setattr(ablation.Study, "_scales", lambda *_: None)
-    monkeypatch.setattr(ablation, "part_of", lambda variant, config, *_: (variant, config))
+    monkeypatch.setattr(ablation, "part_of", lambda *given: given[:3])
 
     def run(measured, *flags):
         def train(_, part, workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            variant, config = part
-            rate = config.target.schedule.base_lr * config.target.batch_size / 256
+            variant, config, rate = part
             numbers = measured(variant.title, rate, config.seed)
             return {"images_per_second": 1.0} | dict(
                 zip(("top1", "held_out_top1"), numbers, strict=True)
@@ -101,14 +100,24 @@ def test_without_a_sweep_every_variant_is_trained_at_its_first_rate(study):
     assert [r["learning_rate"] for r in rows] == [PLAIN.rate, REPOPTIMIZER.rate] * 2
 
 
+def test_only_the_variants_that_are_named_are_trained_and_rates_grow_with_the_batch(study):
+    flags = ("--no-sweep", "--seeds", "0", "--batch=256", "--variants", "RepOptimizer")
+    (row,) = study(peak_at(0.2), *flags)
+    assert (row["variant"], row["learning_rate"]) == ("RepOptimizer", 2 * REPOPTIMIZER.rate)
+    assert row["batch_size"] == 256
+
+
 def test_a_row_tells_where_it_was_measured(study):
     row, *_ = study(peak_at(0.1), "--seeds", "0")
     assert row["device"] and row["jax"] and "commit" in row
-    assert {k: row[k] for k in ("data", "images", "classes", "epochs", "network")} == {
+    assert {
+        k: row[k] for k in ("data", "images", "classes", "epochs", "batch_size", "network")
+    } == {
         "data": "tinyimagenet",
         "images": 45_000,
         "classes": 100,
         "epochs": 30.0,
+        "batch_size": 128,
         "network": "28 layers",
     }
 

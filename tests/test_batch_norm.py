@@ -23,6 +23,17 @@ def own(x, scale, bias):
     return batch_normalize(x, scale, bias, EPSILON)[0]
 
 
+def plain_relu(x, scale, bias):
+    return jax.nn.relu(plain(x, scale, bias))
+
+
+def own_relu(x, scale, bias):
+    return batch_normalize(x, scale, bias, EPSILON, True)[0]
+
+
+both = pytest.mark.parametrize("own, plain", [(own, plain), (own_relu, plain_relu)])
+
+
 def drawn(dtype=np.float64, shape=(3, 4, 5, 2, 6)):
     """Groups of images, scale, bias and a cotangent."""
     draw = np.random.default_rng(0).normal
@@ -37,15 +48,18 @@ def loss(normalize):
     return of
 
 
-def test_derivatives_are_those_of_the_plain_formula(x64):
+@both
+def test_derivatives_are_those_of_the_plain_formula(x64, own, plain):
     *inputs, weight = drawn()
+    np.testing.assert_allclose(own(*inputs), plain(*inputs), rtol=1e-11, atol=1e-12)
     ours = jax.grad(loss(own), argnums=(0, 1, 2))(*inputs, weight)
     expected = jax.grad(loss(plain), argnums=(0, 1, 2))(*inputs, weight)
     for one, other in zip(ours, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-11)
 
 
-def test_second_derivatives_are_right_too(x64):
+@both
+def test_second_derivatives_are_right_too(x64, own, plain):
     """As a penalty on the gradient takes them."""
     x, scale, bias, weight = drawn(shape=(2, 3, 2, 2))
 
@@ -72,7 +86,8 @@ def test_a_mean_of_a_thousand_deviations_does_not_lose_the_variance(mean):
     np.testing.assert_allclose(y, expected, atol=1e-3 if mean else 1e-5)
 
 
-def test_bfloat16_keeps_its_type_and_float32_statistics():
+@both
+def test_bfloat16_keeps_its_type_and_float32_statistics(own, plain):
     x, scale, bias, weight = drawn(np.float32)
     half = x.astype(jnp.bfloat16)
     y, mean, var = batch_normalize(half, scale, bias, EPSILON)
@@ -80,11 +95,13 @@ def test_bfloat16_keeps_its_type_and_float32_statistics():
     found = jax.grad(loss(own), argnums=(0, 1, 2))(half, scale, bias, weight)
     assert [g.dtype for g in found] == [jnp.bfloat16, jnp.float32, jnp.float32]
     wide = half.astype(jnp.float32)
+    y = own(half, scale, bias)
     np.testing.assert_allclose(y, plain(wide, scale, bias), rtol=2**-8, atol=1e-5)
     np.testing.assert_allclose(mean, wide.mean((1, 2, 3), keepdims=True), rtol=1e-5)
 
 
-def test_the_derivative_keeps_no_array_of_the_inputs_size_but_the_input():
+@pytest.mark.parametrize("own", [own, own_relu])
+def test_the_derivative_keeps_no_array_of_the_inputs_size_but_the_input(own):
     *inputs, _ = drawn(np.float32)
     x = inputs[0].astype(jnp.bfloat16)
     _, pull_back = jax.vjp(own, x, *inputs[1:])

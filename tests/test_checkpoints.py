@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from repopt_jax.training import manifests
 from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.manifests import unseal
 from repopt_jax.tree_paths import by_path
 
 ROWS = P("data")
@@ -202,6 +203,21 @@ def test_latest_and_best_are_kept_and_found_again_by_another_process(tmp_path):
     step, restored = reader.restore(numbers(0), step="best")
     reader.close()
     assert (step, bits(restored)) == (2, bits(numbers(2)))
+
+
+def test_metrics_that_come_later_are_written_by_what_waits_for_the_checkpoint(tmp_path):
+    """They count at once, but an evaluation does not wait for a file."""
+    checkpoints = Checkpoints(tmp_path, keep_latest=1)
+    for step, top1 in enumerate([0.5, 0.9, 0.1], start=1):
+        checkpoints.save(step, numbers(step))
+        checkpoints.add_metrics(step, {"top1": top1})
+    assert checkpoints.best_step() == 2
+    checkpoints.close()
+    manifests = tmp_path.glob("checkpoints/*/manifest/metadata")
+    assert {p.parts[-3]: unseal(json.loads(p.read_text()))["metrics"] for p in manifests} == {
+        "2": {"top1": 0.9},
+        "3": {"top1": 0.1},
+    }
 
 
 def test_going_back_to_an_older_checkpoint_gives_up_the_newer_ones_once_one_is_complete(tmp_path):

@@ -293,6 +293,34 @@ def test_a_step_is_saved_before_its_evaluation(tmp_path, monkeypatch, fake_step)
     checkpoints.close()
 
 
+def test_a_run_killed_before_an_evaluation_reached_its_checkpoint_adds_it(
+    tmp_path, monkeypatch, fake_step
+):
+    """The metrics of a checkpoint are written by the next save, those of the log at once."""
+    config = small_config(parts=("plain",), eval_every=1.0, checkpoint__every=1.0)
+    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
+    found = lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate_state", found)
+
+    write = loop.MetricsWriter.write
+
+    def write_and_die(writer, step, record):
+        write(writer, step, record)
+        if "eval/top1" in record:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "add_metrics", lambda *_: None)
+        patch.setattr(loop.MetricsWriter, "write", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(config, tmp_path)
+    assert Checkpoints(tmp_path / "plain", read_only=True).best_step() is None
+    run.run(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
+    assert checkpoints.best_step() == 11 and checkpoints.steps() == [11, 22, 33]
+    checkpoints.close()
+
+
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch, fake_step):
     """Though it came where no checkpoint was due."""
     config = small_config(parts=("plain",), eval_every=0.25, checkpoint__every=9.0)

@@ -1,6 +1,9 @@
 """The variants of the ablation are what their titles say."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -32,7 +35,7 @@ def scales():
 @pytest.fixture(scope="module")
 def states(scales):
     return {
-        title: part_of(VARIANTS[title], small_config(), scales, load_dataset).init()
+        title: part_of(VARIANTS[title], small_config(), 0.1, scales, load_dataset).init()
         for title in (
             "plain SGD",
             "RepOptimizer",
@@ -47,7 +50,7 @@ def kernel(state):
 
 
 def multipliers(state):
-    return sum(x.shape == (8,) for x in jax.tree.leaves(state.opt_state[0]))
+    return sum(x.shape == (8,) for x in jax.tree.leaves(state.opt_state[0][0]))
 
 
 def test_each_half_of_the_method_is_there_without_the_other(states):
@@ -123,6 +126,24 @@ def test_the_split_of_a_kernel_into_branches_makes_no_difference(x64, optimizer)
 def test_rows_of_other_optimizers_train_as_if_on_the_branches(scales):
     """Multiplied ones carry branch weights in their state; plain ones do not."""
     for title, branches in (("plain Muon", False), ("reparameterize(Muon)", True)):
-        part = part_of(VARIANTS[title], small_config(), scales, load_dataset)
+        part = part_of(VARIANTS[title], small_config(), 0.1, scales, load_dataset)
         state = jax.eval_shape(part.tx.init, nnx.state(part.model, nnx.Param))
         assert isinstance(state, ReparameterizeState) == branches
+
+
+@pytest.mark.parametrize("title", ["plain SGD", "RepOptimizer", "reparameterize(AdamW)"])
+def test_a_rate_in_the_state_trains_as_one_in_the_schedule(x64, scales, title):
+    """Three updates; the program has no other numbers than that of another rate."""
+    part = part_of(VARIANTS[title], small_config(), 0.25, scales, load_dataset)
+    params = nnx.to_pure_dict(nnx.state(part.build(), nnx.Param))
+    inside = part.schedule
+    rated = dataclasses.replace(part, rate=1.0, schedule=lambda count: 0.25 * inside(count))
+    ends = []
+    for found in (part, rated):
+        state, now = found.tx.init(params), params
+        for _ in range(3):
+            updates, state = found.tx.update(jax.tree.map(jnp.cos, now), state, now)
+            now = optax.apply_updates(now, updates)
+        ends.append(now)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *ends)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (now, params)), strict=True))

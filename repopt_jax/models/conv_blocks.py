@@ -111,7 +111,11 @@ class PlainBlock(ConvBlock):
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
-        return activate(self, self.bn(self.conv(x)))
+        x = self.conv(x)
+        if self.activation is jax.nn.relu and self.pre_se is None:
+            x = self.bn(x, relu=True)
+            return x if self.post_se is None else self.post_se(x)
+        return activate(self, self.bn(x))
 
 
 class BranchedBlock(ConvBlock):

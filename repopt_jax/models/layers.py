@@ -88,28 +88,32 @@ def draw_bias(layer: nnx.Conv | nnx.ConvTranspose | nnx.Linear, rngs: nnx.Rngs) 
     layer.bias[...] = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def batch_normalize(
     x: Float[Array, "groups group *window channels"],
     scale: Float[Array, " channels"],
     bias: Float[Array, " channels"],
     epsilon: float,
+    relu: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Normalize every group by its own mean and variance.
+    """Normalize every group by its own mean and variance, with ReLU after it if wanted.
 
     With ``m`` and ``v`` the mean and the biased variance of a group and channel::
 
         y = (x - m) / sqrt(v + epsilon) * scale + bias
+        y = max(y, 0), if `relu`
 
     Both statistics come from one pass over `x`, and the derivative keeps `x` and no other array of
-    its size. ``m`` and ``v`` have no derivative. A second derivative by `jax.grad` is right;
-    `jax.jvp` is refused, as of every function with a derivative of its own.
+    its size; it finds from `x` where ReLU was at work. ``m`` and ``v`` have no derivative. A second
+    derivative by `jax.grad` is right; `jax.jvp` is refused, as of every function with a derivative
+    of its own.
 
     Args:
       x: its groups come first.
       scale: by channel.
       bias: by channel.
       epsilon: added to the variance.
+      relu: whether ReLU follows. Its own derivative would read one more array.
 
     Returns:
       ``y`` in the type of `x`, and ``m`` and ``v`` with axes of size 1 in the wide type.
@@ -118,10 +122,10 @@ def batch_normalize(
     >>> y.ravel().tolist(), mean.item(), var.item()
     ([-1.0, 1.0], 2.0, 1.0)
     """
-    return _normalize_forward(x, scale, bias, epsilon)[0]
+    return _normalize_forward(x, scale, bias, epsilon, relu)[0]
 
 
-def _normalize_forward(x, scale, bias, epsilon):
+def _normalize_forward(x, scale, bias, epsilon, relu):
     wide = x.astype(wide_type(x.dtype))
     axes = tuple(range(1, x.ndim - 1))
     # E[x^2] - E[x]^2 would lose the variance where the mean is large; deviations from any one
@@ -132,15 +136,25 @@ def _normalize_forward(x, scale, bias, epsilon):
     second = jnp.square(deviation).mean(axes, keepdims=True)
     mean, var = origin + first, jnp.maximum(second - jnp.square(first), 0)
     rate = jax.lax.rsqrt(var + epsilon)
-    y = (wide - mean) * (rate * _match(scale, wide)) + _match(bias, wide)
-    return (y.astype(x.dtype), mean, var), (x, mean, rate, scale)
+    y = _normalized(wide, mean, rate, scale, bias).astype(x.dtype)
+    return (jnp.maximum(y, 0) if relu else y, mean, var), (x, mean, rate, scale, bias)
 
 
-def _normalize_backward(epsilon, saved, cotangents):
+def _normalized(wide, mean, rate, scale, bias):
+    return (wide - mean) * (rate * _match(scale, wide)) + _match(bias, wide)
+
+
+def _normalize_backward(epsilon, relu, saved, cotangents):
     del epsilon
-    x, mean, rate, scale = saved
-    g = cotangents[0].astype(mean.dtype)
-    normal = (x.astype(mean.dtype) - mean) * rate
+    x, mean, rate, scale, bias = saved
+    g = cotangents[0]
+    if relu:
+        # Else XLA would keep from the forward pass where ReLU was at work: one more large array.
+        x, g = jax.lax.optimization_barrier((x, g))
+    wide, g = x.astype(mean.dtype), g.astype(mean.dtype)
+    if relu:
+        g = jnp.where(_normalized(wide, mean, rate, scale, bias) > 0, g, 0)
+    normal = (wide - mean) * rate
     axes = tuple(range(1, x.ndim - 1))
     sum_g, sum_gn = g.sum(axes, keepdims=True), (g * normal).sum(axes, keepdims=True)
     count = x.size // (x.shape[0] * x.shape[-1])
@@ -199,21 +213,22 @@ class BatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.use_running_average = False
 
-    def __call__(self, x: Float[Array, "batch *window channels"]) -> Array:
-        """Normalize `x`; in training also update the running statistics."""
+    def __call__(self, x: Float[Array, "batch *window channels"], relu: bool = False) -> Array:
+        """Normalize `x`, `relu`: and apply ReLU; in training also update the running statistics."""
         if self.use_running_average:
             wide = x.astype(wide_type(x.dtype))
             mean, var, scale, bias = (
                 _match(v[...], wide) for v in (self.mean, self.var, self.scale, self.bias)
             )
             factor = jax.lax.rsqrt(var + self.epsilon) * scale
-            return ((wide - mean) * factor + bias).astype(x.dtype)
+            y = ((wide - mean) * factor + bias).astype(x.dtype)
+            return jax.nn.relu(y) if relu else y
         group = x.shape[0] if self.group is None else self.group
         if x.shape[0] % group:
             raise ValueError(f"bn_group must divide the batch of {x.shape[0]}, got {group}")
         # Whole groups lie on one device, so this reshape of a sharded batch moves nothing.
         grouped = x.reshape(x.shape[0] // group, group, *x.shape[1:])
-        y, mean, var = batch_normalize(grouped, self.scale[...], self.bias[...], self.epsilon)
+        y, mean, var = batch_normalize(grouped, self.scale[...], self.bias[...], self.epsilon, relu)
         count = math.prod(grouped.shape[1:-1])
         self._track(self.mean, mean)
         self._track(self.var, var * (count / max(count - 1, 1)))

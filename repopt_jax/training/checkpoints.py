@@ -95,6 +95,7 @@ class Checkpoints:
             require_writable(self.directory)
         self._here: int | None = None  # the step saved or restored last
         self._metrics: dict[int, dict[str, float]] = {}  # by step
+        self._unwritten: int | None = None  # the step whose metrics have changed
         self._damaged: set[int] = set()  # steps that could not be read
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -227,27 +228,30 @@ class Checkpoints:
         return None
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Add to the metrics of a checkpoint that was written before they were known.
+        """Add to the metrics of the last checkpoint, which was written before they were known.
+
+        They count at once, and are written when the checkpoint is complete: by the next call that
+        waits for it. So nothing waits here, and a run that is killed before then has to add them
+        again.
 
         Args:
-          step: of a checkpoint, which may still be being written.
+          step: of the checkpoint saved or restored last.
           metrics: numbers by name.
-
-        Raises:
-          OSError: where the checkpoint or the metrics could not be written.
         """
-        self.wait()
-        manifest = self._read_json(step, "manifest")
-        manifest["metrics"] |= {name: float(value) for name, value in metrics.items()}
-        self._metrics[step] = manifest["metrics"]
-        if jax.process_index() == 0:
-            with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
-                unfinished.write_text(json.dumps(seal(manifest)))
+        known = self._metrics[step]
+        self._metrics[step] = known | {name: float(value) for name, value in metrics.items()}
+        if self._metrics[step] != known:
+            self._unwritten = step
 
     def wait(self) -> None:
         """Block until the last save is complete. Raises OSError where it could not be written."""
         with self._failure_is_reported():
             self._manager.wait_until_finished()
+        step, self._unwritten = self._unwritten, None
+        if step is not None and jax.process_index() == 0:
+            manifest = self._read_json(step, "manifest") | {"metrics": self._metrics[step]}
+            with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
+                unfinished.write_text(json.dumps(seal(manifest)))
 
     def close(self) -> None:
         """Complete the last save and end the background threads. Raises as :meth:`wait` does."""

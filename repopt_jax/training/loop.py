@@ -105,11 +105,12 @@ class _Loop:
         before = read_metrics(writer.path)
         evaluations = [r for r in before if "eval/top1" in r]
         # Agreed, because they decide about saves, and a file may reach other hosts late.
-        self.best, seconds, self.evaluated_at = agreed(
+        self.best, seconds, self.evaluated_at, self.top1 = agreed(
             [
                 max((r["eval/top1"] for r in evaluations), default=-math.inf),
                 before[-1]["seconds"] if before else 0.0,
                 max((r["step"] for r in evaluations), default=0),
+                evaluations[-1]["eval/top1"] if evaluations else 0.0,
             ]
         )
         self.saved_at = time.perf_counter()
@@ -117,8 +118,10 @@ class _Loop:
 
     def run(self) -> None:
         """Train to the last step, or to the chunk in which a signal arrives; save the state."""
-        pending = self.step and self._ends(self.part.config.eval_every)
-        if pending and self.evaluated_at < self.step and not self._evaluate(saved=True):
+        if self.step and self.step == self.evaluated_at:  # a killed run may not have written it
+            self.checkpoints.add_metrics(self.step, {"top1": self.top1})
+        pending = self.evaluated_at < self.step and self._ends(self.part.config.eval_every)
+        if pending and not self._evaluate(saved=True):
             return
         while self.step < self.part.steps:
             self._train_chunk()
