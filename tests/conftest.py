@@ -1,5 +1,6 @@
 """Strictness for every test: eight CPU devices, no silent rank promotion."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -21,6 +22,22 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the most numerous tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker begins a long one last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish(session):
+    """What is imported lives to the end: the collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture

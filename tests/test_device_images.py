@@ -1,19 +1,20 @@
-"""Images that lie on the devices: the same bits as the host's, in chunks of steps."""
+"""Images that lie on the devices: the same bits as the host's, in chunks of steps.
+
+test_processes.py has them in two processes.
+"""
 
 import dataclasses
 import math
 import os
 import re
 import signal
-import subprocess
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kill_and_resume import final_states
-from small_run import command, small_config, start_joined
+from small_run import small_config
 
 from repopt_jax.data import load_dataset, train_batches
 from repopt_jax.data.augment import PRESETS, FlipCrop
@@ -171,35 +172,6 @@ def test_a_chunk_leaves_the_state_where_it_was(trained, monkeypatch):
     wanted = state_shardings(parts["device"].mesh, state)
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs)
-
-
-@pytest.mark.slow
-def test_two_processes_with_images_on_their_devices_train_as_one(tmp_path):
-    """Search and target in float64 to 1e-12, against one process whose images the host sends."""
-    given = {"dtype": "float64", "search.epochs": 1.0, "target.epochs": 1.0, "log_every": 5}
-    flags = [f"--config.{name}={value}" for name, value in given.items()]
-    env = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
-
-    def with_devices(count):
-        count = f" --xla_force_host_platform_device_count={count}"
-        return env | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + count}
-
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    subprocess.run(command(alone, *flags), env=with_devices(2), check=True, timeout=300)
-    flags += [f"--config.{part}.data.on_device=always" for part in ("search", "target")]
-    both = start_joined(together, *flags, env=with_devices(1))
-    try:
-        said = [process.communicate(timeout=300) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], said
-    config = small_config(dtype="float64", search__epochs=1.0, target__epochs=1.0)
-    for part in ("search", "target"):
-        with jax.enable_x64(True):
-            states = final_states(config, part, alone, together)
-        for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.fixture

@@ -277,6 +277,7 @@ def test_a_run_tells_speed_utilization_and_memory_and_records_a_profile(tmp_path
     monkeypatch.setitem(devices.PEAK_BFLOAT16, "cpu", 1e12)
     monkeypatch.setattr(loop, "peak_memory", lambda: 3 * 2**30)
     config = small_config(parts=("plain",), profile_steps=2, target__epochs=1.5)
+    config.eval_every = config.checkpoint.every = 9.0  # only at the end
     run.run(config, tmp_path)
     last = read_metrics(tmp_path / "plain" / "metrics.jsonl")[-1]
     assert last["device/peak_memory_gib"] == 3

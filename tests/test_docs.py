@@ -4,8 +4,6 @@ import pathlib
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -87,12 +85,6 @@ def test_every_document_is_linked_from_the_readme():
     readme, *others = DOCUMENTS
     text = readme.read_text()
     assert [d.name for d in others if f"(docs/{d.name})" not in text] == []
-
-
-def test_the_help_of_the_command_line_names_the_flags_of_many_processes():
-    command = [sys.executable, str(REPOSITORY / "train.py"), "--help"]
-    told = subprocess.run(command, capture_output=True, text=True).stdout
-    assert all(f in told for f in ("--coordinator_address", "--num_processes", "--process_id"))
 
 
 def test_tables_are_those_of_their_files():

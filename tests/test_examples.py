@@ -1,12 +1,15 @@
 """The examples run: shortened, because what they reach is not what is tested."""
 
+import functools
 import importlib.util
 
 import pytest
 from flax import nnx
 
 from repopt_jax import create_model
+from repopt_jax.data import load_dataset
 from repopt_jax.files import variables
+from repopt_jax.models.yolov6 import YOLOV6_SIZES
 
 
 @pytest.mark.slow
@@ -23,9 +26,14 @@ def test_example_runs_the_whole_loop_and_ends_with_its_table(name, blocks, capsy
 
 
 @pytest.mark.slow
-def test_yolov6s_backbone_learns_cifar_images(tfds_dir, capsys):
-    """Its trained backbone then goes into a detector's network by name."""
+def test_yolov6s_backbone_learns_cifar_images(tfds_dir, capsys, monkeypatch):
+    """Its trained backbone then goes into a detector's network by name; here both are tiny."""
+    blocks = (1, 1, 1, 1, 2, 1, 1, 1, 1)
+    tiny = YOLOV6_SIZES["YOLOv6-N"] | {"num_blocks": blocks, "widths": (8,) * 11}
+    monkeypatch.setitem(YOLOV6_SIZES, "YOLOv6-N", tiny)
     example = importlib.import_module("yolov6_backbone_cifar")
+    few = functools.partial(load_dataset, train_split="train[:64]", eval_split="test[:64]")
+    monkeypatch.setattr(example, "load_dataset", few)
     where = ["--data-dir", tfds_dir, "--dataset", "cifar10_jpeg"]
     trained = example.main([*where, "--steps", "2"])
     printed = capsys.readouterr().out

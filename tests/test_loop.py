@@ -165,7 +165,7 @@ def test_a_broken_image_ends_the_run_with_its_sentence(tmp_path, fake_step, monk
 
 def test_skipped_images_of_all_processes_are_counted_once_each(tmp_path, fake_step, monkeypatch):
     """Each process reads its own images, in another epoch perhaps another's."""
-    config = small_config(parts=("plain",), target__data__skip_bad=True)
+    config = small_config(parts=("plain",), target__epochs=1.0, target__data__skip_bad=True)
 
     def one_more(text):
         assert json.loads(text) == ["training image 1", "training image 5"]
@@ -338,9 +338,9 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatc
 
 
 def test_checkpoints_by_time(tmp_path, fake_step):
-    config = small_config(parts=("plain",), eval_every=99.0, checkpoint__every=99.0)
-    config.checkpoint.update({"minutes": 1e-9, "keep": 99})
+    config = small_config(parts=("plain",), target__epochs=1.0, eval_every=99.0)
+    config.checkpoint.update({"every": 99.0, "minutes": 1e-9, "keep": 99})
     run.run(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert checkpoints.steps() == list(range(1, 34))
+    assert checkpoints.steps() == list(range(1, 12))
     checkpoints.close()

@@ -11,26 +11,26 @@ import time
 import jax
 import numpy as np
 import pytest
+import small_run
 from kill_and_resume import final_states
-from small_run import command, kill_one, lines_written, small_config, start_joined
+from small_run import kill_one, lines_written, small_config, start_joined
 
-from repopt_jax.training import processes
+from repopt_jax.training import processes, run
+from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.processes import join_processes
 
-FLAGS = (
-    "--config.dtype=float64",
-    "--config.search.epochs=1.0",
-    "--config.target.epochs=1.0",
-    "--config.target.mix.mixup=0.2",
-    "--config.target.mix.cutmix=1.0",
-    "--config.target.random_erasing=0.3",
-)  # 11 steps each
+SETTINGS = {"dtype": "float64", "checkpoint.every": 0.5}
+for _part in ("search", "target"):
+    SETTINGS |= {f"{_part}.epochs": 1.0, f"{_part}.random_erasing": 0.3}  # 11 steps each
+    SETTINGS |= {f"{_part}.mix.mixup": 0.2, f"{_part}.mix.cutmix": 1.0}
+FLAGS = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
 
 
-def environment(folder, devices):
+def environment(folder):
+    """One device for each process, and no program compiled twice."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_ENABLE_X64": "1"}
-    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     return dict(os.environ) | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
@@ -38,6 +38,10 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def configuration():
+    return small_config(**{name.replace(".", "__"): value for name, value in SETTINGS.items()})
 
 
 def outcomes(both):
@@ -51,25 +55,27 @@ def outcomes(both):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """One process; two that are told to stop, one of them; and the same two again to the end."""
+    """One process with two devices; and two, of which one is told to stop, and then to the end.
+
+    The host sends the images, but those of the target at the end, which lie on the devices.
+    """
     folder = tmp_path_factory.mktemp("processes")
     alone, together = folder / "alone", folder / "together"
-    finished = subprocess.run(
-        command(alone, *FLAGS),
-        env=environment(folder, 2),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert finished.returncode == 0, finished.stderr
-    env = environment(folder, 1)
-    both = start_joined(together, *FLAGS, env=env)
+    two_devices = make_mesh(devices=jax.devices()[:2])
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_mesh", lambda *_: two_devices)
+        run.run(configuration(), alone)
+    env = environment(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(small_run.SETTINGS, "parts", ("search",))  # they come no further
+        both = start_joined(together, *FLAGS, env=env)
     begun = time.monotonic()
     while lines_written(together) < 4 and both[0].poll() is None and time.monotonic() < begun + 200:
         time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)
     stopped = outcomes(both)
-    ended = outcomes(start_joined(together, *FLAGS, env=env))
+    chunks = ("--config.target.data.on_device=always", "--config.log_every=5")
+    ended = outcomes(start_joined(together, *FLAGS, *chunks, env=env))
     return {"alone": alone, "together": together, "stopped": stopped, "ended": ended}
 
 
@@ -83,12 +89,15 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(story):
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_parameters_of_one(story):
-    """In float64 to 1e-12, through search, scales, target, mixing and a stop in between."""
+    """In float64 to 1e-12, through search, scales, target, mixing and a stop in between.
+
+    Whether the host sends the images, in the search, or they lie on the devices, in the target.
+    """
     assert [code for *_, code in story["ended"]] == [0, 0], story["ended"]
-    config = small_config(dtype="float64", search__epochs=1.0, target__epochs=1.0)
     for part in ("search", "target"):
         with jax.enable_x64(True):
-            alone, together = final_states(config, part, story["alone"], story["together"])
+            both = story["alone"], story["together"]
+            alone, together = final_states(configuration(), part, *both)
         assert len(jax.tree.leaves(alone.params)) > 10
         pairs = zip(jax.tree.leaves(alone.params), jax.tree.leaves(together.params), strict=True)
         for one, other in pairs:
@@ -106,16 +115,48 @@ def test_only_the_first_process_writes_and_prints(story):
     assert summary["machine"]["devices"] == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_sentence(story, tmp_path, victim):
-    env = environment(story["together"].parent, 1)
-    both = start_joined(tmp_path, *FLAGS, env=env)
-    status, other, said, seconds = kill_one(both, victim, tmp_path, lines=3, delay=0.0)
+def check_the_survivor(status, other, said, seconds):
     assert (status, other) == (-signal.SIGKILL, 1)
     assert seconds < 120
     assert "another process of this run has ended" in said  # jax's own lines may come after it
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_training_of_the_first_with_a_sentence(
+    story, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(small_run.SETTINGS, "parts", ("search",))
+    both = start_joined(tmp_path, *FLAGS, env=environment(story["together"].parent))
+    check_the_survivor(*kill_one(both, 1, tmp_path, lines=3, delay=0.0))
+
+
+COLLECTIVES = """
+import pathlib, sys
+from repopt_jax.training import command_line, processes, run
+def collectives(_, workdir):
+    processes.agreed([0])
+    metrics = pathlib.Path(workdir, "search", "metrics.jsonl")
+    metrics.parent.mkdir(exist_ok=True)
+    metrics.write_text("one step\\n")
+    while True:
+        processes.agreed([0])
+run.run = collectives
+command_line.main()
+"""
+
+
+@pytest.mark.slow
+def test_when_the_first_process_is_killed_the_other_ends_with_a_sentence(tmp_path):
+    """jax, which the first has served, ends it whatever it does; here collectives and no step."""
+    flags = [f"--workdir={tmp_path}", f"--coordinator_address=localhost:{free_port()}"]
+    command = [sys.executable, "-c", COLLECTIVES, *flags, "--num_processes=2"]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [
+        subprocess.Popen([*command, f"--process_id={i}"], env=environment(tmp_path), **pipes)
+        for i in range(2)
+    ]
+    check_the_survivor(*kill_one(both, 0, tmp_path, lines=1, delay=0.0))
 
 
 ABORT = """
@@ -139,7 +180,7 @@ def test_an_abort_waits_for_the_sentence_about_another_process(tmp_path, reason,
     """jax may see that the first process is gone before our thread does; other aborts happen."""
     ended = subprocess.run(
         [sys.executable, "-c", ABORT, reason],
-        env=environment(tmp_path, 1),
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=200,
@@ -148,54 +189,40 @@ def test_an_abort_waits_for_the_sentence_about_another_process(tmp_path, reason,
     assert ("another process of this run has ended" in ended.stderr) == sentence
 
 
-GATHER = """
-import sys
-from repopt_jax.training.processes import gathered, join_processes
-join_processes(sys.argv[1], 2, int(sys.argv[2]))
-print(gathered(["one", "another process"][int(sys.argv[2])]))
-"""
-
-
-def both_run(script, folder):
-    """What two processes wrote that run `script` with the first's address and their number."""
-    address = f"localhost:{free_port()}"
-    return outcomes(
-        [
-            subprocess.Popen(
-                [sys.executable, "-c", script, address, str(i)],
-                env=environment(folder, 1),
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for i in range(2)
-        ]
-    )
-
-
-@pytest.mark.slow
-def test_texts_of_both_processes_are_gathered_in_both(tmp_path):
-    for out, err, status in both_run(GATHER, tmp_path):
-        assert status == 0, err
-        assert out.splitlines()[-1] == "['one', 'another process']"
-
-
-JOIN_AND_ABORT = """
+GATHER_AND_ABORT = """
 import ctypes, os, sys, time
-from repopt_jax.training.processes import join_processes
-join_processes(sys.argv[1], 2, int(sys.argv[2]))
-if sys.argv[2] == "0":
+from repopt_jax.training.processes import gathered, join_processes
+number = int(sys.argv[2])
+join_processes(sys.argv[1], 2, number)
+print(gathered(["one", "another process"][number]), flush=True)
+if number == 0:
     time.sleep(1)
     os._exit(9)
 ctypes.CDLL(None).abort()
 """
 
 
+@pytest.fixture(scope="module")
+def aborted(tmp_path_factory):
+    """Of two processes: what they wrote, and how they ended when the second one aborted."""
+    address = f"localhost:{free_port()}"
+    command = [sys.executable, "-c", GATHER_AND_ABORT, address]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = environment(tmp_path_factory.mktemp("aborted"))
+    return outcomes([subprocess.Popen([*command, str(i)], env=env, **pipes) for i in range(2)])
+
+
+@pytest.mark.slow
+def test_texts_of_both_processes_are_gathered_in_both(aborted):
+    for out, err, _ in aborted:
+        assert out.splitlines()[-1:] == ["['one', 'another process']"], err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="aborts are held on Linux only")
-def test_joined_processes_hold_their_aborts(tmp_path):
+def test_joined_processes_hold_their_aborts(aborted):
     """The second aborts before the first is gone, and names it all the same."""
-    (_, _, first), (_, said, second) = both_run(JOIN_AND_ABORT, tmp_path)
+    (_, _, first), (_, said, second) = aborted
     assert (first, second) == (9, 1)
     assert "another process of this run has ended" in said
 

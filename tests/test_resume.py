@@ -1,8 +1,8 @@
 """A run that is stopped in any way goes on, and ends with the bits of an undisturbed one.
 
-One story, told once by `story`, because every chapter is a process of its own: an undisturbed
-run; another one that is killed twice, then asked to end, then finds its newest checkpoint
-damaged, and then comes to its end.
+One story, told once by `story`, because every chapter is a process of its own: a run that nothing
+stops, though nobody reads what it says after its first lines; and another one that is killed in
+its search, asked to end in its target, finds its newest checkpoint damaged, and comes to its end.
 """
 
 import os
@@ -12,9 +12,12 @@ import subprocess
 
 import kill_and_resume
 import pytest
-from small_run import command, interrupt, lines_written
+from small_run import command, interrupt, small_config
 
 pytestmark = pytest.mark.slow
+
+SEARCH, TARGET = 11, 22  # steps
+FLAGS = ("--config.search.epochs=1.0", "--config.target.epochs=2.0")
 
 
 def environment(folder):
@@ -30,9 +33,14 @@ def newest_checkpoint(workdir):
     return max(folders, key=lambda p: int(p.name))
 
 
-def finish(workdir, env):
-    pipes = {"capture_output": True, "text": True, "timeout": 300}
-    return subprocess.run(command(workdir), env=env, **pipes)
+def hardly_read(workdir, env):
+    """The exit status of a run whose output nobody reads after three lines."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command(workdir, *FLAGS), env=env, **pipes) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        process.stdout.close()
+    return process.returncode
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +48,35 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     env, rng = environment(folder), random.Random(0)
     whole, broken = folder / "undisturbed", folder / "disturbed"
-    found = {"whole": whole, "broken": broken, "undisturbed": finish(whole, env)}
-    total = lines_written(whole)
-    moments = sorted(rng.sample(range(total * 3 // 4), 2))
-    found["kills"] = []
-    for lines in moments:
-        chapter = {"lines": lines, "delay": rng.uniform(0, 0.05), "env": env}
-        status, _ = interrupt(command(broken), broken, signal.SIGKILL, **chapter)
-        found["kills"].append((status, lines_written(broken)))
-    lines = total * 4 // 5
-    found["terminated"] = interrupt(
-        command(broken), broken, signal.SIGTERM, lines=lines, delay=0.0, env=env
-    )
+    found = {"whole": whole, "broken": broken, "undisturbed": hardly_read(whole, env)}
+
+    def interrupted(signal, **moment):
+        return interrupt(command(broken, *FLAGS), broken, signal, env=env, **moment)
+
+    moment = {"lines": rng.randrange(4, SEARCH - 1), "delay": rng.uniform(0, 0.05)}
+    found["killed"], _ = interrupted(signal.SIGKILL, **moment)
+    found["terminated"] = interrupted(signal.SIGTERM, lines=SEARCH + 14, delay=0.0)
     found["damaged"] = newest_checkpoint(broken)
     for file in found["damaged"].glob("state/**/d/*"):  # where the numbers are
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    found["finished"] = finish(broken, env)
+    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    found["finished"] = subprocess.run(command(broken, *FLAGS), env=env, **pipes)
     return found
 
 
-def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(story):
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(story):
+    assert story["undisturbed"] == 0
+    assert (story["whole"] / "summary.json").exists()
+    log = (story["whole"] / "target" / "train.log").read_text()
+    assert f"target step {TARGET}" in log
+
+
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(story, monkeypatch):
     """Every array of both final states, the scales and all metrics but the seconds."""
-    assert story["undisturbed"].returncode == story["finished"].returncode == 0
-    assert [status for status, _ in story["kills"]] == [-signal.SIGKILL] * 2
+    config = small_config(search__epochs=1.0, target__epochs=2.0)
+    monkeypatch.setattr(kill_and_resume, "small_config", lambda: config)
+    assert story["killed"] == -signal.SIGKILL
+    assert story["finished"].returncode == 0
     assert kill_and_resume.differences(story["whole"], story["broken"]) == []
 
 
@@ -71,7 +85,7 @@ def test_sigterm_saves_and_says_in_one_sentence_that_the_command_goes_on(story):
     assert status == 128 + signal.SIGTERM
     sentence = said.splitlines()[-1]
     step = story["damaged"].name
-    expected = f"train.py: SIGTERM received: target is saved at step {step} of 33; "
+    expected = f"train.py: SIGTERM received: target is saved at step {step} of {TARGET}; "
     assert sentence == expected + "the same command goes on from there"
     assert "Traceback" not in said
 

@@ -6,6 +6,8 @@ import sys
 import ablation
 import accelerator
 import input_pipeline
+import input_scaling
+import input_variants
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import step_time
 import variants
 
 from repopt_jax.data.workers import usable_cores
+from repopt_jax.models.repopt_vgg import SIZES
 from repopt_jax.training import run as training_run
 from repopt_jax.training.devices import make_mesh
 
@@ -23,11 +26,14 @@ TINY = {"num_blocks": (1, 1, 1, 1), "widths": (8,) * 5}
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """A tiny network is not worth eight."""
+def small(monkeypatch):
+    """Tiny networks, which are not worth eight devices, and small batches of images."""
     one = make_mesh(devices=jax.devices()[:1])
-    for module in (ablation, variants, training_run):
+    for module in (ablation, small_set, variants, training_run):
         monkeypatch.setattr(module, "make_mesh", lambda *_: one)
+    monkeypatch.setitem(SIZES, "RepOpt-VGG-A0", TINY)
+    for module in (input_pipeline, input_scaling, input_variants):
+        monkeypatch.setattr(module, "BATCH", 4)
 
 
 @pytest.fixture
@@ -47,10 +53,14 @@ def command(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_ablation_trains_every_variant_and_goes_on_where_it_stopped(
+def test_the_ablation_trains_variants_of_every_kind_and_goes_on_where_it_stopped(
     command, monkeypatch, tfds_dir
 ):
-    """With a tiny network, one seed and no sweep; images lie on the device, as on a GPU."""
+    """With a tiny network, one seed and no sweep; images lie on the device, as on a GPU.
+
+    Kinds: each part, each optimizer, scales of a search. What tells the other variants apart is
+    tested in test_variants.py.
+    """
     config_of = ablation.Study._config
 
     def on_device(*arguments):
@@ -60,15 +70,20 @@ def test_the_ablation_trains_every_variant_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(ablation.Study, "_config", on_device)
     monkeypatch.setattr(ablation, "use_compilation_cache", lambda _: None)
+    monkeypatch.setitem(ablation.QUICK, "images", 6000)  # two steps
+    monkeypatch.setattr(ablation, "MOST_IMAGES", 49_800)  # so that few are held out
     flags = ("--quick", f"--data-dir={tfds_dir}")
-    (_, variants_of_it), *_ = variants.QUICK_ROWS
-    monkeypatch.setattr(ablation, "QUICK_ROWS", (("tiny", variants_of_it[:1]),))
+    ((network, everything),) = variants.QUICK_ROWS
+    titles = ["plain SGD", "RepVGG", "plain AdamW", "reparameterize(Muon)"]
+    titles += ["a quarter of the search"]
+    some = [variant for variant in everything if variant.title in titles]
+    monkeypatch.setattr(ablation, "QUICK_ROWS", ((network, some[:1]),))
     first, _ = command(ablation, *flags)
-    monkeypatch.setattr(ablation, "QUICK_ROWS", variants.QUICK_ROWS)
+    monkeypatch.setattr(ablation, "QUICK_ROWS", ((network, some),))
     found, files = command(ablation, *flags)
     assert files == {"study.json", "study.png"}
     assert found["rows"][:1] == first["rows"]
-    assert [r["variant"] for r in found["rows"]] == [v.title for v in variants_of_it]
+    assert [r["variant"] for r in found["rows"]] == titles
     assert all(0 <= r["top1"] <= 100 and r["device"] and r["seconds"] for r in found["rows"])
     monkeypatch.setattr(ablation, "train", None)
     assert command(ablation, *flags)[0] == found
@@ -142,17 +157,20 @@ def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_
     found = measured(monkeypatch, tmp_path, step_time, *flags, "--variants", "target")
     (setting,), (update,) = found["steps"], found["updates"]
     (row,) = setting["rows"]
-    # Two vectors of float32 for each of the 22 blocks, of 4,496 channels together.
-    assert row["optimizer_bytes"] - row["parameter_bytes"] == 2 * 4 * 4496
-    assert update["extra_state_to_parameters"] == pytest.approx(35_968 / 33_255_520, abs=1e-6)
+    vectors = 2 * 4 * 5 * 8  # two of float32 for each of 5 blocks of 8 channels
+    assert row["optimizer_bytes"] - row["parameter_bytes"] == vectors
+    expected = vectors / row["parameter_bytes"]
+    assert update["extra_state_to_parameters"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow
-def test_the_script_for_an_accelerator_has_a_row_of_each_kind(monkeypatch, tmp_path, tfds_dir):
-    found = measured(monkeypatch, tmp_path, accelerator, "--quick", "--minutes=20")
+def test_the_script_for_an_accelerator_has_a_row_of_each_kind(monkeypatch, tmp_path):
+    folder = accelerator.write_noise(tmp_path / "images", 8)
+    flags = ("--quick", "--minutes=20", f"--folder={folder}")
+    found = measured(monkeypatch, tmp_path, accelerator, *flags)
     rows = {row.pop("section"): row for row in found["rows"]}
     assert {s for s, row in rows.items() if "left_out" not in row} >= {
-        "randaugment", "steps", "batch_norm", "training", "input"
+        "randaugment", "steps", "batch_norm", "training", "input", "small_set"
     }  # fmt: skip
     assert found["real_images"] and rows["training"]["share"] > 0
 
@@ -171,7 +189,7 @@ def test_a_row_that_fails_or_comes_too_late_says_why():
 
 @pytest.mark.slow
 def test_the_benchmark_of_scaling_counts_threads_and_processes(monkeypatch, tmp_path, tfds_dir):
-    flags = ("--scaling", "--images=32", "--rounds=1", "--seconds=0.1")
+    flags = ("--scaling", "--images=8", "--rounds=1", "--seconds=0.1")
     found = measured(monkeypatch, tmp_path, input_pipeline, *flags)
     rows = {(row["augment"], row["kind"], row["count"]) for row in found["rows"]}
     assert {("raug15", "threads", 1), ("raug15", "workers", usable_cores())} <= rows
@@ -181,7 +199,7 @@ def test_the_benchmark_of_scaling_counts_threads_and_processes(monkeypatch, tmp_
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, tfds_dir):
-    found = measured(monkeypatch, tmp_path, input_pipeline, "--images=32", "--rounds=1")
+    found = measured(monkeypatch, tmp_path, input_pipeline, "--images=8", "--rounds=1")
     variants = {(row["augment"], row["variant"]) for row in found["rows"]}
     for augment in ("weak", "raug15"):
         for how in ("antialiased", "fast"):
