@@ -5,7 +5,6 @@ import json
 import os
 from typing import NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from repopt_jax.training import manifests
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.manifests import unseal
 from repopt_jax.tree_paths import by_path
@@ -158,40 +156,6 @@ def test_state_may_be_donated_right_after_an_asynchronous_save(tmp_path):
     assert bits(restored) == wanted
 
 
-class Numbers:
-    def __len__(self):
-        return 50
-
-    def __getitem__(self, index):
-        return index
-
-    def __repr__(self):
-        return "Numbers()"
-
-
-def grain_loader():
-    sampler = grain.samplers.IndexSampler(50, shuffle=True, seed=0, num_epochs=None)
-    return grain.DataLoader(data_source=Numbers(), sampler=sampler, worker_count=0)
-
-
-def grain_dataset():
-    return grain.MapDataset.range(50).shuffle(seed=2).repeat().batch(4).to_iter_dataset()
-
-
-@pytest.mark.parametrize("make", [grain_loader, grain_dataset])
-def test_data_goes_on_with_the_batches_an_undisturbed_run_would_see(tmp_path, make):
-    iterator = iter(make())
-    for _ in range(17):
-        next(iterator)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(17, numbers(0), iterator)
-    undisturbed = [np.asarray(next(iterator)) for _ in range(20)]
-    resumed = iter(make())
-    checkpoints.restore(numbers(1), resumed)
-    checkpoints.close()
-    np.testing.assert_array_equal([np.asarray(next(resumed)) for _ in range(20)], undisturbed)
-
-
 def test_latest_and_best_are_kept_and_found_again_by_another_process(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_latest=2)
     for step, top1 in enumerate([0.1, 0.9, float("nan"), 0.9, 0.5, None, 0.3], start=1):
@@ -218,6 +182,19 @@ def test_metrics_that_come_later_are_written_by_what_waits_for_the_checkpoint(tm
         "2": {"top1": 0.9},
         "3": {"top1": 0.1},
     }
+
+
+def test_metrics_are_added_to_those_that_could_not_be_read_at_first(tmp_path):
+    two_saved(tmp_path)
+    file = tmp_path / "checkpoints" / "2" / "manifest" / "metadata"
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path)
+    file.write_bytes(whole)
+    checkpoints.restore(numbers(0))
+    checkpoints.add_metrics(2, {"top5": 0.7})
+    checkpoints.close()
+    assert unseal(json.loads(file.read_text()))["metrics"] == {"top1": 0.2, "top5": 0.7}
 
 
 def test_going_back_to_an_older_checkpoint_gives_up_the_newer_ones_once_one_is_complete(tmp_path):
@@ -285,36 +262,6 @@ def test_state_of_another_tree_is_refused_naming_the_paths(tmp_path):
     assert other == (
         "c (float32[3] saved, float32[4] wanted), d (float32[1] saved, bfloat16[1] wanted)"
     )
-
-
-def test_position_of_the_data_that_was_not_saved_is_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, numbers(1))
-    with pytest.raises(ValueError, match=r"data_iterator must be None.*no position"):
-        checkpoints.restore(numbers(1), iter(grain_dataset()))
-    checkpoints.close()
-
-
-def test_a_position_that_all_processes_share_is_taken_up_by_any_number(tmp_path, monkeypatch):
-    """Saved by two; positions that differ are of use to two processes only."""
-    iterator = iter(grain_dataset())
-    first = [next(iterator) for _ in range(3)]
-    position = json.dumps(iterator.get_state())
-    expected = next(iterator)
-    iterator = iter(grain_dataset())
-    apart = [position, json.dumps(iterator.get_state())]
-    for step, positions in enumerate(([position] * 2, apart), 1):
-        monkeypatch.setattr(manifests, "gathered", lambda _, found=positions: found)
-        checkpoints = Checkpoints(tmp_path / str(step))
-        checkpoints.save(step, numbers(step), iterator)
-        if step == 1:
-            checkpoints.restore(numbers(step), iterator)
-            np.testing.assert_equal(next(iterator), expected)
-            assert len(first) == 3
-        else:
-            with pytest.raises(ValueError, match=r"data_iterator must be None.* 2 processes"):
-                checkpoints.restore(numbers(step), iterator)
-        checkpoints.close()
 
 
 def test_wrong_arguments_are_named(tmp_path):
