@@ -191,9 +191,10 @@ def test_an_abort_waits_for_the_sentence_about_another_process(tmp_path, reason,
 
 GATHER_AND_ABORT = """
 import ctypes, os, sys, time
-from repopt_jax.training.processes import gathered, join_processes
+from repopt_jax.training.processes import agreed, gathered, join_processes
 number = int(sys.argv[2])
 join_processes(sys.argv[1], 2, number)
+print(agreed([number / 3, 1 - number, 2**24 + 1]))
 print(gathered(["one", "another process"][number]), flush=True)
 if number == 0:
     time.sleep(1)
@@ -216,6 +217,12 @@ def aborted(tmp_path_factory):
 def test_texts_of_both_processes_are_gathered_in_both(aborted):
     for out, err, _ in aborted:
         assert out.splitlines()[-1:] == ["['one', 'another process']"], err
+
+
+@pytest.mark.slow
+def test_both_processes_agree_on_the_largest_values_exactly(aborted):
+    for out, err, _ in aborted:
+        assert out.splitlines()[-2:-1] == [str([1 / 3, 1.0, 2.0**24 + 1])], err
 
 
 @pytest.mark.slow

@@ -105,14 +105,15 @@ class _Loop:
         before = read_metrics(writer.path)
         evaluations = [r for r in before if "eval/top1" in r]
         # Agreed, because they decide about saves, and a file may reach other hosts late.
-        self.best, seconds, self.evaluated_at, self.top1 = agreed(
+        self.best, seconds, self.evaluated_at = agreed(
             [
                 max((r["eval/top1"] for r in evaluations), default=-math.inf),
                 before[-1]["seconds"] if before else 0.0,
                 max((r["step"] for r in evaluations), default=0),
-                evaluations[-1]["eval/top1"] if evaluations else 0.0,
             ]
         )
+        here = [r["eval/top1"] for r in evaluations if r["step"] == step]
+        (self.top1,) = agreed([here[-1] if here else -math.inf])
         self.saved_at = time.perf_counter()
         self.started = self.saved_at - seconds
 

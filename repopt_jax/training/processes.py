@@ -105,7 +105,9 @@ def agreed(values: Sequence[float]) -> list[float]:
     """
     if jax.process_count() == 1:
         return list(values)
-    return multihost_utils.process_allgather(np.asarray(values, np.float32)).max(0).tolist()
+    halves = np.asarray(values, np.float64).view(np.uint32)  # jax would round a float64
+    rows = np.ascontiguousarray(multihost_utils.process_allgather(halves))
+    return rows.view(np.float64).max(0).tolist()
 
 
 def gathered(text: str) -> list[str]:
