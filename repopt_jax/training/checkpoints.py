@@ -238,7 +238,7 @@ class Checkpoints:
           step: of the checkpoint saved or restored last.
           metrics: numbers by name.
         """
-        known = self._metrics[step]
+        known = self._metrics.get(step, {})  # none where the file could not be read at first
         self._metrics[step] = known | {name: float(value) for name, value in metrics.items()}
         if self._metrics[step] != known:
             self._unwritten = step
@@ -249,7 +249,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         step, self._unwritten = self._unwritten, None
         if step is not None and jax.process_index() == 0:
-            manifest = self._read_json(step, "manifest") | {"metrics": self._metrics[step]}
+            manifest = self._read_json(step, "manifest")
+            manifest["metrics"] |= self._metrics[step]
             with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
                 unfinished.write_text(json.dumps(seal(manifest)))
 
