@@ -278,9 +278,23 @@ def measured(row: Row, left: float) -> dict[str, Any]:
     try:
         found = row.measure()
     except Exception as error:  # whatever it is, the next row may not have it
-        found = {"left_out": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        found = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     gc.collect()  # what the row has put on the device
     return found | {"row_seconds": round(time.perf_counter() - start, 1)}
+
+
+def known_rows(output: pathlib.Path, devices: list[str], sizes: Sizes) -> dict[tuple, dict]:
+    """The rows that an earlier session has measured, by section and name."""
+    if not output.exists():
+        return {}
+    known = json.loads(output.read_text())
+    there = known["environment"]["devices"], known["sizes"]["model"], known["sizes"]["batch"]
+    if there != (devices, sizes.model, sizes.batch):
+        raise SystemExit(
+            f"--output must be a new file or one with rows of {devices}, {sizes.model} and batch "
+            f"{sizes.batch}; {output} has those of {there[0]}, {there[1]} and batch {there[2]}"
+        )
+    return {(r["section"], r["name"]): r for r in known["rows"] if "left_out" not in r}
 
 
 def main():
@@ -302,9 +316,8 @@ def main():
             images = write_noise(pathlib.Path(folder), 8 if flags.quick else 256)
         sizes = QUICK if flags.quick else Sizes()
         output = pathlib.Path(flags.output)
-        known = json.loads(output.read_text())["rows"] if output.exists() else []
-        rows = {(r["section"], r["name"]): r for r in known if "left_out" not in r}
         facts = environment(*PACKAGES)
+        rows = known_rows(output, facts["devices"], sizes)
         result = {
             "what": __doc__.splitlines()[0],
             "environment": facts,
@@ -317,7 +330,9 @@ def main():
                 continue
             left = 60 * flags.minutes - (time.perf_counter() - begun)
             seconds = 0 if flags.quick else row.seconds
-            found = measured(row._replace(seconds=seconds), left) | {"commit": facts["commit"]}
+            found = measured(row._replace(seconds=seconds), left)
+            changes = " with changes" if facts["uncommitted_changes"] else ""
+            found["commit"] = f"{facts['commit']}{changes}"
             rows[key] = {"section": row.section, "name": row.name} | found
             print(f"{row.section}, {row.name}: {json.dumps(found)}", flush=True)
             write_json(output, result | {"rows": list(rows.values())})

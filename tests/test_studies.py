@@ -175,6 +175,26 @@ def test_the_script_for_an_accelerator_has_a_row_of_each_kind(monkeypatch, tmp_p
     assert found["real_images"] and rows["training"]["share"] > 0
 
 
+def test_rows_that_the_file_holds_are_not_measured_again(monkeypatch, tmp_path):
+    """Those that failed are; and rows of other sizes do not come among them."""
+
+    def one():
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError
+        return {"a": len(calls)}
+
+    calls, rows = [], lambda *_, **__: [accelerator.Row("steps", "one", 30, one)]
+    monkeypatch.setattr(accelerator, "all_rows", rows)
+    flags = ("--quick", f"--folder={tmp_path}")
+    assert "left_out" in measured(monkeypatch, tmp_path, accelerator, *flags)["rows"][0]
+    for _ in range(2):
+        (row,) = measured(monkeypatch, tmp_path, accelerator, *flags)["rows"]
+        assert row["a"] == len(calls) == 2
+    with pytest.raises(SystemExit, match=r"output.*batch 256.*batch \d\b"):
+        measured(monkeypatch, tmp_path, accelerator, *flags[1:])
+
+
 def test_a_row_that_fails_or_comes_too_late_says_why():
     """And the next ones are measured."""
 
