@@ -246,7 +246,7 @@ def dataset_of(images: pathlib.Path):
 
 
 def write_files(images: pathlib.Path, folder: pathlib.Path, count: int) -> str:
-    """As many image files to train on, over and over again where there are fewer, and some more."""
+    """Write `count` images to train on, repeating those there are, and eight to evaluate on."""
     dataset = dataset_of(images)
     for split, source, number in (("train", dataset.train, count), ("val", dataset.eval, 8)):
         for i in range(8):

@@ -94,6 +94,7 @@ def test_as_many_layers_have_branches_as_the_authors_have(authors):
     wanted = [k for k in authors.arrays if re.fullmatch(layer, k)]
     blocks = unfilled_model(**TINY[authors.name]).blocks()
     assert len(blocks) == len(wanted)
+    assert not authors.train.blocks()
     identities = sum("identity" in block for block in blocks.values())
     assert identities == sum(
         k.endswith(("rbr_identity.weight", "rbr_skip.weight")) for k in authors.arrays

@@ -40,7 +40,7 @@ class StableHLO:
     """A network read from a file.
 
     Attributes:
-      call: from NHWC images, uint8 or normalized as `preprocessing` says, to its outputs.
+      call: from NHWC images, uint8 or normalized as `preprocessing` says, to the outputs.
       preprocessing: of the images.
       metadata: text by name.
     """
@@ -100,7 +100,7 @@ def export_stablehlo(
         "jax_version": jax.__version__,
         "date": _today().isoformat(),
         "model": name,
-        # The channels of feature maps, of which a network gives several, are no classes.
+        # Several outputs are feature maps, whose channels are not classes.
         **({"num_classes": str(outputs[0].shape[-1])} if len(outputs) == 1 else {}),
         **preprocessing.metadata(),
     }

@@ -150,7 +150,7 @@ class BranchedBlock(ConvBlock):
 
 
 class ConvNetwork(nnx.Module):
-    """A network of such blocks."""
+    """A network whose blocks state their branches."""
 
     def blocks(self) -> dict[str, Block]:
         """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""

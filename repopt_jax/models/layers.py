@@ -222,7 +222,7 @@ class BatchNorm(nnx.Module):
         self.use_running_average = False
 
     def __call__(self, x: Float[Array, "batch *window channels"], relu: bool = False) -> Array:
-        """Normalize `x`, `relu`: and apply ReLU; in training also update the running statistics."""
+        """Normalize `x`, and rectify it if `relu`; in training, update the running statistics."""
         if self.use_running_average:
             wide = x.astype(wide_type(x.dtype))
             mean, var, scale, bias = (

@@ -77,7 +77,7 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
 
 
 def check_names(argument: str, names: Iterable[str], groups: Mapping[str, ChannelGroup]) -> None:
-    """Refuse names of no group."""
+    """Refuse names that are not those of groups."""
     if unknown := sorted(set(names) - groups.keys()):
         raise ValueError(f"{argument} must be by group among {list(groups)}, got {unknown}")
 

@@ -119,7 +119,7 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
         if name.endswith(".running_var"):
             count = np.array(num_batches_tracked, np.int64)
             exported[name.replace("running_var", "num_batches_tracked")] = count
-    # Classes that are called as a dialect is, such as MobileOne, have their own authors' names.
+    # A class that is named as a dialect, such as MobileOne, has its own authors' names.
     dialect = next((d for d in DIALECTS if d.family == type(model).__name__), OFFICIAL)
     if dialect.family == "YOLOv6" and not any(".conv_3x3." in name for name in exported):
         dialect = OFFICIAL  # plain and search networks have the names of RepOptimizers
@@ -186,7 +186,7 @@ def unfilled_model(**arguments: Any) -> Network:
 
     def made():
         key = jax.random.key(0)
-        # The count of `nnx.Rngs` would take most of the time; what it counts is not drawn here.
+        # `nnx.Rngs` would spend most of the time on its counts, and nothing is drawn here.
         return create_model(**arguments, rngs=types.SimpleNamespace(params=lambda: key))
 
     return nnx.eval_shape(made)
