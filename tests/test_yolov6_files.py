@@ -42,11 +42,16 @@ def exact_network(kind):
     return drawn(model, lambda rng, shape: rng.integers(256, 1024, shape) / 512)
 
 
+# How YOLOv6 calls a layer of each kind of block.
+LAYERS = {"hs": "conv_1x1", "target": "conv", "repvgg": "rbr_1x1.conv"}
+
+
 @pytest.mark.parametrize(("kind", "old"), [("hs", True), ("target", False), ("repvgg", True)])
 def test_checkpoints_are_read_by_name(kind, old, tmp_path):
     """Under the names of today's code and of the releases before version 0.3."""
     model = exact_network(kind)
     weights = export_weights(model)
+    assert f"backbone.ERBlock_2.0.{LAYERS[kind]}.weight" in weights
     if old:
         layers = r"(neck\.(?:reduce_layer|downsample)\d|ERBlock_5\.2)\.(?:sppf\.(cv\d)\.)?block\."
         weights = {re.sub(layers, r"\1.\2.", k).replace("..", "."): v for k, v in weights.items()}
