@@ -31,8 +31,7 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.extras import needs_extra
 from repopt_jax.files import load_network, load_scales, save_arrays, save_weights
 from repopt_jax.messages import listed, quote
-from repopt_jax.models.create import FAMILIES, family_of
-from repopt_jax.models.repopt_ghost import FAMILY as GHOST
+from repopt_jax.models.create import FAMILIES, GHOST, family_of
 from repopt_jax.scales import save_scales
 from repopt_jax.torch_files import export_weights, official_names, read_torch_weights
 from repopt_jax.torch_files.modules import Weights, usable

@@ -66,10 +66,10 @@ def decay(trained, weight_decay):
 def sgd(lr, momentum, weight_decay, **_):
     """Nesterov momentum with coupled decay, as torch.optim.SGD."""
 
-    def update(w, g, state, coefficient, step):
+    def update(w, g, state, coefficient, _):
         (m,) = state
         g = g + coefficient * w
-        m = g if step == 0 else momentum * m + g
+        m = momentum * m + g
         return w - lr * (g + momentum * m), (m,)
 
     return update, 1
@@ -94,20 +94,31 @@ def train(trained, scales, strides, batches, optimizer, setup):
     coefficients = decay(trained, setup["weight_decay"])
     state = jax.tree.map(lambda w: (jnp.zeros_like(w),) * moments, trained)
     running = {n: {"mean": 0.0, "var": 1.0} for n in strides}
-    gradient = jax.jit(
-        lambda trained, x, y: jax.value_and_grad(loss, has_aux=True)(
-            trained, scales, strides, x, y, setup["smoothing"]
+
+    @jax.jit
+    def advance(trained, running, state, step, images, labels):
+        (value, found), grads = jax.value_and_grad(loss, has_aux=True)(
+            trained, scales, strides, images, labels, setup["smoothing"]
         )
-    )
-    losses = []
-    for step, (images, labels) in enumerate(batches):
-        (value, found), grads = gradient(trained, images, labels)
         running = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, running, found)
-        for place, part in trained.items():
-            for name, w in part.items():
-                part[name], state[place][name] = update(
+        new = {
+            place: {
+                name: update(
                     w, grads[place][name], state[place][name], coefficients[place][name], step
                 )
+                for name, w in part.items()
+            }
+            for place, part in trained.items()
+        }
+        trained, state = (
+            {place: {n: both[i] for n, both in part.items()} for place, part in new.items()}
+            for i in (0, 1)
+        )
+        return trained, running, state, value
+
+    losses = []
+    for step, batch in enumerate(batches):
+        trained, running, state, value = advance(trained, running, state, step, *batch)
         losses.append(float(value))
     return trained, running, losses
 

@@ -56,6 +56,13 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def quick_draws():
+    """Draw by XLA's generator; programs with JAX's take ten times as long to compile."""
+    with jax.default_prng_impl("rbg"):
+        yield
+
+
 @pytest.fixture
 def strict():
     """Refuse implicit dtype promotion; for code of ours alone, Optax relies on promotion."""

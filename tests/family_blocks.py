@@ -1,5 +1,6 @@
 """Reads the blocks of sibling papers (`../shared/golden_family`), folds them and runs them."""
 
+import functools
 import types
 
 import jax
@@ -87,18 +88,24 @@ def layer_of(kernel, stride=1, groups=1):
     return nnx.eval_shape(lambda: nnx.Conv(*size, feature_group_count=groups, rngs=nnx.Rngs(0)))
 
 
+def fold_at_once(*args, **kwargs):
+    """`fold_block` as one program, where JAX would compile one for every operation."""
+    return jax.jit(lambda: fold_block(*args, **kwargs))()
+
+
 def folded(state, block, names, shape, *, weights=None, biases=None, norm=None):
     """Kernel and bias of `block`, its parts read by `names`."""
     layers = {b: state.kernel(names[b][0]) for b in block if names[b][0]}
     norms = {b: state.norm(names[b][1]) for b in block if names[b][1]}
     weights = {**layers, **(weights or {})}
-    return fold_block(block, weights, norms, shape, biases=biases, norm=norm)
+    return fold_at_once(block, weights, norms, shape, biases=biases, norm=norm)
 
 
 def pair(state, layer, norm):
     """A layer with the BatchNorm after it."""
     kernel = state.kernel(layer)
-    return fold_block({"conv": Full()}, {"conv": kernel}, {"conv": state.norm(norm)}, kernel.shape)
+    norms = {"conv": state.norm(norm)}
+    return fold_at_once({"conv": Full()}, {"conv": kernel}, norms, kernel.shape)
 
 
 def repvgg(state, names=REPVGG, stride=1, groups=1):
@@ -137,12 +144,13 @@ def dbb(state, stride, groups, internal):
     added = "idconv1.weight" in two
     first = {"conv": Full(), **({"identity": Identity(groups=groups)} if added else {})}
     weight = two.kernel("idconv1" if added else "conv1")
-    pointwise = fold_block(first, {"conv": weight}, {}, weight.shape, norm=two.norm("bn1.bn"))
+    pointwise = fold_at_once(first, {"conv": weight}, {}, weight.shape, norm=two.norm("bn1.bn"))
     joined = fold_pointwise(two.kernel("conv2"), *pointwise, groups)
     weights["frozen"], biases["frozen"] = joined
     return folded(state, block, DBB, kernel.shape, weights=weights, biases=biases)
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "padding", "groups"))
 def run(x, layer, stride=1, padding=None, groups=1):
     """A folded layer on images in NHWC."""
     kernel, bias = layer

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_networks import begun
 from flax import nnx
 from test_golden import load, relative, train
 
 import repopt_jax
 from repopt_jax.models import search_layers
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at
 
 OPTIMIZERS = {
@@ -29,11 +31,11 @@ def results():
 
 def network(kind, start, scales):
     """The plain or the CSLA network, started as the reference."""
-    model = repopt_jax.create_model(
-        "RepOpt-VGG", kind, num_blocks=reference.NUM_BLOCKS, widths=reference.WIDTHS,
+    model = unfilled_model(
+        name="RepOpt-VGG", kind=kind, num_blocks=reference.NUM_BLOCKS, widths=reference.WIDTHS,
         strides=reference.STRIDES, num_classes=reference.CLASSES, param_dtype=jnp.float64,
-        rngs=nnx.Rngs(0),
     )  # fmt: skip
+    begun(model)
     for path, branches in model.blocks().items():
         place = path.removesuffix("/conv")
         layer, norm = layer_at(model, path), layer_at(model, f"{place}/bn")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from flax import nnx
+from family_networks import drawn
 from PIL import Image
 from small_run import small_config
-from torch_file_builder import archive_of, tensor
+from torch_cases import archive
+from wrong_commands import REPOSITORY, SECTION, WRONG
 
-import repopt_jax
 from repopt_jax.data import load_dataset
 from repopt_jax.deploy.command_line import main
 from repopt_jax.deploy.preprocessing import Preprocessing
@@ -26,34 +26,34 @@ from repopt_jax.deploy.stablehlo_export import load_stablehlo
 from repopt_jax.deploy.trained import load_run, run_config
 from repopt_jax.scales import Scales, save_scales
 from repopt_jax.torch_files import export_weights
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.report import read_metrics
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
 
 DOCUMENT = (REPOSITORY / "docs" / "deploy.md").read_text()
 VGG = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
 
 
+pytestmark = pytest.mark.usefixtures("quick_draws")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, quick_draws):
     """Holds a run of 11 steps with averages in runs/digits, and torch weights in vgg.pth."""
     folder = tmp_path_factory.mktemp("deploy")
     parts = ("search", "target", "qat")
     config = small_config(parts=parts, target__epochs=1.0, qat__epochs=0.3)
     size = {key: value for key, value in config.model.items() if value is not None}
-    plain = nnx.eval_shape(
-        lambda: repopt_jax.create_model(num_classes=10, rngs=nnx.Rngs(0), **size)
-    )
-    save_scales(folder / "scales.safetensors", Scales.initial(plain))
+    save_scales(folder / "scales.safetensors", Scales.initial(unfilled_model(**size)))
     config.scales = str(folder / "scales.safetensors")
     run.run(config, folder / "runs" / "digits")
-    weights = export_weights(
-        repopt_jax.create_model("RepOpt-VGG", "repvgg", **VGG, rngs=nnx.Rngs(0))
-    )
-    (folder / "vgg.pth").write_bytes(archive_of({k: tensor(v) for k, v in weights.items()}))
+    (folder / "vgg.pth").write_bytes(archive(export_weights(vgg())))
     return folder
+
+
+def vgg():
+    return drawn(unfilled_model(name="RepOpt-VGG", kind="repvgg", **VGG))
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +208,10 @@ def test_averaged_weights_are_others(documented, folder, command):
 
 def test_weights_of_a_torch_file_are_exported(documented, folder):
     """With the preprocessing of ImageNet."""
-    model = repopt_jax.create_model("RepOpt-VGG", "repvgg", **VGG, rngs=nnx.Rngs(0))
+    model = vgg()
     model.eval()
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    expected = model(jnp.asarray(Preprocessing(32, 32)(images)))
+    expected = jax.jit(lambda x: model(x))(Preprocessing(32, 32)(images))
     np.testing.assert_allclose(
         OnnxNetwork(folder / "vgg.onnx")(images), expected, rtol=1e-4, atol=1e-5
     )
@@ -258,60 +258,6 @@ def test_undecodable_images_are_left_out_as_in_the_run_or_by_a_flag(documented, 
         assert status == 2 and f"evaluation image 2 ({files}/val/2/a.png)" in told
         status, _, told = command(f"{quantize} {bad}")
         assert status == 2 and f"training image 0 ({files}/train/0/a.png)" in told
-
-
-SECTION = "--config.target.data"
-WRONG = [
-    ("export digits.onnx --workdir=runs/digits", "output must not exist unless --force is given"),
-    ("export a.txt --workdir=runs/digits", "output must end in .onnx or .stablehlo, got a.txt"),
-    ("export no/a.onnx --workdir=runs/digits", "output must lie in an existing folder"),
-    ("export a.onnx", "one of --workdir and --weights must be given"),
-    ("export a.onnx --workdir=nowhere", "workdir must hold a run with its config.json"),
-    ("export a.onnx --workdir=runs/digits --part=plain", "part must have checkpoints in runs/di"),
-    ("export a.onnx --weights=no.pth", "weights must be an existing file, got no.pth"),
-    ("export a.onnx --workdir=runs/digits --for=tensorrt", "--for must be given with a part tr"),
-    ("export a.onnx --weights=digits.stablehlo --kind=hs", "--kind must be given with another f"),
-    ("quantize digits.onnx a.onnx --data=digits --for=nothing", "invalid choice: 'nothing'"),
-    ("export a.onnx --weights=vgg.pth --kind=target", "kind must be repvgg as in vgg.pth, got "),
-    ("export a.onnx --weights=vgg.pth --model=B1", "model must be 'RepOpt-VGG' as in vgg.pth"),
-    ("export a.onnx --weights=digits.onnx", "digits.onnx"),
-    ("export a.onnx --weights=vgg.pth --std 0 1 1", "mean and std must be 3 numbers each"),
-    ("quantize vgg.pth a.onnx --data=digits", "graph must be an ONNX file, got 'vgg.pth'"),
-    ("quantize no.onnx a.onnx --data=digits", "graph must be an existing file, got 'no.onnx'"),
-    ("eval digits.onnx no.onnx --data=digits", "graph must be an existing file, got 'no.onnx'"),
-    ("quantize digits.onnx a.onnx", "images must be named by either --data or --workdir"),
-    ("quantize vgg.onnx a.onnx --workdir=runs/digits", "the graph's size (32, 32), got (8, 8)"),
-    ("quantize digits.onnx a.onnx --data=digits --images=9999", "must be in 1..1437, got 9999"),
-    ("quantize digits.onnx a.onnx --data=digits --calibration=median", "invalid choice: 'median'"),
-    ("eval digits.onnx --workdir=runs/digits --config.target.dat=3", "--config.target.dat=3"),
-    (f"eval digits.onnx --workdir=runs/digits {SECTION}.image_size=9", "size (8, 8), got (9, 9)"),
-    (f"eval digits.onnx --workdir=runs/digits '{SECTION}.classes=(3,8)'", "classes [10], got 2"),
-    ("eval digits.onnx --data=digits --batch-size=0", "batch-size must be at least 1, got 0"),
-    ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD must be given with --w"),
-    ("eval digits.onnx --data=digits --colour=red", "unknown arguments ['--colour=red']"),
-    ("eval digits.onnx vgg.onnx --data=digits", "graphs must take images of one size, got"),
-    ("eval digits.onnx --config=nowhere.py", "nowhere.py"),
-    ("benchmark digits.onnx --config.seed=3", "unknown arguments ['--config.seed=3']"),
-    ("report digits.onnx a.png --config.seed=3", "--config.FIELD must be given with --int8 only"),
-    ("benchmark digits.onnx --batch-size=0", "batch-size must be at least 1, got 0"),
-    ("report digits.onnx a.txt", "output must end in .png or .pdf, got a.txt"),
-    (
-        "export a.onnx --workdir=runs/digits --std 1 1 1 --kind=hs",
-        "--kind and --std must be given ",
-    ),
-    ("export a.onnx --weights=vgg.pth --averaged", "--averaged must be given with --workdir only"),
-    ("export /proc/a.onnx --workdir=runs/digits", "must lie in a folder that can be written, got"),
-    (
-        f"export a.onnx --workdir=runs/digits --config={REPOSITORY}/README.md",
-        "configuration cannot",
-    ),
-    ("quantize digits.onnx digits.onnx --data=digits --force", "be another file than the graph"),
-    ("quantize digits.onnx a.onnx --data=digits --percentile=99", "with --calibration=percentile"),
-    ("eval digits.onnx --workdir=runs/digits --eval-split=no", "--eval-split must be given with"),
-    ("report digits.onnx a.png --data=digits", "--data must be given with --int8 only"),
-    ("report digits.onnx a.png --data=digits --int8=vgg.onnx", "int8 must be a graph that quant"),
-    ("fly digits.onnx", "invalid choice: 'fly'"),
-]
 
 
 def test_logits_that_are_not_finite_are_told_by_graph(documented, folder, command):

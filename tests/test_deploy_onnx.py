@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_networks import drawn
 from flax import nnx
 
 import repopt_jax
@@ -24,6 +25,7 @@ from repopt_jax.deploy.runtime import OnnxNetwork, read_onnx
 from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
 from repopt_jax.models import repopt_ghost
 from repopt_jax.models.layers import BatchNorm
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at, path_str
 
 IMAGES = load_dataset("digits").eval.images[:32]
@@ -32,12 +34,16 @@ DIGITS = {"mean": (0.3, 0.25, 0.2), "std": (0.35, 0.3, 0.4)}
 LAYERS = 5
 
 
+@nnx.jit
+def run(model, images):
+    return model(images)
+
+
 @functools.cache
 def network(kind="target", *, se=False):
     """Tests share it: none changes it."""
-    return randomized(
-        repopt_jax.create_model("RepOpt-VGG", kind, num_classes=10, se=se, rngs=nnx.Rngs(1), **SIZE)
-    )
+    size = {"name": "RepOpt-VGG", "kind": kind, "num_classes": 10, "se": se, **SIZE}
+    return randomized(drawn(unfilled_model(**size)))
 
 
 def randomized(model):
@@ -55,13 +61,13 @@ def randomized(model):
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             module.momentum = 1.0
-    model(jnp.asarray(Preprocessing(8, 8, **DIGITS)(IMAGES)))
+    run(model, jnp.asarray(Preprocessing(8, 8, **DIGITS)(IMAGES)))
     model.eval()
     return model
 
 
 def logits(model, preprocessing):
-    return np.asarray(model(jnp.asarray(preprocessing(IMAGES))))
+    return np.asarray(run(model, jnp.asarray(preprocessing(IMAGES))))
 
 
 def assert_agree(found, expected):
@@ -87,8 +93,8 @@ def test_ghost_networks_are_exported_too(kind, monkeypatch):
     """Depthwise convolutions, squeeze-excite with a hard sigmoid, shortcuts; two stages."""
     stages = repopt_ghost.STAGES
     monkeypatch.setattr(repopt_ghost, "STAGES", (stages[3], stages[4]))
-    options = {"width": 0.1, "num_classes": 10, "rngs": nnx.Rngs(1)}
-    model = randomized(repopt_jax.create_model("RepOpt-GhostNet", kind, **options))
+    size = {"name": "RepOpt-GhostNet", "kind": kind, "width": 0.1, "num_classes": 10}
+    model = randomized(drawn(unfilled_model(**size)))
     preprocessing = Preprocessing(8, 8, **DIGITS)
     exported = onnx_model(model, preprocessing, name="ghost")
     assert_agree(OnnxNetwork(exported)(IMAGES), logits(model, preprocessing))
@@ -142,7 +148,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_network_without_a_writer_is_refused():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear$"):
+    with pytest.raises(ValueError, match=r"^model must be one of \['RepOptVGG'.* got a Linear; "):
         onnx_model(model, Preprocessing(8, 8), name="x")
 
 

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
+from family_networks import begun
 from flax import nnx
 from test_deploy_quantization import DIGITS, LAYERS, float_graph, relative_error, values
 
-import repopt_jax
+from repopt_jax.deploy import fold
 from repopt_jax.deploy.onnx_export import onnx_model
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.quantization import quantize
 from repopt_jax.deploy.runtime import OnnxNetwork
+from repopt_jax.torch_files.weights import unfilled_model
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,8 @@ def graph():
 
 def ghost_graph():
     """Its bottlenecks end in an Add, of a shortcut of convolutions or of their input."""
-    model = repopt_jax.create_model("RepOpt-GhostNet", width=0.1, num_classes=10, rngs=nnx.Rngs(0))
-    return onnx_model(model, Preprocessing(32, 32), name="ghost")
+    model = begun(unfilled_model(name="RepOpt-GhostNet", width=0.1, num_classes=10))
+    return onnx_model(nnx.jit(fold)(model), Preprocessing(32, 32), name="ghost")
 
 
 def problems(model):

@@ -7,10 +7,9 @@ import math
 import numpy as np
 import onnx
 import pytest
-from flax import nnx
+from family_networks import begun
 from onnx import numpy_helper
 
-import repopt_jax
 from repopt_jax.data import load_dataset
 from repopt_jax.deploy.image_set import ImageSet
 from repopt_jax.deploy.layer_report import layer_reports, plot, table
@@ -18,6 +17,7 @@ from repopt_jax.deploy.onnx_export import onnx_model, save_onnx
 from repopt_jax.deploy.preprocessing import Preprocessing
 from repopt_jax.deploy.quantization import CALIBRATIONS, quantize
 from repopt_jax.deploy.runtime import OnnxNetwork, evaluate, images_per_second, speedup
+from repopt_jax.torch_files.weights import unfilled_model
 
 DIGITS = ImageSet(load_dataset("digits"))
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
@@ -25,7 +25,7 @@ LAYERS = [f"stage{i}/conv" for i in (0, "1/0", "2/0", "3/0", "4/0")] + ["linear"
 
 
 def float_graph(*, se=False, inside=True, edit=lambda model: None):
-    model = repopt_jax.create_model("RepOpt-VGG", num_classes=10, se=se, rngs=nnx.Rngs(1), **SIZE)
+    model = begun(unfilled_model(name="RepOpt-VGG", num_classes=10, se=se, **SIZE))
     edit(model)
     preprocessing = Preprocessing(8, 8, (0.3,) * 3, (0.35,) * 3, inside=inside)
     return onnx_model(model, preprocessing, name="tiny")

@@ -11,6 +11,7 @@ from family_blocks import (
     ACB,
     MOBILEONE,
     REPCONV,
+    State,
     assert_equal,
     assert_layer,
     config,
@@ -28,8 +29,11 @@ from family_blocks import (
     repvgg,
     run,
 )
+from pruning_networks import load_golden
 
-from repopt_jax import acnet_branches, mobileone_branches
+from repopt_jax import Identity, acnet_branches, mobileone_branches
+from repopt_jax.deploy import fold_block
+from repopt_jax.models.layers import BatchNorm
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -53,6 +57,22 @@ def test_dbb(case):
     layer = dbb(state.under("train/"), stride, groups, internal)
     assert_layer(layer, state, "dbb_reparam")
     assert_equal(run(images(state), layer, stride, padding, groups), images(state, "output"))
+
+
+def test_dbb_border_in_training():
+    """Around the normalized images is the folded bias, by statistics that have just moved."""
+    state = State(load_golden("dbb_bn_pad_train"))
+    norm = BatchNorm(4, param_dtype=float)
+    for name, value in vars(state.under("before/").norm("bn")).items():
+        setattr(norm, name, value) if name == "epsilon" else getattr(norm, name).set_value(value)
+    inner = norm(images(state))
+    for name, value in vars(state.under("after/").norm("bn")).items():
+        assert_equal(np.asarray(getattr(norm, name)), value)
+    _, border = fold_block({"identity": Identity()}, {}, {"identity": norm}, (1, 1, 4, 4))
+    expected = images(state, "output_train")
+    padded = np.broadcast_to(border, expected.shape).copy()
+    padded[:, 1:-1, 1:-1] = inner
+    assert_equal(padded, expected)
 
 
 @pytest.mark.parametrize("case", range(6))

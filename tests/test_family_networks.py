@@ -1,180 +1,54 @@
-"""RepVGG and MobileOne: published sizes, and the numbers of the authors' own code."""
+"""The siblings' networks of our own: their rules, refusals, and files of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from family_networks import TINY, assert_same, baseline, drawn
 from flax import nnx
 
 from repopt_jax import create_model
-from repopt_jax.check_equivalence.layers import METHODS
-from repopt_jax.check_equivalence.training import differences, start
 from repopt_jax.deploy import fold
 from repopt_jax.deploy.onnx_export import onnx_model
 from repopt_jax.deploy.preprocessing import Preprocessing
-from repopt_jax.models.mobileone import MOBILEONE_SIZES
-from repopt_jax.models.repopt_vgg import REPVGG_SIZES
+from repopt_jax.deploy.stablehlo_export import export_stablehlo, load_stablehlo
+from repopt_jax.files import load_weights, save_weights, variables
 from repopt_jax.pruning.channels import channel_widths, repopt_vgg_channels
-from repopt_jax.torch_files import import_weights, recognize
-from repopt_jax.torch_files.names import from_torch
 from repopt_jax.torch_files.weights import unfilled_model
-
-# Millions of parameters in training form (as timm counts them) and in deploy form, as published;
-# None: not published.
-MILLIONS = {
-    "RepVGG-A0": (9.11, 8.30),
-    "RepVGG-A1": (14.09, 12.78),
-    "RepVGG-A2": (28.21, 25.49),
-    "RepVGG-B0": (15.82, 14.33),
-    "RepVGG-B1": (57.42, 51.82),
-    "RepVGG-B1g2": (None, 41.36),
-    "RepVGG-B1g4": (39.97, 36.12),
-    "RepVGG-B2": (89.02, 80.31),
-    "RepVGG-B2g2": (None, None),
-    "RepVGG-B2g4": (61.76, 55.77),
-    "RepVGG-B3": (123.09, 110.96),
-    "RepVGG-B3g2": (None, None),
-    "RepVGG-B3g4": (83.83, 75.62),
-    "RepVGG-D2se": (133.33, 120.39),
-    "RepVGGplus-L2pse": (None, None),
-    "MobileOne-S0": (5.29, 2.08),
-    "MobileOne-S1": (4.83, 4.76),
-    "MobileOne-S2": (7.88, 7.81),
-    "MobileOne-S3": (10.17, 10.08),
-    "MobileOne-S4": (14.95, 14.84),
-}
-TINY = {
-    "repvgg_g4_tiny": {
-        "name": "RepVGG",
-        "num_blocks": (2, 2, 3, 1),
-        "widths": (8, 8, 16, 16, 32),
-        "groups": 4,
-    },
-    "repvgg_d2se_tiny": {
-        "name": "RepVGG",
-        "num_blocks": (2, 2, 3, 1),
-        "widths": (16, 16, 16, 32, 32),
-        "pre_se": True,
-    },
-    "mobileone_tiny": {
-        "name": "MobileOne",
-        "num_blocks": (1, 2, 2, 1),
-        "widths": (8, 8, 16, 32, 64),
-        "copies": 3,
-        "se_blocks": (0, 0, 0, 0),
-    },
-    "mobileone_se_tiny": {
-        "name": "MobileOne",
-        "num_blocks": (1, 2, 2, 1),
-        "widths": (8, 8, 16, 32, 64),
-        "copies": 1,
-        "se_blocks": (0, 0, 1, 1),
-    },
-}
-BASELINE = {"RepVGG": "repvgg", "MobileOne": "mobileone"}
-
-
-def baseline(name):
-    return "mobileone" if name.startswith("MobileOne") else "repvgg"
-
-
-def size(model):
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-@pytest.mark.parametrize("name", [*REPVGG_SIZES, *MOBILEONE_SIZES])
-def test_parameter_counts_are_the_published_ones(name):
-    """Of the training form, and of the plain network once its BatchNorms are biases."""
-    model = unfilled_model(name=name, kind=baseline(name))
-    plain = unfilled_model(name=name, kind="target")
-    norms = sum(block.bn.scale.shape[0] for _, block in plain.layers())
-    for published, count in zip(MILLIONS[name], (size(model), size(plain) - norms), strict=True):
-        assert published is None or abs(count / 1e6 - published) <= 0.01
-
-
-def split(golden, part):
-    """The state dict of one form, and the images in our layout."""
-    weights = {k.removeprefix(f"{part}/"): golden[k] for k in golden if k.startswith(f"{part}/")}
-    return weights, golden["input"].transpose(0, 2, 3, 1)
-
-
-@pytest.fixture
-def family(request, golden_family):
-    return np.load(golden_family / f"{request.param}.npz")
-
-
-def read(weights, dtype=jnp.float64):
-    model = import_weights(unfilled_model(**recognize(weights), param_dtype=dtype), weights)
-    model.eval()
-    return model
-
-
-@pytest.mark.parametrize(("family", "options"), TINY.items(), indirect=["family"])
-def test_training_form_gives_the_authors_outputs_and_deploy_tensors(family, options, x64):
-    weights, images = split(family, "train")
-    found = recognize(weights)
-    wanted = {**options, "kind": baseline(options["name"]), "num_classes": 5}
-    assert {k: v for k, v in found.items() if k != "se"} == wanted
-    model = read(weights)
-    np.testing.assert_allclose(model(images), family["output"], rtol=1e-10)
-    folded = fold(model)
-    np.testing.assert_allclose(folded(images), family["output"], rtol=1e-10)
-    deploy, _ = split(family, "deploy")
-    for path, block in folded.layers():
-        place = path.replace("/", ".")
-        part = "reparam_conv" if "mobileone" in wanted["kind"] else "rbr_reparam"
-        kernel, bias = (deploy[f"{place}.{part}.{name}"] for name in ("weight", "bias"))
-        np.testing.assert_allclose(
-            block.conv.kernel[...], from_torch(kernel), rtol=1e-10, atol=1e-12
-        )
-        np.testing.assert_allclose(block.conv.bias[...], bias, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize(("family", "options"), TINY.items(), indirect=["family"])
-def test_deploy_form_is_read_as_the_plain_network(family, options, x64, strict):
-    weights, images = split(family, "deploy")
-    found = recognize(weights)
-    plain = {k: v for k, v in options.items() if k != "copies"}
-    wanted = {**plain, "kind": "target", "num_classes": 5}
-    assert {k: v for k, v in found.items() if k != "se"} == wanted
-    np.testing.assert_allclose(read(weights)(images), family["output"], rtol=1e-10)
-
-
-def tiny(name, kind="target", **options):
-    return create_model(
-        **{"kind": kind, "num_classes": 5, **TINY[name], **options},
-        rngs=nnx.Rngs(0),
-    )
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_gr_follows_the_branches(name, x64):
-    """The plain network under its RepOptimizer, against the network of branches."""
-    plain = tiny(name, param_dtype=jnp.float64)
-    started = start(plain, plain.blocks(), mixed=True, rngs=nnx.Rngs(1))
-    rng = np.random.default_rng(2)
-    images = jnp.asarray(rng.normal(size=(3, 4, 16, 16, 3)))
-    labels = jnp.asarray(rng.integers(0, 5, (3, 4)))
-
-    def loss(network, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(network(batch[0]), batch[1]).mean()
-
-    found = differences(*started, METHODS["multiplier: SGD"], loss, (images, labels))
-    assert len(found) == len(plain.blocks())
-    assert max(found.values()) < 1e-10
+from repopt_jax.training.config import PARTS, default_config
+from repopt_jax.training.networks import draw_network
 
 
 @pytest.mark.parametrize("name", ["repvgg_d2se_tiny", "mobileone_se_tiny"])
 def test_exported_files_compute_the_same(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = tiny(name, baseline(TINY[name]["name"]))
+    model = drawn(unfilled_model(**TINY[name], kind=baseline(name)))
     model.eval()
     exported = onnx_model(model, Preprocessing(32, 32, inside=False), name=name)
     session = onnxruntime.InferenceSession(exported.SerializeToString())
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.transpose(0, 3, 1, 2)})
-    np.testing.assert_allclose(logits, model(images), rtol=1e-4, atol=1e-5)
+    wanted = jax.jit(lambda images: model(images))(images)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replknet_tiny", "repmlpnet_tiny", "efficientrep_bifpan_tiny"])
+def test_deployed_as_stablehlo_and_refused_as_onnx(name, tmp_path):
+    model = drawn(unfilled_model(**TINY[name]))
+    model.eval()
+    size = (32, 32) if "repmlp" in name else (64, 64)
+    options = {"preprocessing": Preprocessing(*size, inside=False), "name": name}
+    with pytest.raises(ValueError, match=r"ONNX.*StableHLO"):
+        onnx_model(model, **options)
+    path = tmp_path / "net.stablehlo"
+    export_stablehlo(path, fold(model), **options, platforms=["cpu"])
+    loaded = load_stablehlo(path)
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype("float32")
+    found, wanted = loaded.call(images), jax.jit(lambda images: model(images))(images)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+    classes = TINY[name].get("num_classes")
+    assert loaded.metadata.get("num_classes") == (classes and str(classes))
 
 
 def test_layers_after_layer_26_are_not_grouped():
@@ -185,7 +59,7 @@ def test_layers_after_layer_26_are_not_grouped():
 
 
 def test_squeeze_excite_before_the_relu_is_pruned_with_its_block():
-    model = tiny("repvgg_d2se_tiny")
+    model = unfilled_model(**TINY["repvgg_d2se_tiny"])
     groups = repopt_vgg_channels(model)
     assert groups["stage1/0"].readers == ("stage1/0/pre_se/down", "stage1/1/conv")
     assert set(groups["stage1/0"].layers) == {"stage1/0/conv", "stage1/0/pre_se/up"}
@@ -195,22 +69,56 @@ def test_squeeze_excite_before_the_relu_is_pruned_with_its_block():
 
 def test_search_starts_at_the_published_scales():
     """In a stage of RepVGG by depth; in MobileOne at 1."""
-    scales = [block["conv1x1"].scale for block in tiny("repvgg_g4_tiny").blocks().values()]
+    blocks = unfilled_model(**TINY["repvgg_g4_tiny"]).blocks()
+    scales = [block["conv1x1"].scale for block in blocks.values()]
     np.testing.assert_allclose(scales, [1, 1, 2**0.5, 1, 2**0.5, 1, 2**0.5, 1, 1])
-    blocks = tiny("mobileone_tiny").blocks()
+    blocks = unfilled_model(**TINY["mobileone_tiny"]).blocks()
     assert {b.scale for block in blocks.values() for b in block.values() if b.scaled} == {1.0}
 
 
+WRITTEN = [name for name in TINY if TINY[name]["name"] not in ("RepVGG", "MobileOne")]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("kind", ["hs", "baseline"])
+def test_weights_files_give_the_same_network(name, kind, tmp_path):
+    kind = baseline(name) if kind == "baseline" else kind
+    model = drawn(unfilled_model(**TINY[name], kind=kind))
+    save_weights(tmp_path / "a.safetensors", model, {**TINY[name], "kind": kind})
+    assert_same(variables(load_weights(tmp_path / "a.safetensors")), variables(model))
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        ({"pre_se": True}, r"hidden must be at least 1, got 0 for 8 channels"),
-        ({"groups": 3}, r"groups.*\(8, 16, 16, 32\).*got 3"),
-        ({"groups": 0}, r"groups.*got 0"),
-        ({"kind": "mobileone"}, r"kind 'mobileone' must be 'repvgg' for 'RepVGG'"),
-        ({"copies": 2}, r"options of 'RepVGG' must be among .*'copies'"),
+        ("repvgg_g4_tiny", {"pre_se": True}, "hidden must be at least 1, got 0 for 8 channels"),
+        ("repvgg_g4_tiny", {"groups": 3}, r"groups.*\(8, 16, 16, 32\).*got 3"),
+        ("repvgg_g4_tiny", {"groups": 0}, r"groups.*got 0"),
+        ("repvgg_g4_tiny", {"kind": "mobileone"}, "'mobileone' must be 'repvgg' for 'RepVGG'"),
+        ("repvgg_g4_tiny", {"copies": 2}, "options of 'RepVGG' must be among .*'copies'"),
+        ("replknet_tiny", {"kernel_sizes": (11, 9, 8, 5)}, r"kernel_sizes.*odd.*\[8\]"),
+        ("replknet_tiny", {"ratio": 0.5}, r"ratio.*got 0\.5"),
+        ("replknet_tiny", {"small": 0, "kind": "hs"}, "kind 'hs' needs branches"),
+        ("repmlpnet_tiny", {"sets": (2, 3)}, r"sets.*\(8, 16\).*got \(2, 3\)"),
+        ("repmlpnet_tiny", {"patches": (4,)}, r"patches.*2 whole numbers.*got \(4\)"),
+        ("efficientrep_reppan_tiny", {"bifpan": "BiFPAN"}, r"bifpan.*got 'BiFPAN'"),
+        ("efficientrep_reppan_tiny", {"kind": "replknet"}, "kind 'replknet' must be 'repvgg'"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_options_that_do_not_fit_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        tiny("repvgg_g4_tiny", **options)
+        create_model(**{**TINY[name], **options}, rngs=nnx.Rngs(0))
+
+
+def test_maps_that_patches_do_not_divide_are_refused():
+    model = drawn(unfilled_model(**TINY["repmlpnet_tiny"]))
+    model.eval()
+    with pytest.raises(ValueError, match=r"patches of 4 by 4 divide, got one of 7 by 7"):
+        jax.eval_shape(lambda images: model(images), jnp.ones((1, 28, 28, 3)))
+
+
+def test_training_refuses_a_network_without_logits():
+    config = default_config()
+    config.model.name = "YOLOv6-N"
+    with pytest.raises(ValueError, match=r"^model: name must be of a network with logits"):
+        draw_network(config, PARTS["plain"], None, num_classes=2, bn_group=2)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_networks import assert_same, drawn
 from flax import nnx
 
 import repopt_jax
@@ -17,6 +18,7 @@ from repopt_jax.models.layers import BatchNorm
 from repopt_jax.models.repopt_ghost import GHOST_SIZES
 from repopt_jax.torch_files import TorchFileError, export_weights, import_weights, recognize
 from repopt_jax.torch_files.scales import official_names, scales_in
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training.step import StepOptions, loss_function
 from repopt_jax.tree_paths import layer_at
 
@@ -25,8 +27,8 @@ NAME = "RepOpt-GhostNet"
 
 @functools.cache
 def traced(name, kind, **options):
-    """A network without values; to trace one takes seconds."""
-    return nnx.eval_shape(lambda: create_model(name, kind, rngs=nnx.Rngs(0), **options))
+    """A network without values; to trace one takes half a second."""
+    return unfilled_model(name=name, kind=kind, **options)
 
 
 def shapes(kind="target", name=NAME, num_classes=3, **options):
@@ -35,18 +37,21 @@ def shapes(kind="target", name=NAME, num_classes=3, **options):
     return nnx.clone(traced(name, kind, num_classes=num_classes, **options))
 
 
+def published(name, kind="target"):
+    return shapes(kind, name, num_classes=1000, param_dtype=jnp.float32)
+
+
 def small(kind="target", seed=0, dtype=np.float32, **options):
     """A network of width 0.1 with values between 0.5 and 1 or, of kernels, about 0."""
-    model, rng = shapes(kind, param_dtype=dtype, width=0.1, **options), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
-    def draw(leaf):
-        if leaf.ndim > 1:
-            bound = np.prod(leaf.shape[:-1]) ** -0.5
-            return jnp.asarray(rng.uniform(-bound, bound, leaf.shape), leaf.dtype)
-        return jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype)
+    def draw(_, shape):
+        if len(shape) > 1:
+            bound = np.prod(shape[:-1]) ** -0.5
+            return rng.uniform(-bound, bound, shape)
+        return rng.uniform(0.5, 1, shape)
 
-    nnx.update(model, jax.tree.map(draw, nnx.state(model)))
-    return model
+    return drawn(shapes(kind, param_dtype=dtype, width=0.1, **options), draw)
 
 
 def images(size=2):
@@ -57,24 +62,18 @@ def count(model, kind=nnx.Param):
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, kind)))
 
 
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(found[name], value)
-
-
 @pytest.mark.parametrize(
     ("width", "millions"),
     [(0.5, 2.3), (0.58, 2.5), (0.8, 3.3), (1.0, 4.1), (1.11, 4.5), (1.3, 5.5), (2.0, 9.8)],
 )
 def test_parameter_counts_are_the_published_ones(width, millions):
     """RepGhost's paper, table 3."""
-    model = shapes(name=f"{NAME}-{width}x", param_dtype=jnp.float32, num_classes=1000)
+    model = published(f"{NAME}-{width}x")
     assert round(count(model) / 1e6, 1) == millions
 
 
 def test_the_training_form_of_repghost_has_its_authors_count():
-    model = shapes("rep", f"{NAME}-0.5x", num_classes=1000, param_dtype=jnp.float32)
+    model = published(f"{NAME}-0.5x", "rep")
     assert round(count(model) / 1e6, 3) == 2.314
 
 
@@ -165,14 +164,15 @@ def test_dropout_drops_its_share_of_the_head_in_training_alone():
     """Kept entries grow, so that the mean stays; evaluation needs no key and drops nothing."""
     model, plain = headed(0.75), headed(0.0)
     x = images(8).astype(jnp.float32)
-    first, second = model(x, key=jax.random.key(0)), model(x, key=jax.random.key(1))
+    run = nnx.jit(lambda model, key=None: model(x, key=key))
+    first, second = (run(model, jax.random.key(seed)) for seed in (0, 1))
     assert not np.allclose(first, second)
     assert not np.allclose(first[0], first[1])  # every image has its own
-    np.testing.assert_allclose((first + second).mean(0) / 2, plain(x)[0], rtol=0.05)
+    np.testing.assert_allclose((first + second).mean(0) / 2, run(plain)[0], rtol=0.05)
     with pytest.raises(ValueError, match=r"key.*0\.75"):
-        model(x)
+        run(model)
     model.eval()
-    np.testing.assert_allclose(model(x), plain(x), rtol=1e-6)
+    np.testing.assert_allclose(run(model), run(plain), rtol=1e-6)
 
 
 def test_training_step_draws_anew_what_is_dropped():
@@ -185,7 +185,7 @@ def test_training_step_draws_anew_what_is_dropped():
         model = headed(dropout)
         model.classifier.kernel[...] = jnp.linspace(-1, 1, 1280 * 3).reshape(1280, 3) ** 3
         graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-        loss = loss_function(graphdef, options)
+        loss = jax.jit(loss_function(graphdef, options))
         return [float(loss(params, stats, images, labels, jax.random.key(i))[0]) for i in (0, 1)]
 
     first, second = losses(0.5)
@@ -235,7 +235,7 @@ def test_weights_file_round_trip(tmp_path):
 
 @pytest.mark.parametrize("name", GHOST_SIZES)
 def test_every_published_size_is_recognized_by_its_scales(name):
-    model = shapes(name=name, param_dtype=jnp.float32)
+    model = published(name)
     ones = {
         path: {branch: np.ones(layer_at(model, path).kernel.shape[-1]) for branch in block}
         for path, block in model.blocks().items()
@@ -246,7 +246,7 @@ def test_every_published_size_is_recognized_by_its_scales(name):
 
 
 def test_half_a_network_is_refused():
-    names = official_names(repopt_jax.Scales.initial(shapes(name=f"{NAME}-0.5x", width=0.5)))
+    names = official_names(repopt_jax.Scales.initial(published(f"{NAME}-0.5x")))
     del names["blocks.8.3.ghost2.cheap_operation.1.weight"]
     with pytest.raises(TorchFileError, match="missing stages/8/3/ghost2/cheap_conv/conv"):
         scales_in(names)

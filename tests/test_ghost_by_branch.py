@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from family_networks import drawn
 from flax import nnx
 from test_golden import plain_mults, relative, sgd, train
 
 import repopt_jax
-from repopt_jax.models import repopt_ghost, search_layers
+from repopt_jax.models import repopt_ghost
 from repopt_jax.torch_files import export_weights, read_state_dict
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import path_str
 
 SETUP = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-2}
@@ -25,14 +27,8 @@ def network(monkeypatch):
     monkeypatch.setattr(repopt_ghost, "STAGES", repopt_ghost.STAGES[:4])
 
     def make(kind):
-        rngs = nnx.Rngs(params=jax.random.key(0, impl="rbg"))
         size = {"width": 0.1, "num_classes": 5, "param_dtype": jnp.float64}
-        model = repopt_jax.create_model("RepOpt-GhostNet", kind, **size, rngs=rngs)
-        rng = np.random.default_rng(0)
-        for layer in search_layers(model).values():
-            for vector in (layer.branch_weights["identity"], layer.branch_scales["conv"]):
-                vector[...] = rng.normal(1, 0.5, vector.shape)
-        return model
+        return drawn(unfilled_model(name="RepOpt-GhostNet", kind=kind, **size))
 
     return make
 
@@ -70,11 +66,18 @@ def test_reparameterize_decays_what_the_search_networks_do(network, x64):
     assert not any("identity" in name for name in wanted)
     assert sum("branch_weights/conv" in name for name in wanted) == 8
     names.clear()
-    model = repopt_jax.create_model("RepOpt-GhostNet", width=0.1, num_classes=5, rngs=nnx.Rngs(0))
-    scales = repopt_jax.Scales.initial(model)
-    target = repopt_jax.target_network(model, scales, rngs=nnx.Rngs(0))
-    tx = target.reparameterize(optax.chain(optax.add_decayed_weights(1e-2, decayed)))
-    tx.init(nnx.state(target.model, nnx.Param))
+
+    size = {"name": "RepOpt-GhostNet", "width": 0.1, "num_classes": 5}
+    scales = repopt_jax.Scales.initial(unfilled_model(**size))
+
+    def started():
+        rngs = nnx.Rngs(0)
+        model = repopt_jax.create_model(**size, rngs=rngs)
+        target = repopt_jax.target_network(model, scales, rngs=rngs)
+        tx = target.reparameterize(optax.chain(optax.add_decayed_weights(1e-2, decayed)))
+        return tx.init(nnx.state(target.model, nnx.Param))
+
+    nnx.eval_shape(started)
     assert names == wanted
 
 

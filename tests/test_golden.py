@@ -20,6 +20,7 @@ from repopt_jax.torch_files import (
     load_torch_weights,
     read_state_dict,
 )
+from repopt_jax.torch_files.weights import fill, unfilled_model, variables
 from repopt_jax.training.optimizer import clip_by_global_norm
 from repopt_jax.training.step import cross_entropy
 from repopt_jax.tree_paths import layer_at
@@ -133,7 +134,7 @@ def assert_same_weights(model, golden, name, bound):
 def test_logits(weights, logits, golden, summary, batches, x64):
     model = load(golden, weights)
     model.eval()
-    assert relative(model(batches["eval_images"]), summary[logits]) <= 1e-10
+    assert relative(jax.jit(model)(batches["eval_images"]), summary[logits]) <= 1e-10
 
 
 def test_multipliers(golden, x64):
@@ -141,9 +142,12 @@ def test_multipliers(golden, x64):
     scales = golden_scales(golden)
     with np.load(golden / "vgg_grad_mults_sgd.npz") as arrays:
         wanted = [arrays[name].transpose(2, 3, 1, 0) for name in sorted(arrays)]
-    for (path, block), dense in zip(model.blocks().items(), wanted, strict=True):
-        found = repopt_jax.branch_mult(block, scales[path]).dense(dense.shape, jnp.float64)
-        assert relative(found, dense) <= 1e-12
+    mults = [repopt_jax.branch_mult(b, scales[path]) for path, b in model.blocks().items()]
+    shapes = [dense.shape for dense in wanted]
+    pairs = list(zip(mults, shapes, strict=True))
+    found = jax.jit(lambda: [mult.dense(shape, jnp.float64) for mult, shape in pairs])()
+    for one, dense in zip(found, wanted, strict=True):
+        assert relative(one, dense) <= 1e-12
 
 
 def test_target_training_with_sgd(golden, summary, batches, x64):
@@ -185,19 +189,16 @@ def test_target_training_with_adamw_follows_the_branches(golden, summary, batche
     setup = summary["setup"]
     csla = load(golden, "vgg_hs_init", kind="csla")
     layers = search_layers(csla)
-    target = repopt_jax.create_model(
-        "RepOpt-VGG",
+    kernels = jax.jit(lambda: {f"{path}/kernel": layer.kernel for path, layer in layers.items()})()
+    target = unfilled_model(
+        name="RepOpt-VGG",
         num_blocks=setup["num_blocks"],
         widths=(8, 8, 16, 32, 128),
         num_classes=setup["num_classes"],
-        rngs=nnx.Rngs(0),
         **FLOAT64,
     )
+    fill(target, {**variables(csla), **kernels})
     scales = golden_scales(golden)
-    for path, layer in layers.items():
-        layer_at(target, path).kernel[...] = layer.kernel
-    for name in ("kernel", "bias"):
-        getattr(target.linear, name)[...] = getattr(csla.linear, name)[...]
     params = nnx.state(target, nnx.Param)
     mults = repopt_jax.grad_mults(params, target.blocks(), scales, "direction")
     tx = repopt_jax.repopt_adamw(
@@ -214,17 +215,12 @@ def test_target_training_with_adamw_follows_the_branches(golden, summary, batche
         assert relative(kernel, layer.kernel) <= 1e-5, path
 
 
-def test_initial_scales_of_the_search(golden, summary):
+def test_initial_scales_of_the_search(golden, summary, quick_draws):
     setup = summary["setup"]
-    model = repopt_jax.create_model(
-        "RepOpt-VGG",
-        "hs",
-        num_blocks=setup["num_blocks"],
-        widths=(8, 8, 16, 32, 128),
-        num_classes=10,
-        rngs=nnx.Rngs(0),
-    )
-    found = repopt_jax.torch_files.official_names(repopt_jax.searched_scales(model))
+    size = {"num_blocks": setup["num_blocks"], "widths": (8, 8, 16, 32, 128), "num_classes": 10}
+
+    made = nnx.jit(lambda: repopt_jax.create_model("RepOpt-VGG", "hs", **size, rngs=nnx.Rngs(0)))
+    found = repopt_jax.torch_files.official_names(repopt_jax.searched_scales(made()))
     assert found.keys() == summary["hs_initial_scales"].keys()
     for name, (value,) in summary["hs_initial_scales"].items():
         np.testing.assert_allclose(found[name], value, rtol=1e-7)
@@ -234,10 +230,7 @@ def test_released_scales_fit_their_models(official_scales):
     for name in ("B1", "B2", "L1", "L2"):
         scales = load_torch_scales(official_scales / f"RepOpt-VGG-{name}-scales.pth")
         assert scales.metadata["model"] == f"RepOpt-VGG-{name}"
-        model = nnx.eval_shape(
-            lambda name=name: repopt_jax.create_model(f"RepOpt-VGG-{name}", rngs=nnx.Rngs(0))
-        )
-        scales.check(model)
+        scales.check(unfilled_model(name=f"RepOpt-VGG-{name}"))
 
 
 def test_released_scales_have_the_share_of_negatives_that_was_reported(official_scales):

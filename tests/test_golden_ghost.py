@@ -13,6 +13,7 @@ import repopt_jax
 from repopt_jax.torch_files import export_weights, load_torch_scales, read_state_dict
 from repopt_jax.torch_files.names import torch_block
 from repopt_jax.torch_files.scales import official_names
+from repopt_jax.torch_files.weights import unfilled_model
 
 
 @pytest.fixture
@@ -77,9 +78,7 @@ def test_target_training_with_sgd(golden, summary, batches, x64):
 
 def test_initial_scales_of_the_search(golden, summary):
     size = {"width": summary["setup"]["ghost_width"], "num_classes": 10}
-    model = nnx.eval_shape(
-        lambda: repopt_jax.create_model("RepOpt-GhostNet", **size, rngs=nnx.Rngs(0))
-    )
+    model = unfilled_model(name="RepOpt-GhostNet", **size)
     found = official_names(repopt_jax.Scales.initial(model))
     assert found.keys() == summary["ghost_hs_initial_scales"].keys()
     for name, (value,) in summary["ghost_hs_initial_scales"].items():
@@ -89,9 +88,7 @@ def test_initial_scales_of_the_search(golden, summary):
 def test_released_scales_fit_their_model(official_scales):
     scales = load_torch_scales(official_scales / "RepOptGhostNet_0_5x_scales.pth")
     assert scales.metadata["model"] == "RepOpt-GhostNet-0.5x"
-    scales.check(
-        nnx.eval_shape(lambda: repopt_jax.create_model("RepOpt-GhostNet-0.5x", rngs=nnx.Rngs(0)))
-    )
+    scales.check(unfilled_model(name="RepOpt-GhostNet-0.5x"))
 
 
 @pytest.mark.parametrize("name", ["ghost_target_init", "ghost_hs_init", "ghost_rep"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_networks import drawn
 from flax import nnx
 
 import repopt_jax
@@ -12,14 +13,18 @@ from repopt_jax.deploy import fold
 from repopt_jax.models.layers import BatchNorm, conv, linear, materialize
 from repopt_jax.models.repopt_vgg import RepVGGBlock
 from repopt_jax.models.search import search_layers
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at
+
+pytestmark = pytest.mark.usefixtures("quick_draws")
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 
 
-def small(kind="target", seed=0, **options):
+def small(kind="target", **options):
+    """A network as it begins, but for its kernels; JAX would compile each draw."""
     options = {"param_dtype": jnp.float64, **SIZE, **options}
-    return create_model("RepOpt-VGG", kind, rngs=nnx.Rngs(seed), **options)
+    return drawn(unfilled_model(name="RepOpt-VGG", kind=kind, **options))
 
 
 def normal(seed, shape):
@@ -149,8 +154,9 @@ def test_search_network_equals_branch_by_branch_form(x64, strict):
 
 def test_csla_is_hs_with_constant_scales(x64):
     hs, csla = small("hs"), small("csla")
-    x = normal(0, (4, 32, 32, 3))
-    np.testing.assert_array_equal(hs(x), csla(x))
+    x = normal(0, (4, 16, 16, 3))
+    run = nnx.jit(lambda model: model(x))
+    np.testing.assert_array_equal(run(hs), run(csla))
     trained = [str(p) for p, _ in jax.tree_util.tree_leaves_with_path(nnx.state(csla, nnx.Param))]
     assert not any("branch_scales" in path for path in trained)
     trained = [str(p) for p, _ in jax.tree_util.tree_leaves_with_path(nnx.state(hs, nnx.Param))]
@@ -159,7 +165,7 @@ def test_csla_is_hs_with_constant_scales(x64):
 
 def test_search_network_leaves_the_plain_one_alone():
     plain = small(param_dtype=jnp.float32)
-    search_network(plain, plain.blocks(), rngs=nnx.Rngs(0))
+    nnx.eval_shape(lambda: search_network(plain, plain.blocks(), rngs=nnx.Rngs(0)))
     assert isinstance(plain.stage0.conv, nnx.Conv)
 
 
@@ -175,7 +181,9 @@ def test_search_keeps_a_bias_and_other_layers():
 
 def test_search_starts_from_the_official_scales():
     """1 in the first block of a stage, sqrt(2 / i) in block i, identity 1."""
-    scales = searched_scales(small("hs", num_blocks=(1, 4, 1, 1), param_dtype=jnp.float32))
+    size = {**SIZE, "num_blocks": (1, 4, 1, 1)}
+    made = nnx.jit(lambda: create_model("RepOpt-VGG", "hs", **size, rngs=nnx.Rngs(0)))
+    scales = searched_scales(made())
     for i, value in enumerate([1.0, 2**0.5, 1.0, (2 / 3) ** 0.5]):
         np.testing.assert_allclose(scales[f"stage2/{i}/conv"]["conv1x1"], value, rtol=1e-6)
         np.testing.assert_allclose(scales[f"stage2/{i}/conv"]["conv3x3"], value, rtol=1e-6)
@@ -184,17 +192,24 @@ def test_search_starts_from_the_official_scales():
 
 def test_init_target_draws_the_merged_start_of_the_branches(x64):
     """With the same keys, the target starts where the CSLA network starts."""
-    plain = small(seed=1)
+    plain = small()
     scales = repopt_jax.Scales(
         {
             path: {n: np.asarray(normal(i + j, v.shape)) for j, (n, v) in enumerate(b.items())}
             for i, (path, b) in enumerate(repopt_jax.Scales.initial(plain).items())
         }
     )
-    csla = search_network(plain, plain.blocks(), kind="csla", scales=scales, rngs=nnx.Rngs(7))
-    target = init_target(plain, scales, rngs=nnx.Rngs(7))
-    for path, layer in search_layers(csla).items():
-        np.testing.assert_allclose(layer_at(target, path).kernel[...], layer.kernel, rtol=1e-12)
+
+    @nnx.jit
+    def kernels(plain):
+        blocks = plain.blocks()
+        csla = search_network(plain, blocks, kind="csla", scales=scales, rngs=nnx.Rngs(7))
+        target = init_target(plain, scales, rngs=nnx.Rngs(7))
+        layers = search_layers(csla)
+        return {p: (layer_at(target, p).kernel[...], layers[p].kernel) for p in layers}
+
+    for ours, theirs in kernels(plain).values():
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 def test_init_target_starts_identities_at_one_if_wanted(x64):
@@ -211,15 +226,11 @@ def test_init_target_starts_identities_at_one_if_wanted(x64):
 @pytest.mark.parametrize("se", [False, True])
 def test_folded_network_computes_the_same(kind, se, x64):
     model = small(kind, se=se)
-    model(normal(0, (4, 32, 32, 3)))  # moves the running statistics
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, BatchNorm):
-            module.scale[...] = 1 + 0.3 * normal(3, module.scale.shape)
-            module.bias[...] = normal(4, module.bias.shape)
     model.eval()
-    x = normal(1, (2, 32, 32, 3))
-    folded = fold(model)
-    np.testing.assert_allclose(folded(x), model(x), rtol=1e-10, atol=1e-12)
+    x = normal(1, (2, 16, 16, 3))
+    folded = nnx.jit(fold)(model)
+    ours, theirs = jax.jit(lambda x: (folded(x), model(x)))(x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
     assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))
     with pytest.raises(ValueError, match=r"blocks.*FoldedBlock"):
         fold(folded)
@@ -227,7 +238,10 @@ def test_folded_network_computes_the_same(kind, se, x64):
 
 def test_computation_in_bfloat16_keeps_parameters_in_float32():
     model = small(dtype=jnp.bfloat16, param_dtype=jnp.float32)
-    assert model(jnp.ones((2, 32, 32, 3), jnp.bfloat16)).dtype == jnp.bfloat16
+    graphdef, state = nnx.split(model)
+    run = lambda state, x: nnx.merge(graphdef, state, copy=True)(x)  # noqa: E731
+    x = jnp.ones((2, 32, 32, 3), jnp.bfloat16)
+    assert jax.eval_shape(run, state, x).dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
 
 

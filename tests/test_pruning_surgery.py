@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_networks import begun
 from flax import nnx
 
-from repopt_jax import Scales, create_model, find_blocks, grad_mults, repvgg_branches
+from repopt_jax import Scales, find_blocks, grad_mults, repvgg_branches
 from repopt_jax.models.layers import BatchNorm, conv, linear
 from repopt_jax.pruning import (
     Aofp,
@@ -19,6 +20,7 @@ from repopt_jax.pruning import (
     prune_filters,
     repopt_vgg_channels,
 )
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at, path_str
 
 
@@ -42,6 +44,10 @@ class Own(nnx.Module):
         return self.head(x.reshape(x.shape[0], -1))
 
 
+def own(**options):
+    return begun(nnx.eval_shape(lambda: Own(**options)))
+
+
 OWN = {
     "trunk": ChannelGroup(
         {"stem": None, "conv2": "bn2", "depthwise": None}, readers=("conv1", "head")
@@ -53,16 +59,16 @@ IMAGES = (2, 4, 4, 3)
 
 
 def vgg(**options):
-    model = create_model(
-        "RepOpt-VGG",
+    model = unfilled_model(
+        name="RepOpt-VGG",
         num_blocks=(1, 2, 1, 1),
         widths=(4, 4, 6, 8, 8),
         num_classes=3,
         strides=(1, 1, 2, 2, 1),
         param_dtype=jnp.float64,
-        rngs=nnx.Rngs(0),
         **options,
     )
+    begun(model)
     groups = repopt_vgg_channels(model)
     followers = {name: Follower(group.readers[-1]) for name, group in groups.items()}
     return model, groups, followers
@@ -73,8 +79,8 @@ def shaken(model):
     rng = np.random.default_rng(0)
 
     def shake(path, leaf):
-        noise = rng.uniform(-0.5, 0.5, leaf.shape)
-        return leaf + noise if "var" not in path_str(path) else leaf + noise + 0.6
+        noise = rng.uniform(-0.5, 0.5, leaf.shape) + 0.6 * ("var" in path_str(path))
+        return jnp.asarray(np.asarray(leaf) + noise)
 
     graphdef, state = nnx.split(model)
     model = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(shake, state))
@@ -99,7 +105,7 @@ def some_masks(groups, model):
 @pytest.mark.parametrize("make", ["own", "vgg", "vgg with squeeze-excite"])
 def test_pruned_network_is_the_masked_one(make, x64):
     if make == "own":
-        model, groups, followers = Own(), OWN, OWN_FOLLOWERS
+        model, groups, followers = own(), OWN, OWN_FOLLOWERS
     else:
         model, groups, followers = vgg(se="squeeze" in make)
         assert len(groups) == (12 if "squeeze" in make else 6)
@@ -136,7 +142,7 @@ def equal_in_clusters(model, groups, clusters):
 
 @pytest.mark.parametrize("make", ["own", "vgg with squeeze-excite"])
 def test_merging_equal_channels_changes_nothing(make, x64):
-    model, groups = (Own(), OWN) if make == "own" else vgg(se=True)[:2]
+    model, groups = (own(), OWN) if make == "own" else vgg(se=True)[:2]
     labels = [0, 1, 0, 2, 1, 1, 3, 0]
     widths = {name: len(mask) for name, mask in some_masks(groups, model).items()}
     clusters = {name: np.array(labels[:width]) for name, width in widths.items()}
@@ -149,7 +155,7 @@ def test_merging_equal_channels_changes_nothing(make, x64):
 
 def test_the_first_channel_of_a_cluster_stays_and_its_readers_add_up(x64):
     """Also where channels are not quite equal, as training leaves them."""
-    model = shaken(Own())
+    model = shaken(own())
     small = merge_clusters(model, OWN, {"inner": np.array([0, 1, 0, 1, 2])})
     for layer, name in (("conv1", "kernel"), ("conv1", "bias"), ("bn1", "mean"), ("bn1", "scale")):
         before, after = (getattr(layer_at(m, layer), name)[...] for m in (model, small))
@@ -175,13 +181,13 @@ def test_folding_compactors_changes_nothing_but_what_they_forgot(x64):
 
 
 def test_folding_takes_a_layer_bias_along(x64):
-    model = shaken(add_compactors(Own(), OWN, ["inner"]))
+    model = shaken(add_compactors(own(), OWN, ["inner"]))
     small = fold_compactors(model, OWN)
     np.testing.assert_allclose(run(small, images()), run(model, images()), rtol=1e-10)
 
 
 def test_a_layer_keeps_its_largest_channel_where_all_are_forgotten(x64):
-    model = add_compactors(shaken(Own()), OWN, ["inner"])
+    model = add_compactors(shaken(own()), OWN, ["inner"])
     model.bn1.compactor[...] = jnp.eye(5) * jnp.array([[1e-7, 1e-6, 5e-6, 1e-8, 0.0]])
     small = fold_compactors(model, OWN)
     assert small.conv1.kernel.shape[-1] == 1
@@ -191,7 +197,7 @@ def test_a_layer_keeps_its_largest_channel_where_all_are_forgotten(x64):
 
 
 def test_folding_keeps_the_largest_channels_up_to_a_multiple(x64):
-    model = add_compactors(shaken(Own()), OWN, ["inner"])
+    model = add_compactors(shaken(own()), OWN, ["inner"])
     norms = np.array([1e-7, 1e-6, 2.0, 1e-8, 3.0])
     model.bn1.compactor[...] = jnp.diag(norms)
     for multiple, kept in ((1, [2, 4]), (2, [2, 4]), (3, [1, 2, 4]), (4, [0, 1, 2, 4])):
@@ -201,7 +207,7 @@ def test_folding_keeps_the_largest_channels_up_to_a_multiple(x64):
 
 
 def test_the_network_is_not_changed_and_shares_no_array(x64):
-    model = shaken(Own())
+    model = shaken(own())
     before = jax.tree.map(np.array, nnx.state(model))
     masks = {"inner": np.array([True, True, True, False, True])}
     small = prune_filters(model, OWN, masks)
@@ -222,15 +228,16 @@ def test_layers_know_their_new_sizes(x64):
     assert set(grad_mults(nnx.state(small, nnx.Param), blocks, scales)) == set(
         nnx.state(small, nnx.Param)
     )
-    own = prune_filters(Own(), OWN, some_masks(OWN, Own()))
-    sizes = [(m.in_features, m.out_features) for m in (own.conv1, own.depthwise, own.head)]
+    small = prune_filters(own(), OWN, some_masks(OWN, own()))
+    layers = small.conv1, small.depthwise, small.head
+    sizes = [(m.in_features, m.out_features) for m in layers]
     assert sizes == [(4, 3), (4, 4), (4 * 4 * 4, 7)]
-    assert own.depthwise.feature_group_count == 4
-    assert own.conv1.kernel_shape == own.conv1.kernel.shape
+    assert small.depthwise.feature_group_count == 4
+    assert small.conv1.kernel_shape == small.conv1.kernel.shape
 
 
 def test_multiply_adds_of_every_layer(x64):
-    counts = multiply_adds(Own(), (4, 4, 3))
+    counts = multiply_adds(own(), (4, 4, 3))
     assert counts == {
         "conv1": 16 * 9 * 6 * 5,
         "conv2": 16 * 9 * 5 * 6,
@@ -276,16 +283,16 @@ REFUSED = {
 def test_groups_that_do_not_fit_are_refused(case, x64):
     groups, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        prune_filters(Own(), groups, {})
+        prune_filters(own(), groups, {})
 
 
 def test_grouped_layers_are_refused(x64):
     with pytest.raises(ValueError, match=r"'depthwise'.*3 groups"):
-        prune_filters(Own(groups=3), OWN, {})
+        prune_filters(own(groups=3), OWN, {})
 
 
 def test_masks_and_clusters_that_do_not_fit_are_refused(x64):
-    model = Own()
+    model = own()
     with pytest.raises(ValueError, match=r"masks\['inner'\].*\(5,\).*\(4,\)"):
         prune_filters(model, OWN, {"inner": np.ones(4, bool)})
     with pytest.raises(ValueError, match=r"masks\['inner'\].*at least one"):

@@ -5,6 +5,7 @@ Sound torch files are damaged at random, and every one is read, with the state d
 
 import collections
 import faulthandler
+import functools
 import io
 import json
 import os
@@ -33,6 +34,7 @@ OPCODES = [
 ]
 
 
+@functools.cache
 def seed_objects() -> list:
     """Objects that use every part of the reader; the files are a few kilobytes each."""
     rng = np.random.default_rng(0)
@@ -137,7 +139,13 @@ def _forge_tensor(rng: random.Random) -> dict:
     return {"a": build.tensor(data, size, stride, number(), storage), "b": [storage]}
 
 
-def mutate(rng: random.Random, objects: list) -> bytes:
+@functools.cache
+def sound_pickle(index: int, protocol: int, legacy: bool) -> tuple:
+    """A seed object as torch pickles it; thousands of damaged files start from the same."""
+    return build.dump(seed_objects()[index], protocol, legacy)
+
+
+def mutate(rng: random.Random) -> bytes:
     """One damaged file.
 
     Pickles are damaged before they are packed half of the time, as an archive's checksums would
@@ -145,8 +153,10 @@ def mutate(rng: random.Random, objects: list) -> bytes:
     """
     legacy = rng.random() < 0.4
     forged = rng.random() < 0.1
-    source = _forge_tensor(rng) if forged else rng.choice(objects)
-    pickled, storages = build.dump(source, rng.choice([2, 2, 3, 4, 5]), legacy)
+    source = _forge_tensor(rng) if forged else rng.randrange(len(seed_objects()))
+    protocol = rng.choice([2, 2, 3, 4, 5])
+    dump = build.dump if forged else sound_pickle
+    pickled, storages = dump(source, protocol, legacy)
     inside = rng.random() < 0.5
     if inside and not forged:
         for _ in range(rng.choice([1, 1, 2, 4])):
@@ -176,19 +186,27 @@ def outcome(path: pathlib.Path) -> str:
     return "result"
 
 
+def replace(file: io.FileIO, data: bytes) -> None:
+    """Give an open file other content: to make it anew takes longer than to read it."""
+    file.seek(0)
+    file.truncate(file.write(data))
+
+
 def read_mutants(folder: str, mutants: int, seed: int) -> None:
     """Print what came of every file, and the system's facts at the end; what escapes is kept."""
-    rng, objects, path = random.Random(seed), seed_objects(), pathlib.Path(folder, "mutant.pth")
+    rng, path = random.Random(seed), pathlib.Path(folder, "mutant.pth")
     counts: collections.Counter = collections.Counter()
-    for index in range(mutants):
-        data = mutate(rng, objects)
-        path.write_bytes(data)
-        faulthandler.dump_traceback_later(60, exit=True)
-        name = outcome(path)
-        faulthandler.cancel_dump_traceback_later()
-        counts[name] += 1
-        if name not in ("result", "TorchFileError"):
-            pathlib.Path(folder, f"escaped-{index}.pth").write_bytes(data)
+    with path.open("wb", buffering=0) as file:
+        for index in range(mutants):
+            if index % 100 == 0:  # which take a second
+                faulthandler.dump_traceback_later(60, exit=True)
+            data = mutate(rng)
+            replace(file, data)
+            name = outcome(path)
+            counts[name] += 1
+            if name not in ("result", "TorchFileError"):
+                pathlib.Path(folder, f"escaped-{index}.pth").write_bytes(data)
+    faulthandler.cancel_dump_traceback_later()
     # getrusage would count what the parent had in memory when it started this process.
     status = pathlib.Path("/proc/self/status")
     print(json.dumps([counts, status.read_text() if status.exists() else ""]))
@@ -238,6 +256,21 @@ _PIECES = [
 ]
 
 
+def grown_pickle(rng: random.Random) -> bytes:
+    """The beginning of a pickle, of instructions that the reader carries out."""
+    grown = b"\x80\2"
+    for _ in range(rng.choice([20, 60, 120])):
+        longer = grown + rng.choice(_PIECES)
+        try:
+            storages = Storages(9999)
+            source = io.BytesIO(longer + b"N.")
+            unpickle(source, 9999, Budget(9999), storages.load, storages.functions)
+        except TorchFileError:
+            continue
+        grown = longer
+    return grown
+
+
 @pytest.mark.parametrize(
     ("pickles", "seed"), [(60, 1), pytest.param(1500, 0, marks=pytest.mark.slow)]
 )
@@ -245,19 +278,11 @@ def test_pickles_grown_at_random_do_no_harm(tmp_path, pickles, seed):
     """Each instruction that the pickle so far allows is kept: Python's unpickler is led deep."""
     rng, path = random.Random(seed), tmp_path / "grown.pth"
     counts: collections.Counter = collections.Counter()
-    for _ in range(pickles):
-        grown = b"\x80\2"
-        for _ in range(rng.choice([20, 60, 120])):
-            longer = grown + rng.choice(_PIECES)
-            try:
-                storages = Storages(9999)
-                source = io.BytesIO(longer + b"N.")
-                unpickle(source, 9999, Budget(9999), storages.load, storages.functions)
-            except TorchFileError:
-                continue
-            grown = longer
-        for end in (b".", b"0.", b"(N\x86.", b"1."):
-            storage = build.Storage(np.zeros(2, np.float32))
-            path.write_bytes(build.write_archive(grown + end, {"0": storage}))
-            counts[outcome(path)] += 1
+    storage = build.Storage(np.zeros(2, np.float32))
+    with path.open("wb", buffering=0) as file:
+        for _ in range(pickles):
+            grown = grown_pickle(rng)
+            for end in (b".", b"0.", b"(N\x86.", b"1."):
+                replace(file, build.write_archive(grown + end, {"0": storage}))
+                counts[outcome(path)] += 1
     assert counts.keys() == {"result", "TorchFileError"} and min(counts.values()) > pickles / 2

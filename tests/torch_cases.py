@@ -12,12 +12,13 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import torch_file_builder as build
+from family_networks import drawn
 from safetensors.numpy import save
 
 import repopt_jax
 from repopt_jax.torch_files import export_weights, official_names
 from repopt_jax.torch_files.names import DIALECTS
-from repopt_jax.torch_files.weights import fill, unfilled_model, variables
+from repopt_jax.torch_files.weights import unfilled_model, variables
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 
@@ -49,9 +50,7 @@ class Case:
 def network(kind="target", seed=0, **options):
     """A network of numbers from 0.5 to 1.5, which takes no compiling."""
     model = unfilled_model(name="RepOpt-VGG", kind=kind, **SIZE | options)
-    rng = np.random.default_rng(seed)
-    shapes = {path: variable.shape for path, variable in variables(model).items()}
-    return fill(model, {path: rng.uniform(0.5, 1.5, shape) for path, shape in shapes.items()})
+    return drawn(model, lambda rng, shape: rng.uniform(0.5, 1.5, shape), seed)
 
 
 def tensors(weights):

@@ -59,8 +59,8 @@ def _untrue(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None:
             found["channel"] = before - after
         return {name: jnp.abs(array).max() > 1e-5 for name, array in found.items()}
 
-    with jax.ensure_compile_time_eval():
-        found = jax.device_get(jax.jit(differences)())
+    # Compiled at once, so that it also runs, as one program, where a caller is being traced.
+    found = jax.device_get(jax.jit(differences).lower().compile()())
     return next((message for name, message in _UNTRUE.items() if found.get(name)), None)
 
 

@@ -70,7 +70,8 @@ def onnx_model(
     writer = next((WRITERS[t] for t in type(model).__mro__ if t in WRITERS), None)
     if writer is None:
         raise ValueError(
-            f"model must be one of {[t.__name__ for t in WRITERS]}, got a {type(model).__name__}"
+            f"model must be one of {[t.__name__ for t in WRITERS]} for an ONNX file, got a "
+            f"{type(model).__name__}; a StableHLO file takes any network"
         )
     check_numbers(model)
     int8 = simulated_layers(model)

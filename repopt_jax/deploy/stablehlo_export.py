@@ -40,7 +40,7 @@ class StableHLO:
     """A network read from a file.
 
     Attributes:
-      call: from NHWC images, uint8 or normalized as `preprocessing` says, to logits.
+      call: from NHWC images, uint8 or normalized as `preprocessing` says, to its outputs.
       preprocessing: of the images.
       metadata: text by name.
     """
@@ -63,8 +63,8 @@ def export_stablehlo(
 
     Args:
       path: file to write.
-      model: any network from NHWC images to logits, exported in evaluation mode; `fold` it first
-        where that makes it faster.
+      model: any network from NHWC images to logits or feature maps, exported in evaluation mode;
+        `fold` it first where that makes it faster.
       preprocessing: of its images.
       name: of the model, for the metadata.
       platforms: where the file is to run.
@@ -93,13 +93,15 @@ def export_stablehlo(
     shape = (*jax.export.symbolic_shape("batch"), *preprocessing.size, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if preprocessing.inside else jnp.float32)
     exported = jax.export.export(jax.jit(run), platforms=tuple(platforms))(images)
+    outputs = exported.out_avals
     metadata = {
         "format_version": FORMAT_VERSION,
         "repopt_jax_version": repopt_jax.__version__,
         "jax_version": jax.__version__,
         "date": _today().isoformat(),
         "model": name,
-        "num_classes": str(exported.out_avals[0].shape[-1]),
+        # The channels of feature maps, of which a network gives several, are no classes.
+        **({"num_classes": str(outputs[0].shape[-1])} if len(outputs) == 1 else {}),
         **preprocessing.metadata(),
     }
     # Weights do not compress: stored as they are.

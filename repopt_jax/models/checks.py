@@ -13,6 +13,7 @@ from repopt_jax.branches import is_known
 from repopt_jax.messages import listed, quote
 
 MAX_WIDTH = 1 << 20  # channels of a layer, or classes
+MAX_BLOCKS = 128  # of a stage
 
 
 def check_sizes(*, least: int = 1, **sizes: tuple[Sequence[int], int, int]) -> None:

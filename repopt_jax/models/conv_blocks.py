@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Identity
+from repopt_jax.branches import Block, Full, Identity
 from repopt_jax.branches.presets import repvgg_branches
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, materialize
+from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, layer_types, materialize
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
 Rule = Callable[[str, Any], Block | None]
+# A layer with the whole kernel, and its branches with their weights and BatchNorms.
+Parts = tuple[nnx.Conv, Block, dict[str, "Array"], dict[str, BatchNorm]]
 
 
 def activate(block: nnx.Module, x: Array) -> Array:
@@ -34,17 +36,14 @@ def batch_norm(
     norm: Mapping[str, float] | None = None,
     **types: Any,
 ) -> BatchNorm:
-    """`BatchNorm` by the options of a network, of which it takes no others.
-
-    Args:
-      features: size of the last axis.
-      bn_group: samples per group. None: the whole batch.
-      param_dtype: of the parameters.
-      norm: further options of `BatchNorm`. None: its defaults.
-      types: further options of the network.
-    """
+    """`BatchNorm` by the options of a network; `norm` are further ones, such as epsilon."""
     del types
     return BatchNorm(features, group=bn_group, param_dtype=param_dtype, **(norm or {}))
+
+
+def pair(layer: Any, norm: BatchNorm) -> Parts:
+    """The parts of a layer without branches and of the BatchNorm after it."""
+    return layer, {"conv": Full()}, {"conv": jnp.asarray(layer.kernel[...])}, {"conv": norm}
 
 
 def no_branches(path: str, layer: Any) -> None:
@@ -52,7 +51,10 @@ def no_branches(path: str, layer: Any) -> None:
 
 
 class ConvBlock(nnx.Module):
-    """What plain and branched blocks share: branches or their sum, then an activation.
+    """One convolution and BatchNorm, or one of each for every branch; then an activation.
+
+    The layers of a branch are called ``conv`` and ``bn``, followed by the branch's name or what
+    `suffixes` has for it.
 
     Args:
       in_features: channels of the input.
@@ -64,9 +66,11 @@ class ConvBlock(nnx.Module):
       activation: after the sum of the branches.
       se: squeeze-excite after the activation, of a quarter of the channels.
       pre_se: squeeze-excite before the activation, of a sixteenth of the channels.
-      norm: further options of every `BatchNorm`. None: its defaults.
-      bn_group: see `RepOptVGG`, as for the rest.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`; and norm, see `batch_norm`.
     """
+
+    plain: ClassVar[bool]
+    suffixes: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -80,89 +84,78 @@ class ConvBlock(nnx.Module):
         activation: Callable[[Array], Array] = jax.nn.relu,
         se: bool = False,
         pre_se: bool = False,
-        norm: Mapping[str, float] | None = None,
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        layer = functools.partial(
-            conv, in_features, out_features, stride=stride, groups=groups, **types
-        )
-        bn = functools.partial(batch_norm, out_features, bn_group=bn_group, norm=norm, **types)
-        self._build(layer(size), rule, layer, bn)
+        bn = functools.partial(batch_norm, out_features, **types)
+        types = layer_types(**types)
+        shape = {"stride": stride, "groups": groups, **types}
+        whole = conv(in_features, out_features, size, **shape)
+        # Tuples, as the parts of a network that are no arrays must have a hash.
+        stated = tuple((rule("", whole) or {}).items())
+        self.branches = stated if self.plain else ()  # those that GR trains the layer with
+        self.built = (("conv", Full()),) if self.plain else stated
+        for i, (name, branch) in enumerate(self.built):
+            if not isinstance(branch, Identity):
+                side = getattr(branch, "size", size)
+                layer = conv(in_features, out_features, side, **shape) if i else whole
+                setattr(self, f"conv{self._suffix(name)}", layer)
+            setattr(self, f"bn{self._suffix(name)}", bn())
         self.activation = activation
         self.post_se = SqueezeExcite(out_features, out_features // 4, **types) if se else None
         self.pre_se = SqueezeExcite(out_features, out_features // 16, **types) if pre_se else None
-
-
-class PlainBlock(ConvBlock):
-    """One convolution and one BatchNorm; it states the branches that GR trains it with.
-
-    Its arguments are those of `ConvBlock`.
-    """
-
-    def _build(self, whole, rule, layer, bn):
-        del layer
-        self.conv, self.bn = whole, bn()
-        # A tuple, as the parts of a network that are no arrays must have a hash.
-        self.branches = tuple((rule("", whole) or {}).items())
-
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the block."""
-        x = self.conv(x)
-        if self.activation is jax.nn.relu and self.pre_se is None:
-            x = self.bn(x, relu=True)
-            return x if self.post_se is None else self.post_se(x)
-        return activate(self, self.bn(x))
-
-
-class BranchedBlock(ConvBlock):
-    """A paper's training block, the structural baseline: every branch has a BatchNorm.
-
-    Its arguments are those of `ConvBlock`. Its layers are called ``conv`` and ``bn`` with the name
-    of the branch after it, for which a subclass may have another one in `suffixes`.
-    """
-
-    suffixes: Mapping[str, str] = {}
-
-    def _build(self, whole, rule, layer, bn):
-        self.branches = tuple((rule("", whole) or {}).items())
-        for i, (name, branch) in enumerate(self.branches):
-            if not isinstance(branch, Identity):
-                side = getattr(branch, "size", whole.kernel_size[0])
-                setattr(self, f"conv{self._suffix(name)}", layer(side) if i else whole)
-            setattr(self, f"bn{self._suffix(name)}", bn())
 
     def _suffix(self, name: str) -> str:
         return self.suffixes.get(name, name.removeprefix("conv"))
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the block."""
-        _, _, _, norms = self.parts()
-        parts = [
-            bn(getattr(self, f"conv{self._suffix(name)}", materialize)(x))
-            for name, bn in norms.items()
-        ]
+        parts = []
+        for suffix in (self._suffix(name) for name, _ in self.built):
+            layer = getattr(self, f"conv{suffix}", materialize)
+            parts.append(getattr(self, f"bn{suffix}")(layer(x)))
         return activate(self, functools.reduce(jnp.add, parts))
 
-    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
-        """The layer with the whole kernel, and its branches with their weights and BatchNorms."""
-        norms = {name: getattr(self, f"bn{self._suffix(name)}") for name, _ in self.branches}
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
+        norms = {name: getattr(self, f"bn{self._suffix(name)}") for name, _ in self.built}
         layers = {
             name: getattr(self, f"conv{self._suffix(name)}")
-            for name, branch in self.branches
+            for name, branch in self.built
             if not isinstance(branch, Identity)
         }
         weights = {name: layer.kernel[...] for name, layer in layers.items()}
-        return next(iter(layers.values())), dict(self.branches), weights, norms
+        return next(iter(layers.values())), dict(self.built), weights, norms
 
 
-def blocks_in(model: nnx.Module, block_type: type = PlainBlock) -> dict[str, Block]:
-    """Path of the layer of every plain block of `model` that has branches -> its branches."""
-    return {
-        "/".join(map(str, (*path, "conv"))): dict(module.branches)
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, block_type) and module.branches
-    }
+class PlainBlock(ConvBlock):
+    """One convolution and one BatchNorm; it states the branches that GR trains it with."""
+
+    plain: ClassVar = True
+
+    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
+        """Run the block."""
+        x = self.conv(x)
+        # Only our BatchNorm takes ReLU in; pruning may put something else in its place.
+        fused = isinstance(self.bn, BatchNorm) and self.activation is jax.nn.relu
+        if not fused or self.pre_se is not None:
+            return activate(self, self.bn(x))
+        x = self.bn(x, relu=True)
+        return x if self.post_se is None else self.post_se(x)
+
+
+class BranchedBlock(ConvBlock):
+    """A paper's training block, the structural baseline: every branch has a BatchNorm."""
+
+    plain: ClassVar = False
+
+
+class ConvNetwork(nnx.Module):
+    """A network of such blocks."""
+
+    def blocks(self) -> dict[str, Block]:
+        """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""
+        return {
+            "/".join(map(str, (*path, "conv"))): dict(module.branches)
+            for path, module in nnx.iter_modules(self)
+            if getattr(module, "branches", ())
+        }

@@ -2,107 +2,86 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 
-from repopt_jax.models.mobileone import FAMILY as MOBILEONE
 from repopt_jax.models.mobileone import MOBILEONE_SIZES, MobileOne, MobileOneBlock
-from repopt_jax.models.replknet import FAMILY as REPLKNET
 from repopt_jax.models.replknet import REPLKNET_SIZES, LargeKernelBlock, RepLKNet
-from repopt_jax.models.repmlpnet import FAMILY as REPMLPNET
 from repopt_jax.models.repmlpnet import REPMLPNET_SIZES, BranchedPatchDense, RepMLPNet
-from repopt_jax.models.repopt_ghost import FAMILY as GHOST
 from repopt_jax.models.repopt_ghost import GHOST_SIZES, RepGhost, RepOptGhost
 from repopt_jax.models.repopt_vgg import REPVGG_SIZES, SIZES, RepOptVGG, RepVGGBlock
 from repopt_jax.models.search import search_network
-from repopt_jax.models.yolov6 import FAMILY as YOLOV6
 from repopt_jax.models.yolov6 import YOLOV6_SIZES, YOLOv6
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-VGG, REPVGG = "RepOpt-VGG", "RepVGG"
-KINDS = ("target", "hs", "csla", "repvgg", "rep", "mobileone", "replknet", "repmlpnet")
 Network = RepOptVGG | RepOptGhost | MobileOne | RepLKNet | RepMLPNet | YOLOv6
+COMMON_OPTIONS = ("bn_group", "dtype", "param_dtype")
 
 
 class Family(NamedTuple):
-    """Networks of one class.
+    """Networks of one class, whose signature says what options they take.
 
     Attributes:
       network: the class.
       sizes: published name -> options.
       baseline: kind of the structural baseline, under the name that its authors gave it.
       blocks: the option that makes the baseline.
-      needed: options without which there is no size.
-      options: other ones, but for those of every family.
-      classifies: whether it gives logits, so that it has `num_classes`.
     """
 
     network: type[nnx.Module]
     sizes: Mapping[str, Mapping[str, Any]]
     baseline: str
     blocks: Mapping[str, type]
-    needed: tuple[str, ...]
-    options: tuple[str, ...] = ()
-    classifies: bool = True
+
+    @property
+    def _signature(self) -> inspect.FullArgSpec:
+        return inspect.getfullargspec(self.network.__init__)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The options without which there is no size."""
+        return tuple(self._signature.args[1:])
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The other options, but for those of every family."""
+        known = (*self.blocks, *COMMON_OPTIONS)
+        return tuple(name for name in self._signature.kwonlydefaults if name not in known)
+
+    def name_of(self, options: Mapping[str, Any]) -> str | None:
+        """The published name of a network; options that are not given may have any value.
+
+        >>> FAMILIES["RepLKNet"].name_of({"widths": (128, 256, 512, 1024)})
+        'RepLKNet-31B'
+        """
+        for name, size in self.sizes.items():
+            if all(options.get(key, value) == value for key, value in size.items()):
+                return name
+        return None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the networks give logits, so that they have `num_classes`."""
+        return "num_classes" in self._signature.kwonlyargs
 
 
-_VGG = Family(
-    RepOptVGG,
-    SIZES,
-    baseline="repvgg",
-    blocks={"block_type": RepVGGBlock},
-    needed=("num_blocks", "widths"),
-    options=("strides", "groups", "se", "pre_se"),
-)
+VGG, REPVGG, GHOST, MOBILEONE = "RepOpt-VGG", "RepVGG", "RepOpt-GhostNet", "MobileOne"
+REPLKNET, REPMLPNET, YOLOV6 = "RepLKNet", "RepMLPNet", "YOLOv6"
 FAMILIES = {
-    VGG: _VGG,
-    REPVGG: _VGG._replace(sizes=REPVGG_SIZES),
-    GHOST: Family(
-        RepOptGhost,
-        {name: {"width": width} for name, width in GHOST_SIZES.items()},
-        baseline="rep",
-        blocks={"module_type": RepGhost},
-        needed=("width",),
-        options=("dropout",),
-    ),
-    MOBILEONE: Family(
-        MobileOne,
-        MOBILEONE_SIZES,
-        baseline="mobileone",
-        blocks={"block_type": MobileOneBlock},
-        needed=("num_blocks", "widths"),
-        options=("copies", "se_blocks"),
-    ),
-    REPLKNET: Family(
-        RepLKNet,
-        REPLKNET_SIZES,
-        baseline="replknet",
-        blocks={"block_type": LargeKernelBlock},
-        needed=("num_blocks", "widths", "kernel_sizes"),
-        options=("small", "ratio"),
-    ),
-    REPMLPNET: Family(
-        RepMLPNet,
-        REPMLPNET_SIZES,
-        baseline="repmlpnet",
-        blocks={"block_type": BranchedPatchDense},
-        needed=("num_blocks", "widths", "patches", "sets"),
-    ),
-    YOLOV6: Family(
-        YOLOv6,
-        YOLOV6_SIZES,
-        baseline="repvgg",
-        blocks={"block_type": RepVGGBlock},
-        needed=("num_blocks", "widths"),
-        options=("bifpan",),
-        classifies=False,
-    ),
+    VGG: Family(RepOptVGG, SIZES, "repvgg", {"block_type": RepVGGBlock}),
+    REPVGG: Family(RepOptVGG, REPVGG_SIZES, "repvgg", {"block_type": RepVGGBlock}),
+    GHOST: Family(RepOptGhost, GHOST_SIZES, "rep", {"module_type": RepGhost}),
+    MOBILEONE: Family(MobileOne, MOBILEONE_SIZES, "mobileone", {"block_type": MobileOneBlock}),
+    REPLKNET: Family(RepLKNet, REPLKNET_SIZES, "replknet", {"block_type": LargeKernelBlock}),
+    REPMLPNET: Family(RepMLPNet, REPMLPNET_SIZES, "repmlpnet", {"block_type": BranchedPatchDense}),
+    YOLOV6: Family(YOLOv6, YOLOV6_SIZES, "repvgg", {"block_type": RepVGGBlock}),
 }
-COMMON_OPTIONS = ("bn_group", "dtype", "param_dtype")
+KINDS = ("target", "hs", "csla", *dict.fromkeys(f.baseline for f in FAMILIES.values()))
 
 
 def create_model(
@@ -127,10 +106,9 @@ def create_model(
       scales: what the scales of "hs" and "csla" start from, by path and branch. None: the
         search's initial values. Other kinds have no scales; see `init_target`.
       rngs: draws the parameters.
-      **options: of `RepOptVGG`: num_blocks, widths, strides, groups, se, pre_se; of `MobileOne`:
-        num_blocks, widths, copies, se_blocks; of `RepOptGhost`: width, dropout; of `RepLKNet`:
-        num_blocks, widths, kernel_sizes, small, ratio; of `RepMLPNet`: num_blocks, widths, patches,
-        sets; of `YOLOv6`: num_blocks, widths, bifpan; of all: bn_group, dtype, param_dtype.
+      **options: of the family's class (`RepOptVGG`, `RepOptGhost`, `MobileOne`, `RepLKNet`,
+        `RepMLPNet` or `YOLOv6`), such as num_blocks and widths; of all: bn_group, dtype and
+        param_dtype.
 
     Raises:
       ValueError: unknown name or kind, an option of another family, scales for a kind that has

@@ -14,16 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, Full, check_block, merge, wide_type
-from repopt_jax.branches.presets import repghost_branches
+from repopt_jax.branches import Block, check_block, merge, wide_type
 from repopt_jax.models.checks import check_numbers
-from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock, activate
+from repopt_jax.models.conv_blocks import ConvBlock, activate, pair
 from repopt_jax.models.create import Network
-from repopt_jax.models.mobileone import MobileOneBlock
-from repopt_jax.models.replknet import LargeKernelBlock
-from repopt_jax.models.repmlpnet import BranchedPatchDense, PatchDense
-from repopt_jax.models.repopt_ghost import PlainGhost, RepGhost
-from repopt_jax.models.repopt_vgg import RepVGGBlock
+from repopt_jax.models.repmlpnet import PatchDense
+from repopt_jax.models.repopt_ghost import GhostModule
 from repopt_jax.models.search import SearchLayer
 
 if TYPE_CHECKING:
@@ -71,7 +67,7 @@ def fold_block(
       ValueError: a branch that does not fit the kernel, or weights, biases or BatchNorms that do
         not fit the branches.
 
-    >>> from repopt_jax import Centre
+    >>> from repopt_jax import Centre, Full
     >>> from repopt_jax.models.layers import BatchNorm
     >>> block = {"conv3x3": Full(), "conv1x1": Centre(1)}
     >>> weights = {"conv3x3": jnp.ones((3, 3, 1, 1)), "conv1x1": jnp.ones((1, 1, 1, 1))}
@@ -180,11 +176,8 @@ def _check_parts(block, weights, norms, biases, norm, kernel_shape) -> None:
 class FoldedBlock(nnx.Module):
     """Convolution with bias, and the activation and squeeze-excites that the block had."""
 
-    def __init__(self, block: PlainBlock | BranchedBlock):
-        if isinstance(block, PlainBlock):
-            self.conv = _folded_pair(block.conv, block.bn)
-        else:
-            self.conv = _folded(*block.parts())
+    def __init__(self, block: ConvBlock):
+        self.conv = _folded(*block.parts())
         self.activation, self.post_se, self.pre_se = block.activation, block.post_se, block.pre_se
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
@@ -196,37 +189,25 @@ class FoldedPatchDense(PatchDense):
     """Dense layer over patches, with a bias."""
 
     def __init__(self, block: PatchDense):
-        plain = not isinstance(block, BranchedPatchDense)
-        self.conv = _folded_pair(block.conv, block.bn) if plain else _folded(*block.parts())
-        self.bn, self.branches = jax.nn.identity, ()
+        self.conv = _folded(*block.parts())
+        self.bn, self.branches = nnx.static(jax.nn.identity), ()
 
 
-class FoldedGhost(nnx.Module):
+class FoldedGhost(GhostModule):
     """Pointwise and depthwise convolution with bias, and ReLU after each if the module had it."""
 
-    def __init__(self, module: PlainGhost | RepGhost):
-        self.primary_conv = _folded_pair(module.primary_conv, module.primary_bn)
-        layer = module.cheap_conv
-        if isinstance(module, PlainGhost):
-            self.cheap_conv = _folded_pair(layer, module.final_bn)
-        else:
-            norms = {"conv": module.cheap_bn, "identity": module.fusion_bn}
-            weights = {"conv": layer.kernel[...]}
-            self.cheap_conv = _folded(layer, repghost_branches("", layer), weights, norms)
+    def __init__(self, module: GhostModule):
+        self.primary_conv = _folded(*pair(module.primary_conv, module.primary_bn))
+        self.primary_bn = nnx.static(jax.nn.identity)
+        self.cheap_conv = _folded(*module.parts())
         self.relu = module.relu
 
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the module."""
-        for layer in (self.primary_conv, self.cheap_conv):
-            x = jax.nn.relu(layer(x)) if self.relu else layer(x)
-        return x
+    def depthwise(self, x: Float[Array, "batch height width out"]) -> Array:
+        """The second layer."""
+        return self.cheap_conv(x)
 
 
-FOLDED = {
-    **{block: FoldedBlock for block in (PlainBlock, RepVGGBlock, MobileOneBlock, LargeKernelBlock)},
-    **{PlainGhost: FoldedGhost, RepGhost: FoldedGhost},
-    **{PatchDense: FoldedPatchDense, BranchedPatchDense: FoldedPatchDense},
-}
+FOLDED = {ConvBlock: FoldedBlock, PatchDense: FoldedPatchDense, GhostModule: FoldedGhost}
 # Layers outside such blocks, and the BatchNorm that follows each.
 PAIRS = {"conv_stem": "bn1", "conv": "bn1", "conv_dw": "bn_dw", "conv_pw": "bn_pw"}
 
@@ -252,7 +233,7 @@ def fold(model: Network) -> Network:
     check_numbers(model)
     folded = nnx.clone(model)
     modules = [module for _, module in nnx.iter_modules(folded)]
-    if not any(type(module) in FOLDED for module in modules):
+    if not any(_folded_type(module) for module in modules):
         raise ValueError(
             f"model must have blocks to fold, got a folded {type(model).__name__}: "
             "FoldedBlock and FoldedGhost have no BatchNorm"
@@ -260,22 +241,23 @@ def fold(model: Network) -> Network:
     nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
     for module in reversed(modules):  # a block before the blocks in it
         for name, child in list(vars(module).items()):
-            if type(child) in FOLDED:
-                setattr(module, name, FOLDED[type(child)](child))
+            if new := _folded_type(child):
+                setattr(module, name, new(child))
             elif isinstance(child, nnx.Conv) and hasattr(module, PAIRS.get(name, "")):
-                setattr(module, name, _folded_pair(child, getattr(module, PAIRS[name])))
+                setattr(module, name, _folded(*pair(child, getattr(module, PAIRS[name]))))
                 setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
     return folded
 
 
+def _folded_type(module: Any) -> type | None:
+    """What a block is folded to; None for other modules and folded blocks."""
+    if isinstance(module, tuple(FOLDED.values())):
+        return None
+    return next((new for old, new in FOLDED.items() if isinstance(module, old)), None)
+
+
 def _widened(value: Array) -> Array:
     return value.astype(wide_type(value.dtype))
-
-
-def _folded_pair(layer: nnx.Conv | SearchLayer, norm: Any) -> nnx.Conv:
-    """`layer` with the BatchNorm after it."""
-    weights = {"conv": jnp.asarray(layer.kernel[...])}
-    return _folded(layer, {"conv": Full()}, weights, {"conv": norm})
 
 
 def _folded(layer: nnx.Conv | SearchLayer, block: Block, weights, norms) -> nnx.Conv:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,14 @@ from repopt_jax.models.small_maps import conv_general_dilated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
+
+
+def layer_types(
+    *, bn_group: int | None = None, norm: Mapping[str, float] | None = None, **types: Any
+) -> dict[str, Any]:
+    """The options of a network that are not those of its BatchNorms."""
+    del bn_group, norm
+    return types
 
 
 def conv(
@@ -236,7 +244,8 @@ class BatchNorm(nnx.Module):
 
     def _track(self, running: nnx.Variable, statistic: Array) -> None:
         new = statistic.reshape(-1, statistic.shape[-1]).mean(0).astype(running.dtype)
-        running[...] = (1 - self.momentum) * running[...] + self.momentum * new
+        # `running[...] = ` would ask a traced array for its sharding, which takes long to refuse.
+        running.set_value((1 - self.momentum) * running[...] + self.momentum * new)
 
 
 def _match(vector: Array, x: Array) -> Array:

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches.presets import mobileone_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
-from repopt_jax.models.layers import linear
-from repopt_jax.models.repopt_vgg import MAX_BLOCKS, FiveStages, stage_widths
+from repopt_jax.models.layers import layer_types, linear
+from repopt_jax.models.repopt_vgg import FiveStages, stage_widths
 
-if TYPE_CHECKING:
-    from jaxtyping import DTypeLike
-
-FAMILY = "MobileOne"
 MAX_COPIES = 10  # for which torch names are known
 MOBILEONE_SIZES = {
-    f"{FAMILY}-{name}": {
+    f"MobileOne-{name}": {
         "num_blocks": (2, 8, 10, 1),
         "widths": stage_widths(multipliers),
         "copies": copies,
@@ -57,15 +52,13 @@ class MobileOne(FiveStages):
       num_classes: outputs of the dense layer.
       copies: of every kernel but that of stage 0, which has one.
       se_blocks: pairs with squeeze-excite, at the ends of stages 1 to 4.
-      bn_group: samples per BatchNorm group. None: the whole batch.
-      dtype: of the computation. None: that of inputs and parameters.
-      param_dtype: of the parameters.
       block_type: class of every block.
-      rngs: draws the parameters.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
 
     Raises:
       ValueError: a size is out of its range.
 
+    >>> import jax.numpy as jnp
     >>> net = MobileOne((1, 1, 1, 1), (4, 4, 4, 8, 8), num_classes=10, rngs=nnx.Rngs(0))
     >>> net(jnp.ones((2, 32, 32, 3))).shape
     (2, 10)
@@ -81,34 +74,22 @@ class MobileOne(FiveStages):
         num_classes: int,
         copies: int = 1,
         se_blocks: Sequence[int] = (0, 0, 0, 0),
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
         block_type: type[PlainBlock] | type[MobileOneBlock] = PlainBlock,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
-        check_sizes(
-            num_blocks=(num_blocks, 4, MAX_BLOCKS),
-            widths=(widths, 5, MAX_WIDTH),
-            copies=(copies, 1, MAX_COPIES),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, 4, MAX_BLOCKS), widths=(widths, 5, MAX_WIDTH))
+        check_sizes(copies=(copies, 1, MAX_COPIES), num_classes=(num_classes, 1, MAX_WIDTH))
         check_sizes(least=0, se_blocks=(se_blocks, 4, MAX_BLOCKS))
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-
-        def block(*shape: int, copies: int, **options: int) -> nnx.Module:
-            rule = functools.partial(mobileone_branches, copies=copies)
-            return block_type(*shape, rule=rule, bn_group=bn_group, **options, **types)
-
-        self.stage0 = block(3, widths[0], 2, copies=1, pre_se=False)
+        first, rest = (functools.partial(mobileone_branches, copies=n) for n in (1, copies))
+        self.stage0 = block_type(3, widths[0], 2, rule=first, **types)
         features = widths[0]
         for stage, count in enumerate(num_blocks, 1):
             blocks = []
             for i in range(count):
-                options = {"copies": copies, "pre_se": i >= count - se_blocks[stage - 1]}
-                stride = 1 if i else 2
-                blocks.append(block(features, features, stride, groups=features, **options))
-                blocks.append(block(features, widths[stage], 1, size=1, **options))
+                gated = i >= count - se_blocks[stage - 1]
+                block = functools.partial(block_type, features, rule=rest, pre_se=gated, **types)
+                blocks.append(block(features, 1 if i else 2, groups=features))
+                blocks.append(block(widths[stage], size=1))
                 features = widths[stage]
             setattr(self, f"stage{stage}", nnx.List(blocks))
-        self.linear = linear(widths[-1], num_classes, **types)
+        self.linear = linear(widths[-1], num_classes, **layer_types(**types))

@@ -15,23 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 from flax import nnx
 
-from repopt_jax.branches import Block
 from repopt_jax.branches.presets import replknet_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
 from repopt_jax.models.conv_blocks import (
     BranchedBlock,
+    ConvNetwork,
     PlainBlock,
     batch_norm,
-    blocks_in,
     no_branches,
 )
-from repopt_jax.models.layers import linear
+from repopt_jax.models.layers import layer_types, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-FAMILY = "RepLKNet"
-MAX_BLOCKS = 128  # of a stage
 
 
 def _size(width: int, kernel_sizes: tuple[int, ...], **options: Any) -> dict[str, Any]:
@@ -79,15 +75,15 @@ class Residual(nnx.Module):
         return x + self.pw2(y if self.large is None else self.large(y))
 
 
-class Stages(nnx.Module):
+class Stages(ConvNetwork):
     """Blocks in stages, then BatchNorm, global average pooling and a dense layer.
 
     A network has `stage1`, `stage2`, ..., and before each the layers that `embeddings` gives.
     """
 
-    def _finish(self, width: int, num_classes: int, *, bn_group: int | None = None, **types: Any):
-        self.norm = batch_norm(width, bn_group=bn_group, **types)
-        self.head = linear(width, num_classes, **types)
+    def _finish(self, width: int, num_classes: int, **types: Any):
+        self.norm = batch_norm(width, **types)
+        self.head = linear(width, num_classes, **layer_types(**types))
 
     def __call__(
         self, images: Float[Array, "batch height width 3"]
@@ -98,10 +94,6 @@ class Stages(nnx.Module):
             for block in (*before, *getattr(self, f"stage{stage}")):
                 x = block(x)
         return self.head(self.norm(x).mean((1, 2)))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if there are none, or the blocks are not plain."""
-        return blocks_in(self)
 
 
 class RepLKNet(Stages):
@@ -142,12 +134,9 @@ class RepLKNet(Stages):
         block_type: type[PlainBlock] | type[LargeKernelBlock] = PlainBlock,
         **types: Any,
     ):
-        check_sizes(
-            num_blocks=(num_blocks, 4, MAX_BLOCKS),
-            widths=(widths, 4, MAX_WIDTH),
-            kernel_sizes=(kernel_sizes, 4, MAX_BLOCKS),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, 4, MAX_BLOCKS), widths=(widths, 4, MAX_WIDTH))
+        check_sizes(kernel_sizes=(kernel_sizes, 4, MAX_BLOCKS))
+        check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
         check_sizes(least=0, small=(small, 1, MAX_BLOCKS))
         if even := [n for n in (*kernel_sizes, small or 1) if n % 2 == 0]:
             raise ValueError(f"kernel_sizes and small must be odd, got {even}")

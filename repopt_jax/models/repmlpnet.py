@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from repopt_jax.branches import Block
 from repopt_jax.branches.presets import repmlp_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import PlainBlock, batch_norm, blocks_in, no_branches
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv
-from repopt_jax.models.replknet import MAX_BLOCKS, Residual, Stages
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
+from repopt_jax.models.conv_blocks import Parts, PlainBlock, batch_norm, no_branches, pair
+from repopt_jax.models.layers import SqueezeExcite, conv, layer_types
+from repopt_jax.models.replknet import Residual, Stages
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-FAMILY = "RepMLPNet"
 WINDOWS = (1, 3)  # of the convolutions, in all published networks
 
 
@@ -54,28 +52,25 @@ class PatchDense(nnx.Module):
     Args:
       sets: of channels that share a layer.
       image: height and width of a patch.
-      bn_group: see `RepMLPNet`.
-      types: dtype, param_dtype and rngs.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
     """
 
-    def __init__(
-        self, sets: int, image: tuple[int, int], *, bn_group: int | None = None, **types: Any
-    ):
+    def __init__(self, sets: int, image: tuple[int, int], **types: Any):
         features = sets * image[0] * image[1]
-        self.conv = conv(features, features, 1, groups=sets, **types)
-        self.bn = batch_norm(sets, bn_group=bn_group, **types)
+        self.conv = conv(features, features, 1, groups=sets, **layer_types(**types))
+        self.bn = batch_norm(sets, **types)
         block = repmlp_branches("", self.conv, image=image, windows=WINDOWS)
-        self.branches = tuple(block.items())
-
-    def dense(self, x: Float[Array, "patches height width sets"]) -> Array:
-        """The layer alone: set after set, the pixels of a patch are the channels of a 1x1."""
-        count, height, width, sets = x.shape
-        y = self.conv(x.transpose(0, 3, 1, 2).reshape(count, 1, 1, -1))
-        return y.reshape(count, sets, height, width).transpose(0, 2, 3, 1)
+        self.branches = tuple(block.items())  # those that GR trains the layer with
 
     def __call__(self, x: Float[Array, "patches height width sets"]) -> Array:
-        """Run the block."""
-        return self.bn(self.dense(x))
+        """Run the block: set after set, the pixels of a patch are the channels of a 1x1."""
+        count, height, width, sets = x.shape
+        y = self.conv(x.transpose(0, 3, 1, 2).reshape(count, 1, 1, -1))
+        return self.bn(y.reshape(count, sets, height, width).transpose(0, 2, 3, 1))
+
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
+        return pair(self.conv, self.bn)
 
 
 class BranchedPatchDense(PatchDense):
@@ -83,6 +78,7 @@ class BranchedPatchDense(PatchDense):
 
     def __init__(self, sets: int, image: tuple[int, int], **types: Any):
         super().__init__(sets, image, **types)
+        self.built, self.branches = self.branches, ()
         types |= {"groups": sets, "rule": no_branches, "activation": jax.nn.identity}
         for k in WINDOWS:
             setattr(self, f"repconv{k}", PlainBlock(sets, sets, size=k, **types))
@@ -91,20 +87,19 @@ class BranchedPatchDense(PatchDense):
         """Run the block."""
         return super().__call__(x) + sum(getattr(self, f"repconv{k}")(x) for k in WINDOWS)
 
-    def parts(self) -> tuple[nnx.Conv, Block, dict[str, Array], dict[str, BatchNorm]]:
-        """As `BranchedBlock.parts`."""
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
         layers = {f"conv{k}x{k}": getattr(self, f"repconv{k}") for k in WINDOWS} | {"fc": self}
         weights = {name: layer.conv.kernel[...] for name, layer in layers.items()}
         norms = {name: layer.bn for name, layer in layers.items()}
-        return self.conv, dict(self.branches), weights, norms
+        return self.conv, dict(self.built), weights, norms
 
 
 class PatchMix(nnx.Module):
     """The dense layer over patches, gated by the averages of all channels."""
 
     def __init__(self, features: int, fc3: PatchDense, sets: int, patch: int, **types: Any):
-        types.pop("bn_group", None)
-        self.gp = SqueezeExcite(features, features // 4, **types)
+        self.gp = SqueezeExcite(features, features // 4, **layer_types(**types))
         self.fc3, self.sets, self.patch = fc3, sets, patch
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
@@ -173,13 +168,9 @@ class RepMLPNet(Stages):
         **types: Any,
     ):
         stages = len(num_blocks) if isinstance(num_blocks, Sequence) else 4
-        check_sizes(
-            num_blocks=(num_blocks, max(1, min(stages, 4)), MAX_BLOCKS),
-            widths=(widths, stages, MAX_WIDTH),
-            patches=(patches, stages, MAX_BLOCKS),
-            sets=(sets, stages, MAX_WIDTH),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, max(1, min(stages, 4)), MAX_BLOCKS))
+        check_sizes(widths=(widths, stages, MAX_WIDTH), patches=(patches, stages, MAX_BLOCKS))
+        check_sizes(sets=(sets, stages, MAX_WIDTH), num_classes=(num_classes, 1, MAX_WIDTH))
         if any(width % n for width, n in zip(widths, sets, strict=True)):
             raise ValueError(f"sets must divide the widths {tuple(widths)}, got {tuple(sets)}")
         embed = functools.partial(PlainBlock, rule=no_branches, **types)
@@ -196,8 +187,3 @@ class RepMLPNet(Stages):
     def embeddings(self) -> list[tuple[PlainBlock]]:
         """The layers before each stage."""
         return [(layer,) for layer in (self.conv_embedding, *self.embeds)]
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        found = blocks_in(self, PatchDense)
-        return {} if isinstance(self.stage1[0].repmlp_block.fc3, BranchedPatchDense) else found

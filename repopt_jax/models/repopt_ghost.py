@@ -10,21 +10,24 @@ Deviation from the authors' code: it names layers by their place in a list, this
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block, Full, Identity
+from repopt_jax.branches.presets import repghost_branches
 from repopt_jax.messages import quote
 from repopt_jax.models.checks import MAX_WIDTH, check_sizes
-from repopt_jax.models.layers import BatchNorm, SqueezeExcite, conv, linear
+from repopt_jax.models.conv_blocks import Parts, batch_norm, pair
+from repopt_jax.models.layers import SqueezeExcite, conv, layer_types, linear
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+    from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class Bottleneck(NamedTuple):
@@ -63,9 +66,8 @@ STAGES = (
 MAX_FACTOR = 100  # of all channels
 STEM, LAST, HEAD = 16, 960, 1280  # the head has the same channels at every width
 
-FAMILY = "RepOpt-GhostNet"
 GHOST_WIDTHS = (0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5, 2.0)
-GHOST_SIZES = {f"{FAMILY}-{width}x": width for width in GHOST_WIDTHS}
+GHOST_SIZES = {f"RepOpt-GhostNet-{width}x": {"width": width} for width in GHOST_WIDTHS}
 
 
 def ghost_channels(channels: float) -> int:
@@ -116,15 +118,9 @@ def ghost_width(found: Mapping[str, int], last: int | None = None) -> float | No
 class _Makers:
     """Makes layers that share their types, their generator and their BatchNorm group."""
 
-    def __init__(
-        self,
-        bn_group: int | None,
-        dtype: DTypeLike | None,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.norm_options = {"group": bn_group, "param_dtype": param_dtype}
+    def __init__(self, **types: Any):
+        self.norm = functools.partial(batch_norm, **types)
+        self.types = layer_types(**types)
 
     def pointwise(self, in_features: int, out_features: int, *, use_bias: bool = False) -> nnx.Conv:
         return conv(in_features, out_features, 1, use_bias=use_bias, **self.types)
@@ -132,49 +128,58 @@ class _Makers:
     def depthwise(self, features: int, size: int, stride: int = 1) -> nnx.Conv:
         return conv(features, features, size, stride, groups=features, **self.types)
 
-    def norm(self, features: int) -> BatchNorm:
-        return BatchNorm(features, **self.norm_options)
-
     def squeeze_excite(self, features: int) -> SqueezeExcite:
         hidden = ghost_channels(features / 4)
         return SqueezeExcite(features, hidden, gate=jax.nn.hard_sigmoid, **self.types)
 
 
-class PlainGhost(nnx.Module):
-    """Pointwise convolution, BatchNorm, depthwise convolution, BatchNorm; ReLU after each."""
+class GhostModule(nnx.Module):
+    """Pointwise convolution with BatchNorm, then `depthwise`; ReLU after both or after none."""
+
+    norms: ClassVar[tuple[str, ...]]  # after the depthwise convolution
 
     def __init__(self, in_features: int, out_features: int, *, relu: bool, make: _Makers):
         self.primary_conv = make.pointwise(in_features, out_features)
         self.primary_bn = make.norm(out_features)
         self.cheap_conv = make.depthwise(out_features, 3)
-        self.final_bn = make.norm(out_features)
+        for name in self.norms:
+            setattr(self, name, make.norm(out_features))
         self.relu = relu
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
         """Run the module."""
-        x = _relu_if(self.relu, self.primary_bn(self.primary_conv(x)))
-        return _relu_if(self.relu, self.final_bn(self.cheap_conv(x)))
+        activation = jax.nn.relu if self.relu else jax.nn.identity
+        x = activation(self.primary_bn(self.primary_conv(x)))
+        return activation(self.depthwise(x))
 
 
-class RepGhost(nnx.Module):
+class PlainGhost(GhostModule):
+    """One BatchNorm after the depthwise convolution, whose branches are stated for GR."""
+
+    norms: ClassVar = ("final_bn",)
+
+    def depthwise(self, x: Float[Array, "batch height width out"]) -> Array:
+        """The second layer."""
+        return self.final_bn(self.cheap_conv(x))
+
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
+        return pair(self.cheap_conv, self.final_bn)
+
+
+class RepGhost(GhostModule):
     """RepGhost's training module, the structural baseline: each branch has its own BN."""
 
-    def __init__(self, in_features: int, out_features: int, *, relu: bool, make: _Makers):
-        self.primary_conv = make.pointwise(in_features, out_features)
-        self.primary_bn = make.norm(out_features)
-        self.cheap_conv = make.depthwise(out_features, 3)
-        self.cheap_bn = make.norm(out_features)
-        self.fusion_bn = make.norm(out_features)
-        self.relu = relu
+    norms: ClassVar = ("cheap_bn", "fusion_bn")
 
-    def __call__(self, x: Float[Array, "batch height width in"]) -> Array:
-        """Run the module."""
-        x = _relu_if(self.relu, self.primary_bn(self.primary_conv(x)))
-        return _relu_if(self.relu, self.cheap_bn(self.cheap_conv(x)) + self.fusion_bn(x))
+    def depthwise(self, x: Float[Array, "batch height width out"]) -> Array:
+        """The second layer."""
+        return self.cheap_bn(self.cheap_conv(x)) + self.fusion_bn(x)
 
-
-def _relu_if(relu: bool, x: Array) -> Array:
-    return jax.nn.relu(x) if relu else x
+    def parts(self) -> Parts:
+        """What `fold` makes one layer of."""
+        layer, norms = self.cheap_conv, {"conv": self.cheap_bn, "identity": self.fusion_bn}
+        return layer, repghost_branches("", layer), {"conv": layer.kernel[...]}, norms
 
 
 class Shortcut(nnx.Module):
@@ -245,11 +250,8 @@ class RepOptGhost(nnx.Module):
       width: factor of all channels but the head's.
       num_classes: outputs of the dense layer.
       dropout: share of the head's channels that training drops; ``__call__`` then needs a `key`.
-      bn_group: samples per BatchNorm group. None: the whole batch.
-      dtype: of the computation. None: that of inputs and parameters.
-      param_dtype: of the parameters.
       module_type: class of every ghost module.
-      rngs: draws the parameters.
+      types: bn_group, dtype, param_dtype and rngs, see `RepOptVGG`.
 
     Raises:
       ValueError: `width` or `num_classes` is out of its range, or `dropout` not in [0, 1).
@@ -267,11 +269,8 @@ class RepOptGhost(nnx.Module):
         *,
         num_classes: int,
         dropout: float = 0.0,
-        bn_group: int | None = None,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
         module_type: type[PlainGhost] | type[RepGhost] = PlainGhost,
-        rngs: nnx.Rngs,
+        **types: Any,
     ):
         is_number = isinstance(width, (int, float)) and not isinstance(width, bool)
         if not (is_number and 0 < width <= MAX_FACTOR):
@@ -279,7 +278,7 @@ class RepOptGhost(nnx.Module):
         check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
         if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
             raise ValueError(f"dropout must be in [0, 1), got {quote(dropout)}")
-        make = _Makers(bn_group, dtype, param_dtype, rngs)
+        make = _Makers(**types)
         features = ghost_channels(STEM * width)
         self.conv_stem = conv(3, features, 3, 2, **make.types)
         self.bn1 = make.norm(features)

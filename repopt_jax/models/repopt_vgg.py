@@ -16,15 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import BranchedBlock, PlainBlock
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
+from repopt_jax.models.conv_blocks import BranchedBlock, ConvNetwork, PlainBlock
 from repopt_jax.models.layers import linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float
 
 LAST_GROUPED = 26  # of the layers, counted from stage 0; deeper ones are never grouped
-MAX_BLOCKS = 128  # of a stage
 
 
 def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
@@ -38,7 +37,8 @@ def stage_widths(multipliers: Sequence[float]) -> tuple[int, ...]:
 
 
 def _size(num_blocks: tuple, multipliers: Sequence[float], **options: Any) -> dict[str, Any]:
-    return {"num_blocks": num_blocks, "widths": stage_widths(multipliers), **options}
+    size = {"num_blocks": num_blocks, "widths": stage_widths(multipliers)}
+    return {**size, "groups": 1, "pre_se": False, **options}
 
 
 # name -> options of `RepOptVGG`
@@ -66,25 +66,13 @@ REPVGG_SIZES |= {
 }
 
 
-def size_name(options: dict[str, Any], sizes: dict[str, dict[str, Any]] = SIZES) -> str | None:
-    """The published name among `sizes` of a network with these options; None if it has none.
-
-    >>> size = {"num_blocks": (4, 6, 16, 1), "widths": (64, 128, 256, 512, 2048)}
-    >>> size_name({**size, "groups": 1, "pre_se": False, "se": True})
-    'RepOpt-VGG-B1'
-    """
-    defaults = {"groups": 1, "pre_se": False}
-    matching = (n for n, size in sizes.items() if (defaults | size).items() <= options.items())
-    return next(matching, None)
-
-
 class RepVGGBlock(BranchedBlock):
     """RepVGG's training block: three branches with a BatchNorm each."""
 
     suffixes: ClassVar = {"identity": "_identity"}
 
 
-class FiveStages(nnx.Module):
+class FiveStages(ConvNetwork):
     """A block, four lists of blocks, global average pooling and a dense layer.
 
     Attributes:
@@ -108,12 +96,6 @@ class FiveStages(nnx.Module):
         for _, block in self.layers():
             x = block(x)
         return self.linear(x.mean((1, 2)))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        if not isinstance(self.stage0, PlainBlock):
-            return {}
-        return {f"{path}/conv": dict(block.branches) for path, block in self.layers()}
 
 
 class RepOptVGG(FiveStages):
@@ -161,13 +143,9 @@ class RepOptVGG(FiveStages):
         block_type: type[PlainBlock] | type[RepVGGBlock] = PlainBlock,
         rngs: nnx.Rngs,
     ):
-        check_sizes(
-            num_blocks=(num_blocks, 4, MAX_BLOCKS),
-            widths=(widths, 5, MAX_WIDTH),
-            strides=(strides, 5, MAX_WIDTH),
-            groups=(groups, 1, MAX_WIDTH),
-            num_classes=(num_classes, 1, MAX_WIDTH),
-        )
+        check_sizes(num_blocks=(num_blocks, 4, MAX_BLOCKS), widths=(widths, 5, MAX_WIDTH))
+        check_sizes(strides=(strides, 5, MAX_WIDTH), groups=(groups, 1, MAX_WIDTH))
+        check_sizes(num_classes=(num_classes, 1, MAX_WIDTH))
         if any(width % groups for width in widths[1:]):
             raise ValueError(f"groups must divide the widths {tuple(widths[1:])}, got {groups}")
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

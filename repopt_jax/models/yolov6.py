@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.branches import Block, uniform_fan_in
+from repopt_jax.branches import uniform_fan_in
 from repopt_jax.branches.presets import repvgg_branches
-from repopt_jax.models.checks import MAX_WIDTH, check_sizes
-from repopt_jax.models.conv_blocks import PlainBlock, blocks_in, no_branches
-from repopt_jax.models.layers import draw_bias
-from repopt_jax.models.repopt_vgg import MAX_BLOCKS, RepVGGBlock
+from repopt_jax.models.checks import MAX_BLOCKS, MAX_WIDTH, check_sizes
+from repopt_jax.models.conv_blocks import ConvNetwork, PlainBlock, no_branches
+from repopt_jax.models.layers import draw_bias, layer_types
+from repopt_jax.models.repopt_vgg import RepVGGBlock
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-FAMILY = "YOLOv6"
 NORM = {"epsilon": 1e-3, "momentum": 0.03}
 
 
@@ -40,6 +39,10 @@ YOLOV6_SIZES = {
     "YOLOv6-v3-N": _size(16, bifpan=True),
     "YOLOv6-v3-S": _size(32, bifpan=True),
 }
+
+
+def _joined(*maps: Array) -> Array:
+    return jnp.concatenate(maps, -1)
 
 
 class ConvReLU(nnx.Module):
@@ -68,10 +71,6 @@ class RepBlock(nnx.Module):
         return x
 
 
-def _max_pool(x: Array) -> Array:
-    return nnx.max_pool(x, (5, 5), padding="SAME")
-
-
 class Pooling(nnx.Module):
     """Spatial pyramid pooling: an image, and the largest of 5, 9 and 13 pixels around each.
 
@@ -98,12 +97,12 @@ class Pooling(nnx.Module):
         csp = self.name == "cspsppf"
         maps = [cv["cv4"](cv["cv3"](cv["cv1"](x))) if csp else cv["cv1"](x)]
         for _ in range(3):
-            maps.append(_max_pool(maps[-1]))
-        y = jnp.concatenate(maps, -1)
+            maps.append(nnx.max_pool(maps[-1], (5, 5), padding="SAME"))
+        y = _joined(*maps)
         if not csp:
             return cv["cv2"](y)
         y = cv["cv6"](cv["cv5"](y))
-        return cv["cv7"](jnp.concatenate([cv["cv2"](x), y], -1))
+        return cv["cv7"](_joined(cv["cv2"](x), y))
 
 
 class EfficientRep(nnx.Module):
@@ -131,38 +130,19 @@ class EfficientRep(nnx.Module):
 class Upsample(nnx.Module):
     """A transposed 2x2 convolution with stride 2, its kernel laid out as torch's."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **types: Any):
-        types = {name: types[name] for name in types.keys() & {"dtype", "param_dtype"}}
+    def __init__(self, features: int, **types: Any):
         layout = {"strides": (2, 2), "padding": "VALID", "transpose_kernel": True}
-        layout |= {"kernel_init": uniform_fan_in, "rngs": rngs}
-        self.upsample_transpose = nnx.ConvTranspose(features, features, (2, 2), **layout, **types)
-        draw_bias(self.upsample_transpose, rngs)
+        layout |= {"kernel_init": uniform_fan_in, **layer_types(**types)}
+        self.upsample_transpose = nnx.ConvTranspose(features, features, (2, 2), **layout)
+        draw_bias(self.upsample_transpose, types["rngs"])
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Run the layer."""
         return self.upsample_transpose(x)
 
 
-class Concatenation(Upsample):
-    """Rep-PAN's way to join a small map and the one of twice its size."""
-
-    label = "upsample"
-
-    def __init__(self, features: int, middle: int, large: int, **types: Any):
-        del large
-        super().__init__(features, **types)
-        self.out_features = features + middle
-
-    def __call__(self, small: Array, middle: Array, large: Array) -> Array:
-        """Join the maps."""
-        del large
-        return jnp.concatenate([super().__call__(small), middle], -1)
-
-
 class BiFusion(nnx.Module):
     """BiFPAN's way to join a small map and those of twice and four times its size."""
-
-    label = "Bifusion"
 
     def __init__(self, features: int, middle: int, large: int, **types: Any):
         self.upsample = Upsample(features, **types)
@@ -170,27 +150,28 @@ class BiFusion(nnx.Module):
         self.cv2 = ConvReLU(large, features, 1, **types)
         self.downsample = ConvReLU(features, features, 3, 2, **types)
         self.cv3 = ConvReLU(3 * features, features, 1, **types)
-        self.out_features = features
 
     def __call__(self, small: Array, middle: Array, large: Array) -> Array:
         """Join the maps."""
         maps = [self.upsample(small), self.cv1(middle), self.downsample(self.cv2(large))]
-        return self.cv3(jnp.concatenate(maps, -1))
+        return self.cv3(_joined(*maps))
 
 
 class Neck(nnx.Module):
     """Rep-PAN or BiFPAN: from the small maps to the large ones, and back."""
 
-    def __init__(self, num_blocks: Sequence[int], widths: Sequence[int], unit, *, fusion, **types):
+    def __init__(self, num_blocks: Sequence[int], widths: Sequence[int], unit, *, bifpan, **types):
         _, c2, c3, c4, c5, p4, p3, d3, n3, d4, n4 = widths
         self.reduce_layer0 = ConvReLU(c5, p4, 1, **types)
-        self.fusions = tuple(f"{fusion.label}{i}" for i in range(2))
-        joined0, joined1 = fusion(p4, c4, c3, **types), fusion(p3, c3, c2, **types)
-        setattr(self, self.fusions[0], joined0)
-        setattr(self, self.fusions[1], joined1)
-        self.Rep_p4 = RepBlock(joined0.out_features, p4, num_blocks[5], unit)
+        if bifpan:
+            self.Bifusion0 = BiFusion(p4, c4, c3, **types)
+            self.Bifusion1 = BiFusion(p3, c3, c2, **types)
+        else:
+            self.upsample0, self.upsample1 = Upsample(p4, **types), Upsample(p3, **types)
+        self.bifpan = bifpan
+        self.Rep_p4 = RepBlock(p4 if bifpan else p4 + c4, p4, num_blocks[5], unit)
         self.reduce_layer1 = ConvReLU(p4, p3, 1, **types)
-        self.Rep_p3 = RepBlock(joined1.out_features, p3, num_blocks[6], unit)
+        self.Rep_p3 = RepBlock(p3 if bifpan else p3 + c3, p3, num_blocks[6], unit)
         self.downsample2 = ConvReLU(p3, d3, 3, 2, **types)
         self.Rep_n3 = RepBlock(p3 + d3, n3, num_blocks[7], unit)
         self.downsample1 = ConvReLU(n3, d4, 3, 2, **types)
@@ -199,16 +180,19 @@ class Neck(nnx.Module):
     def __call__(self, maps: Sequence[Array]) -> list[Array]:
         """Maps of an eighth, a sixteenth and a thirty-second of the image's size."""
         c2, c3, c4, c5 = maps
-        join0, join1 = (getattr(self, name) for name in self.fusions)
         top = self.reduce_layer0(c5)
-        middle = self.reduce_layer1(self.Rep_p4(join0(top, c4, c3)))
-        p3 = self.Rep_p3(join1(middle, c3, c2))
-        n3 = self.Rep_n3(jnp.concatenate([self.downsample2(p3), middle], -1))
-        n4 = self.Rep_n4(jnp.concatenate([self.downsample1(n3), top], -1))
+        joined = self.Bifusion0(top, c4, c3) if self.bifpan else _joined(self.upsample0(top), c4)
+        middle = self.reduce_layer1(self.Rep_p4(joined))
+        joined = (
+            self.Bifusion1(middle, c3, c2) if self.bifpan else _joined(self.upsample1(middle), c3)
+        )
+        p3 = self.Rep_p3(joined)
+        n3 = self.Rep_n3(_joined(self.downsample2(p3), middle))
+        n4 = self.Rep_n4(_joined(self.downsample1(n3), top))
         return [p3, n3, n4]
 
 
-class YOLOv6(nnx.Module):
+class YOLOv6(ConvNetwork):
     """Backbone and neck; `PlainBlock` makes them plain, `RepVGGBlock` as in training.
 
     Args:
@@ -246,14 +230,9 @@ class YOLOv6(nnx.Module):
             raise ValueError(f"bifpan must be True or False, got {bifpan!r}")
         types["norm"] = NORM
         unit = functools.partial(block_type, rule=repvgg_branches, **types)
-        fusion = BiFusion if bifpan else Concatenation
         self.backbone = EfficientRep(num_blocks, widths, unit, csp=bifpan, **types)
-        self.neck = Neck(num_blocks, widths, unit, fusion=fusion, **types)
+        self.neck = Neck(num_blocks, widths, unit, bifpan=bifpan, **types)
 
     def __call__(self, images: Float[Array, "batch height width 3"]) -> list[Array]:
         """Three maps of normalized `images`, the largest first."""
         return self.neck(self.backbone(images))
-
-    def blocks(self) -> dict[str, Block]:
-        """Path of a layer -> its branches; empty if the blocks are not plain ones."""
-        return blocks_in(self)

@@ -1,9 +1,4 @@
-"""AOFP: approximated oracle filter pruning, a search for filters to mask (ICML 2019).
-
-While the network trains, random halves of a layer's filters are switched off for the next layer
-alone, and what this changes there is put down to them. The half with the least damage is halved
-again, until it may go for good. No gradient is changed: a state says what is masked, and
-`Aofp.forward` runs the network with it.
+"""AOFP: approximated oracle filter pruning, a search for filters to mask (arXiv 1905.04748).
 
 Deviation from the authors' code: a layer is not pruned to nothing (theirs stops with an assertion
 when one filter is left; here that one stays).
@@ -12,6 +7,7 @@ when one filter is left; here that one stays).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, channel_widths, intercepted
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, check_names, intercepted
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -67,15 +63,16 @@ class AofpState(NamedTuple):
 class Aofp:
     """An AOFP search: `init`, and in every step `draw`, `forward` and `update`.
 
-    With ``y`` the output of a group's follower and ``y'`` its output without a random half of the
-    search set, the damage ``|y - y'|^2 / |y|^2`` goes to every filter of that half. After `steps`
-    steps the half with the least mean damage is taken. If all its means are below `threshold` it
-    is masked for good and the search starts anew among all filters left; else, if it has more
-    than one filter, it is the next search set; else the search starts anew.
+    While the network trains, a random half of a group's search set is switched off for its
+    follower alone. With ``y`` the follower's output and ``y'`` that without the half, the damage
+    ``|y - y'|^2 / |y|^2`` goes to every filter of the half. After `steps` steps the half with the
+    least mean damage is taken. If all its means are below `threshold` it is masked for good and
+    the search starts anew among all filters left; else, if it has more than one filter, it is the
+    next search set; else the search starts anew.
 
-    Masked filters get no gradient and decay. `prune_filters` with ``state.base_masks`` gives the
-    smaller network, which computes what the masked one does. Training stops, in the paper, at the
-    first epoch that ends with few enough multiply-adds.
+    No gradient is changed; masked filters get none and decay. `prune_filters` with
+    ``state.base_masks`` gives the smaller network, which computes what the masked one does.
+    Training stops, in the paper, at the first epoch that ends with few enough multiply-adds.
 
     Attributes:
       groups: name -> group of channels.
@@ -115,24 +112,21 @@ class Aofp:
     seed: int = 0
 
     def __post_init__(self):
+        check_names("followers", self.followers, self.groups)
         for name, follower in self.followers.items():
-            if name not in self.groups:
+            readers = self.groups[name].readers
+            if follower.layer not in readers:
                 raise ValueError(
-                    f"followers must be by group among {list(self.groups)}, got {name!r}"
-                )
-            if follower.layer not in self.groups[name].readers:
-                raise ValueError(
-                    f"followers[{name!r}] must be one of the readers "
-                    f"{self.groups[name].readers}, got {follower.layer!r}"
+                    f"followers[{name!r}] must be one of the readers {readers}, got "
+                    f"{follower.layer!r}"
                 )
         if not self.followers:
             raise ValueError("followers must name at least one group, got none")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.threshold <= 0:
             raise ValueError(f"threshold must be positive, got {self.threshold}")
-        if self.warm_up < 0:
-            raise ValueError(f"warm_up must not be negative, got {self.warm_up}")
+        for argument, least in {"steps": 1, "warm_up": 0}.items():
+            if (value := getattr(self, argument)) < least:
+                raise ValueError(f"{argument} must be at least {least}, got {value}")
 
     def init(self, model: nnx.Module) -> AofpState:
         """The state in which all filters are left.
@@ -182,8 +176,8 @@ class Aofp:
         looks, masks = {}, {}
         for name, follower in self.followers.items():
             looks |= _second_look(follower, state.score_masks[name], name, damages)
-            for layer, norm in self.groups[name].layers.items():
-                masks[norm or layer] = _masked(state.base_masks[name])
+            masked = functools.partial(_masked, mask=state.base_masks[name])
+            masks |= {norm or layer: masked for layer, norm in self.groups[name].layers.items()}
         with intercepted(model, masks), intercepted(model, looks):
             outputs = model(*inputs)
         return outputs, damages
@@ -220,8 +214,8 @@ def _mask(x: Array, mask: Bool[Array, " channels"]) -> Array:
     return x * jnp.broadcast_to(jnp.tile(mask, x.shape[-1] // mask.size), x.shape).astype(x.dtype)
 
 
-def _masked(mask: Bool[Array, " channels"]) -> Callable:
-    return lambda layer, x: _mask(layer(x), mask)
+def _masked(layer: Callable, x: Array, mask: Bool[Array, " channels"]) -> Array:
+    return _mask(layer(x), mask)
 
 
 def _second_look(
@@ -233,11 +227,10 @@ def _second_look(
     def at_layer(layer, x):
         y = layer(x)
         second.append(layer(_mask(x, mask)))
-        return y if follower.norm is not None else at_norm(lambda y: y, y)
+        return y if follower.norm is not None else at_norm(jax.nn.identity, y)
 
     def at_norm(norm, x):
-        y = norm(x)
-        act = follower.activation or (lambda y: y)
+        y, act = norm(x), follower.activation or jax.nn.identity
         whole, part = act(y), act(norm(second.pop()))
         size = jnp.maximum(jnp.square(whole).sum(), jnp.finfo(y.dtype).tiny)
         damages[name] = jax.lax.stop_gradient(jnp.square(whole - part).sum() / size)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -73,6 +74,12 @@ def repopt_vgg_channels(model: nnx.Module) -> dict[str, ChannelGroup]:
                 groups[f"{path}/{gate}"] = ChannelGroup({down: None}, (up,))
         groups[path] = ChannelGroup(layers, readers)
     return groups
+
+
+def check_names(argument: str, names: Iterable[str], groups: Mapping[str, ChannelGroup]) -> None:
+    """Refuse names of no group."""
+    if unknown := sorted(set(names) - groups.keys()):
+        raise ValueError(f"{argument} must be by group among {list(groups)}, got {unknown}")
 
 
 def channel_widths(model: nnx.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, int]:
@@ -180,24 +187,20 @@ def multiply_adds(model: nnx.Module, image_shape: tuple[int, ...]) -> dict[str, 
     {'layers/0': 1728}
     """
     modules = (("/".join(map(str, path)), module) for path, module in nnx.iter_modules(model))
-    paths = [path for path, module in modules if isinstance(module, nnx.Conv | nnx.Linear)]
-    counts: dict[str, int] = {}
+    counts = {path: 0 for path, module in modules if isinstance(module, nnx.Conv | nnx.Linear)}
 
-    def count(path):
-        def call(layer, x):
-            y = layer(x)
-            positions = y.size // y.shape[-1]
-            counts[path] = counts.get(path, 0) + positions * layer.kernel.size
-            return y
-
-        return call
+    def count(layer, x, path):
+        y = layer(x)
+        counts[path] += y.size // y.shape[-1] * layer.kernel.size  # positions and weights
+        return y
 
     graphdef, state = nnx.split(model)
 
     def forward(state, images):
         merged = nnx.merge(graphdef, state, copy=True)
-        with intercepted(merged, {path: count(path) for path in paths}):
+        calls = {path: functools.partial(count, path=path) for path in counts}
+        with intercepted(merged, calls):
             return merged(images)
 
     jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return {path: counts[path] for path in paths if path in counts}
+    return {path: number for path, number in counts.items() if number}

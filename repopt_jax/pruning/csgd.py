@@ -1,7 +1,4 @@
-"""C-SGD: centripetal SGD, which trains filters into equal ones (arXiv 1904.03837).
-
-Filters are clustered once. Those of a cluster then get the same gradient and are pulled to their
-centre, so that they end equal, and `merge_clusters` makes one of them without a loss.
+"""C-SGD: centripetal SGD, which trains clustered filters into equal ones (arXiv 1904.03837).
 
 Deviation from the authors' code: weight decay, which is the same for all filters, is left to
 ``optax.add_decayed_weights``; of their two versions this is the later one, which decays no bias
@@ -19,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, channel_widths, unsharded
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, check_names, unsharded
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
 if TYPE_CHECKING:
@@ -40,6 +37,8 @@ def scale_by_csgd(
     strength: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Give the filters of a cluster one gradient, and pull them to their centre.
+
+    They end equal, so that `merge_clusters` makes one of them without a loss.
 
     For filter ``w_i`` in cluster ``H``, with gradient ``g_i`` and ``e`` the `strength`::
 
@@ -78,8 +77,7 @@ def scale_by_csgd(
     """
     if strength < 0:
         raise ValueError(f"strength must not be negative, got {strength}")
-    if unknown := sorted(clusters.keys() - groups.keys()):
-        raise ValueError(f"clusters must be by group among {list(groups)}, got {unknown}")
+    check_names("clusters", clusters, groups)
     labels: dict[str, np.ndarray] = {}
     for name, label in clusters.items():
         for layer in groups[name].layers:
@@ -153,11 +151,9 @@ def cluster_filters(
     >>> cluster_filters(model, groups, {"hidden": 2})["hidden"].tolist()
     [0, 1, 0, 1]
     """
-    channels = channel_widths(model, groups)
-    clusters = {}
+    channels, clusters = channel_widths(model, groups), {}
+    check_names("widths", widths, groups)
     for name, width in widths.items():
-        if name not in channels:
-            raise ValueError(f"widths must be by group among {list(groups)}, got {name!r}")
         if not 1 <= width <= channels[name]:
             raise ValueError(
                 f"widths[{name!r}] must be between 1 and {channels[name]}, got {width}"

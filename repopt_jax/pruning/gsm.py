@@ -1,8 +1,5 @@
 """GSM: global sparse momentum, which prunes single weights (arXiv 1909.12778).
 
-In every step only the weights that matter most to the loss learn from it; weight decay and
-momentum take all others to zero. The network is sparse at the end without fine-tuning.
-
 Deviation from the authors' code: the threshold is found bit by bit instead of by sorting all
 products. It is the same number in a tenth of the time (8 million weights on two CPU cores),
 needs no memory, and sharded parameters stay where they are.
@@ -32,7 +29,8 @@ def scale_by_gsm(keep: float) -> optax.GradientTransformationExtraArgs:
 
     ``T`` is the first-order change of the loss that removing ``w`` would make. Parameters of rank
     0 and 1 are left alone. Weight decay and momentum come after it in the chain, so that the
-    weights without a gradient decay, ``1 / (1 - momentum)`` times as fast.
+    weights without a gradient decay, ``1 / (1 - momentum)`` times as fast, and the network is
+    sparse at the end without fine-tuning.
 
     Args:
       keep: the share of weights that learn in each step, in (0, 1]; the paper's ``Q / N``.

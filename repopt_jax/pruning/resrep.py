@@ -1,9 +1,7 @@
 """ResRep: compactors, which forget channels while the network remembers (arXiv 2007.03260).
 
-A compactor, a 1x1 convolution that starts as the identity, follows the BatchNorm of every target
-layer. A lasso shrinks its output channels; for the least of them the loss's gradient is reset to
-zero, so that nothing resists the lasso. Then layer, BatchNorm and compactor are one layer with
-fewer channels: `fold_compactors`.
+A compactor, a 1x1 convolution, follows the BatchNorm of every target layer. A lasso shrinks its
+output channels; for the least of them the gradient is reset, so that nothing resists the lasso.
 
 Deviations from the authors' code: multiply-adds are counted as they are (theirs count a 1x1
 projection as 2x2), and the folded layer keeps a BatchNorm, which passes its bias on.
@@ -21,7 +19,7 @@ import optax
 from flax import nnx
 
 from repopt_jax.branches import wide_type
-from repopt_jax.pruning.channels import ChannelGroup, channel_widths, place, unsharded
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, check_names, place, unsharded
 from repopt_jax.pruning.surgery import copied, prune_filters
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
@@ -66,25 +64,21 @@ def add_compactors(
         depthwise one or no complete BatchNorm; groups that do not fit the network.
     """
     channel_widths(model, groups)
-    norms = _norms(groups, targets)
-    for name in targets:
-        (path,) = groups[name].layers
-        norm = layer_at(model, norms[name])
-        if getattr(layer_at(model, path), "feature_group_count", 1) > 1:
-            raise ValueError(f"targets: the layer {path!r} of group {name!r} must not be depthwise")
-        if norm.scale is None or norm.bias is None:
-            raise ValueError(f"targets: {norms[name]!r} must have a scale and a bias")
     model = copied(model)
-    for path in norms.values():
-        place(model, path, CompactedNorm(layer_at(model, path)))
+    for name, path in _norms(groups, targets).items():
+        (layer,), norm = groups[name].layers, layer_at(model, path)
+        if getattr(layer_at(model, layer), "feature_group_count", 1) > 1:
+            raise ValueError(f"targets: the layer {layer!r} of {name!r} must not be depthwise")
+        if norm.scale is None or norm.bias is None:
+            raise ValueError(f"targets: {path!r} must have a scale and a bias")
+        place(model, path, CompactedNorm(norm))
     return model
 
 
 def _norms(groups: Mapping[str, ChannelGroup], targets: Sequence[str]) -> dict[str, str]:
     """Target -> the path of its BatchNorm."""
+    check_names("targets", targets, groups)
     for name in targets:
-        if name not in groups:
-            raise ValueError(f"targets must be among the groups {list(groups)}, got {name!r}")
         if len(groups[name].layers) != 1 or not groups[name].norms:
             raise ValueError(
                 f"targets: group {name!r} must have one layer with a BatchNorm, got "
@@ -198,9 +192,7 @@ def scale_by_resrep(
         if params is None:
             raise ValueError("params must be given to update, got None")
         found = by_path(params)
-        norms = {
-            name: unsharded(_column_norms(found[path])[0]) for name, path in compactors.items()
-        }
+        norms = {n: unsharded(_column_norms(found[p])[0]) for n, p in compactors.items()}
         share_left = _share_left(groups, counts, {name: norm.size for name, norm in norms.items()})
         masks = jax.lax.cond(
             (state.count >= start) & (state.count % every == 0),

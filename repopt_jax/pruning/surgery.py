@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from repopt_jax.pruning.channels import ChannelGroup, channel_widths
+from repopt_jax.pruning.channels import ChannelGroup, channel_widths, check_names
 from repopt_jax.tree_paths import layer_at
 
 if TYPE_CHECKING:
@@ -110,9 +110,8 @@ def _shrink(
     Of channels with one place the first is kept, and their readers' weights are added.
     """
     widths = channel_widths(model, groups)
+    check_names(argument, places, groups)
     for name, place in places.items():
-        if name not in widths:
-            raise ValueError(f"{argument} must be by group among {list(widths)}, got {name!r}")
         if place.shape != (widths[name],):
             raise ValueError(
                 f"{argument}[{name!r}] must have the shape {(widths[name],)}, got {place.shape}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,17 +114,29 @@ def _replaced(words: Mapping[str, str], name: str) -> str:
     return re.sub(rf"(?<![^.])(?:{pattern})", lambda match: words[match[0]], name)
 
 
+def _deploy(
+    family: str, mark: str, words: Mapping[str, str], layer: str, official: str = "", **options: Any
+) -> Dialect:
+    """The form in which the block called `official` is one `layer` with a bias."""
+    conv, bn = f"{official}conv", f"{official}bn"
+    fused = {f"{layer}.weight": f"{conv}.weight", f"{layer}.bias": f"{bn}.bias"}
+    return Dialect(f"{family} in deploy form", mark, {**words, **fused}, fused=True, **options)
+
+
 OFFICIAL = Dialect("RepOptimizers", "", {})
 _TIMM = {
     **{"stem.": "stage0.", **{f"stages.{i}.": f"stage{i + 1}." for i in range(4)}},
     **{"attn.fc1.": "se.down.", "attn.fc2.": "se.up.", "head.fc.": "linear."},
 }
+_TIMM_REPVGG = {
+    **{"conv_kxk.conv.": "conv_3x3.", "conv_kxk.bn.": "bn_3x3."},
+    **{"conv_1x1.conv.": "conv_1x1.", "conv_1x1.bn.": "bn_1x1.", "identity.": "bn_identity."},
+}
+_TIMM_MOBILEONE = {"conv_kxk.": "rbr_conv.", "conv_scale.": "rbr_scale.", "identity.": "rbr_skip."}
 _TIMM_BLOCK = r"(stem|stages\.[0-3]\.\d+)"
-_FUSED = {"reparam_conv.weight": "conv.weight", "reparam_conv.bias": "bn.bias"}
 _RBR = {
     **{"rbr_dense.conv.": "conv_3x3.", "rbr_dense.bn.": "bn_3x3."},
-    **{"rbr_1x1.conv.": "conv_1x1.", "rbr_1x1.bn.": "bn_1x1."},
-    "rbr_identity.": "bn_identity.",
+    **{"rbr_1x1.conv.": "conv_1x1.", "rbr_1x1.bn.": "bn_1x1.", "rbr_identity.": "bn_identity."},
 }
 _REPLK = {
     **{f"stages.{i}.blocks.": f"stage{i + 1}." for i in range(4)},
@@ -132,11 +144,15 @@ _REPLK = {
     **{"large_kernel.lkb_origin.": "large.", "large_kernel.small_conv.conv.": "large.conv_small."},
     "large_kernel.small_conv.bn.": "large.bn_small.",
 }
+_LKB = r"stages\.\d\.blocks\.\d+\.large_kernel\."
 _REPMLP = {
     **{f"stages.{i}.": f"stage{i + 1}." for i in range(4)},
     **{"gp.fc1.": "gp.down.", "gp.fc2.": "gp.up.", "prebn2.": "ffn.ffn_norm."},
-    "head_norm.": "norm.",
-    **{"ffn_block.ffn_fc1.": "ffn.pw1.", "ffn_block.ffn_fc2.": "ffn.pw2."},
+    **{"ffn_block.ffn_fc1.": "ffn.pw1.", "ffn_block.ffn_fc2.": "ffn.pw2.", "head_norm.": "norm."},
+}
+_REPMLP_TRAINING = {
+    **{"fc3.": "fc3.conv.", "fc3_bn.": "fc3.bn."},
+    **{"repconv1.": "fc3.repconv1.", "repconv3.": "fc3.repconv3."},
 }
 # YOLOv6 before version 0.3 has shorter names for layers without branches.
 _YOLOV6_OLD = {
@@ -150,48 +166,23 @@ _YOLOV6_OLD = {
 _YOLOV6 = r"(backbone|neck)\..+\."
 _MOBILEONE = {"se.reduce.": "se.down.", "se.expand.": "se.up."}
 DIALECTS = (
-    Dialect(
-        "RepVGG",
-        r"stage(0|\d\.\d+)\.rbr_(dense|1x1|identity)\..+",
-        _RBR,
-    ),
-    Dialect(
-        "RepVGG in deploy form",
-        r"stage(0|\d\.\d+)\.rbr_reparam\..+",
-        {"rbr_reparam.weight": "conv.weight", "rbr_reparam.bias": "bn.bias"},
-        fused=True,
-    ),
+    Dialect("RepVGG", r"stage(0|\d\.\d+)\.rbr_(dense|1x1|identity)\..+", _RBR),
+    _deploy("RepVGG", r"stage(0|\d\.\d+)\.rbr_reparam\..+", {}, "rbr_reparam"),
     Dialect(
         "timm's RepVGG",
         rf"{_TIMM_BLOCK}\.(conv_kxk\.conv|conv_1x1\.conv)\..+",
-        {
-            **_TIMM,
-            **{"conv_kxk.conv.": "conv_3x3.", "conv_kxk.bn.": "bn_3x3."},
-            **{"conv_1x1.conv.": "conv_1x1.", "conv_1x1.bn.": "bn_1x1."},
-            "identity.": "bn_identity.",
-        },
+        {**_TIMM, **_TIMM_REPVGG},
     ),
     Dialect(
         "timm's MobileOne",
         rf"{_TIMM_BLOCK}\.(conv_kxk\.\d|conv_scale)\..+",
-        {
-            **_TIMM,
-            **{"conv_kxk.": "rbr_conv.", "conv_scale.": "rbr_scale.", "identity.": "rbr_skip."},
-        },
+        {**_TIMM, **_TIMM_MOBILEONE},
     ),
-    Dialect(
-        "timm's RepVGG or MobileOne in deploy form",
-        rf"{_TIMM_BLOCK}\.reparam_conv\..+",
-        {**_TIMM, **_FUSED},
-        fused=True,
+    _deploy(
+        "timm's RepVGG or MobileOne", rf"{_TIMM_BLOCK}\.reparam_conv\..+", _TIMM, "reparam_conv"
     ),
     Dialect("MobileOne", r"stage(0|\d\.\d+)\.rbr_(conv|scale|skip)\..+", _MOBILEONE),
-    Dialect(
-        "MobileOne in deploy form",
-        r"stage(0|\d\.\d+)\.reparam_conv\..+",
-        {**_MOBILEONE, **_FUSED},
-        fused=True,
-    ),
+    _deploy("MobileOne", r"stage(0|\d\.\d+)\.reparam_conv\..+", _MOBILEONE, "reparam_conv"),
     Dialect(
         "RepGhostNet",
         r"blocks\.\d\.\d\.ghost[12]\.fusion_bn\.0\..+",
@@ -206,46 +197,25 @@ DIALECTS = (
         },
         fused=True,
     ),
-    Dialect(
-        "RepLKNet in deploy form",
-        r"stages\.\d\.blocks\.\d+\.large_kernel\.lkb_reparam\..+",
-        {
-            **_REPLK,
-            "large_kernel.lkb_reparam.weight": "large.conv.weight",
-            "large_kernel.lkb_reparam.bias": "large.bn.bias",
-        },
-        fused=True,
-    ),
-    Dialect("RepLKNet", r"stages\.\d\.blocks\.\d+\.large_kernel\..+", _REPLK),
+    _deploy("RepLKNet", rf"{_LKB}lkb_reparam\..+", _REPLK, "large_kernel.lkb_reparam", "large."),
+    Dialect("RepLKNet", rf"{_LKB}.+", _REPLK),
     Dialect(
         "RepMLPNet",
         r"stages\.\d\.\d+\.repmlp_block\.fc3_bn\..+",
-        {
-            **_REPMLP,
-            **{"fc3.": "fc3.conv.", "fc3_bn.": "fc3.bn."},
-            **{f"repconv{k}.": f"fc3.repconv{k}." for k in (1, 3)},
-        },
+        {**_REPMLP, **_REPMLP_TRAINING},
     ),
-    Dialect(
-        "RepMLPNet in deploy form",
-        r"stages\.\d\.\d+\.repmlp_block\.fc3\..+",
-        {**_REPMLP, "fc3.weight": "fc3.conv.weight", "fc3.bias": "fc3.bn.bias"},
-        fused=True,
-    ),
+    _deploy("RepMLPNet", r"stages\.\d\.\d+\.repmlp_block\.fc3\..+", _REPMLP, "fc3", "fc3."),
     Dialect(
         "YOLOv6 before version 0.3",
         r"neck\.reduce_layer0\.conv\.weight",
         {**_RBR, **_YOLOV6_OLD},
         other="detect.",
     ),
-    Dialect(
-        "YOLOv6 in deploy form",
+    _deploy(
+        "YOLOv6",
         rf"{_YOLOV6}rbr_reparam\..+",
-        {
-            **{"rbr_reparam.weight": "conv.weight", "rbr_reparam.bias": "bn.bias"},
-            "block.conv.bias": "block.bn.bias",
-        },
-        fused=True,
+        {"block.conv.bias": "block.bn.bias"},
+        "rbr_reparam",
         epsilon=1e-3,
         other="detect.",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -10,18 +11,9 @@ from typing import Any
 import numpy as np
 
 from repopt_jax.messages import listed, quote
-from repopt_jax.models.create import REPVGG, VGG
-from repopt_jax.models.mobileone import FAMILY as MOBILEONE
-from repopt_jax.models.mobileone import MOBILEONE_SIZES
-from repopt_jax.models.replknet import FAMILY as REPLKNET
-from repopt_jax.models.replknet import REPLKNET_SIZES
-from repopt_jax.models.repmlpnet import FAMILY as REPMLPNET
-from repopt_jax.models.repmlpnet import REPMLPNET_SIZES
-from repopt_jax.models.repopt_ghost import FAMILY as GHOST
-from repopt_jax.models.repopt_ghost import GHOST_SIZES, ghost_width
-from repopt_jax.models.repopt_vgg import LAST_GROUPED, REPVGG_SIZES, SIZES, size_name
-from repopt_jax.models.yolov6 import FAMILY as YOLOV6
-from repopt_jax.models.yolov6 import YOLOV6_SIZES
+from repopt_jax.models.create import FAMILIES, GHOST, MOBILEONE, REPVGG, VGG
+from repopt_jax.models.repopt_ghost import ghost_width
+from repopt_jax.models.repopt_vgg import LAST_GROUPED
 from repopt_jax.torch_files.modules import OUTERMOST
 from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
 from repopt_jax.torch_files.pickles import TorchFileError
@@ -75,10 +67,10 @@ def recognize_size(
     if any(path.startswith("stages/") for path in rows):
         last = np.shape(weights.get("blocks.9.0.conv.weight"))
         width = ghost_width({f"{k}/cheap_conv": n for k, n in rows.items()}, *last[:1])
-        names = [name for name, size in GHOST_SIZES.items() if size == width]
-        if names:
-            return {"name": names[0]}
-        return None if width is None else {"name": GHOST, "width": width}
+        if width is None:
+            return None
+        name = FAMILIES[GHOST].name_of({"width": width})
+        return {"name": name} if name else {"name": GHOST, "width": width}
     if any(block_path(first) not in rows for first in _FIRSTS):
         return None
     counts = tuple(sum(key.startswith(f"stage{i}/") for key in rows) for i in range(1, 5))
@@ -92,16 +84,16 @@ def _vgg_size(weights, rows, num_blocks, dialect) -> dict[str, Any]:
     widths = tuple(rows[block_path(first)] for first in _FIRSTS)
     size = {"num_blocks": num_blocks, "widths": widths}
     options = {"groups": _groups(weights, rows, num_blocks)}
-    options |= {"pre_se": any(".se." in name for name in weights)}
-    options |= {"se": any(".post_se." in name for name in weights)}
-    family, sizes = (VGG, SIZES) if dialect is OFFICIAL else (REPVGG, REPVGG_SIZES)
-    name = size_name({**size, **options}, sizes) or family
+    for option, part in {"pre_se": ".se.", "se": ".post_se."}.items():
+        options[option] = any(part in name for name in weights)
+    family = VGG if dialect is OFFICIAL else REPVGG
+    name = FAMILIES[family].name_of({**size, **options}) or family
     identities = ("scale_identity.weight", "bn_identity.weight")
     strides = tuple(1 if any(f"{b}.{i}" in weights for i in identities) else 2 for b in _FIRSTS)
     told = {"strides": strides} if 1 in strides else {}
     told |= {"groups": options["groups"]} if options["groups"] > 1 else {}
     told |= {"pre_se": True} if options["pre_se"] else {}
-    return {"name": name, **size, **told}
+    return {"name": name, **size, **told, "se": options["se"]}
 
 
 def _groups(weights, rows, num_blocks) -> int:
@@ -127,15 +119,15 @@ def _mobileone_size(weights, rows, counts) -> dict[str, Any]:
         "widths": (rows["stage0"], *(rows.get(last, 0) for last in lasts)),
         "se_blocks": tuple(n // 2 for n in gated),
     }
-    names = [name for name, known in MOBILEONE_SIZES.items() if size.items() <= known.items()]
-    name = names[0] if names else MOBILEONE
+    name = FAMILIES[MOBILEONE].name_of(size) or MOBILEONE
     copies = sum(f"stage1.0.rbr_conv.{i}.conv.weight" in weights for i in range(len(weights)))
     # A plain network does not show how many copies it could have.
     return {"name": name, **size, **({"copies": copies} if copies else {})}
 
 
-def _shape(official: Mapping[str, np.ndarray], name: str, dialect: Dialect) -> tuple[int, ...]:
-    """The shape of a tensor that the network has at any rate."""
+def _shape(official: Mapping[str, np.ndarray], dialect: Dialect, name: str) -> tuple[int, ...]:
+    """The shape of the kernel or scale of a layer that the network has at any rate."""
+    name = f"{name}.weight"
     if name not in official:
         found = dialect.own(name)
         raise TorchFileError(f"it looks like {dialect.family}, but {found} is missing")
@@ -143,57 +135,50 @@ def _shape(official: Mapping[str, np.ndarray], name: str, dialect: Dialect) -> t
 
 
 def _count(official: Mapping[str, np.ndarray], pattern: str) -> int:
-    return sum(re.fullmatch(pattern, name) is not None for name in official)
+    return sum(re.fullmatch(rf"{pattern}\.weight", name) is not None for name in official)
 
 
 def _replknet(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
-    counts = [_count(official, rf"stage{i}\.\d+\.large\.conv\.weight") for i in range(1, 5)]
-    firsts = [_shape(official, f"stage{i}.0.pw1.conv.weight", dialect) for i in range(1, 5)]
-    large = [_shape(official, f"stage{i}.0.large.conv.weight", dialect) for i in range(1, 5)]
-    size = {"num_blocks": tuple(counts), "widths": tuple(shape[1] for shape in firsts)}
-    size |= {
-        "kernel_sizes": tuple(shape[2] for shape in large),
-        "ratio": firsts[0][0] / firsts[0][1],
-    }
+    shape, stages = functools.partial(_shape, official, dialect), range(1, 5)
+    firsts = [shape(f"stage{i}.0.pw1.conv") for i in stages]
     small = official.get("stage1.0.large.conv_small.weight")
-    if small is not None:
-        size["small"] = small.shape[2]
-    return {**size, "kind": "target" if small is None else "replknet"}
+    return {
+        "num_blocks": tuple(_count(official, rf"stage{i}\.\d+\.large\.conv") for i in stages),
+        "widths": tuple(width for _, width, *_ in firsts),
+        "kernel_sizes": tuple(shape(f"stage{i}.0.large.conv")[2] for i in stages),
+        "ratio": firsts[0][0] / firsts[0][1],
+        **({"kind": "target"} if small is None else {"small": small.shape[2], "kind": "replknet"}),
+    }
 
 
 def _repmlpnet(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
-    stages = 1 + _count(official, r"embeds\.\d\.conv\.weight")
-    dense = [f"stage{i}.0.repmlp_block.fc3.conv.weight" for i in range(1, stages + 1)]
-    shapes = [_shape(official, name, dialect) for name in dense]
-    pattern = r"stage{}\.\d+\.repmlp_block\.fc3\.conv\.weight"
-    size = {
-        "num_blocks": tuple(_count(official, pattern.format(i)) for i in range(1, stages + 1)),
-        "widths": tuple(
-            _shape(official, f"stage{i}.0.prebn1.weight", dialect)[0] for i in range(1, stages + 1)
-        ),
-        "patches": tuple(math.isqrt(shape[1]) for shape in shapes),
-        "sets": tuple(shape[0] // shape[1] for shape in shapes),
+    shape = functools.partial(_shape, official, dialect)
+    stages = range(1, 2 + _count(official, r"embeds\.\d\.conv"))
+    dense = [shape(f"stage{i}.0.repmlp_block.fc3.conv") for i in stages]
+    units = [_count(official, rf"stage{i}\.\d+\.repmlp_block\.fc3\.conv") for i in stages]
+    return {
+        "num_blocks": tuple(units),
+        "widths": tuple(shape(f"stage{i}.0.prebn1")[0] for i in stages),
+        "patches": tuple(math.isqrt(pixels) for _, pixels, *_ in dense),
+        "sets": tuple(rows // pixels for rows, pixels, *_ in dense),
+        "kind": "repmlpnet" if any(".repconv" in name for name in official) else "target",
     }
-    branched = any(".repconv" in name for name in official)
-    return {**size, "kind": "repmlpnet" if branched else "target"}
 
 
 def _yolov6(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
+    shape = functools.partial(_shape, official, dialect)
     stages = [f"backbone.ERBlock_{i}.1" for i in range(2, 6)]
     stages += [f"neck.Rep_{name}" for name in ("p4", "p3", "n3", "n4")]
     kinds = {"scale_conv": "hs", "conv_3x3": "repvgg", "conv": "target"}
     layer = next((n for n in kinds if f"backbone.stem.{n}.weight" in official), "conv")
     kernel = "conv" if layer == "scale_conv" else layer
-    blocks = [
-        1 + _count(official, rf"{re.escape(s)}\.block\.\d+\.{kernel}\.weight") for s in stages
-    ]
-    firsts = ["backbone.stem", *(f"{stage}.conv1" for stage in stages)]
-    stem, *rows = (_shape(official, f"{first}.{kernel}.weight", dialect)[0] for first in firsts)
-    p4, p3, n3, n4 = rows[4:]
-    between = (
-        _shape(official, f"neck.downsample{i}.block.conv.weight", dialect)[0] for i in (2, 1)
+    blocks = [1 + _count(official, rf"{re.escape(s)}\.block\.\d+\.{kernel}") for s in stages]
+    stem, *rows = (
+        shape(f"{first}.{kernel}")[0]
+        for first in ("backbone.stem", *(f"{stage}.conv1" for stage in stages))
     )
-    d3, d4 = between
+    p4, p3, n3, n4 = rows[4:]
+    d3, d4 = (shape(f"neck.downsample{i}.block.conv")[0] for i in (2, 1))
     return {
         "num_blocks": (1, *blocks),
         "widths": (stem, *rows[:4], p4, p3, d3, n3, d4, n4),
@@ -202,22 +187,17 @@ def _yolov6(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, A
     }
 
 
-# First word of a dialect's name -> family, its sizes, and the function that finds them.
-_LATER = {
-    "RepLKNet": (REPLKNET, REPLKNET_SIZES, _replknet),
-    "RepMLPNet": (REPMLPNET, REPMLPNET_SIZES, _repmlpnet),
-    "YOLOv6": (YOLOV6, YOLOV6_SIZES, _yolov6),
-}
+# Family, the first word of a dialect's name -> the function that finds its sizes.
+_LATER = {"RepLKNet": _replknet, "RepMLPNet": _repmlpnet, "YOLOv6": _yolov6}
 
 
 def _recognize_later(official: Mapping[str, np.ndarray], dialect: Dialect) -> dict[str, Any]:
     """As `recognize`, for the families of `_LATER`."""
-    family, sizes, function = _LATER[dialect.family.split()[0]]
-    found = function(official, dialect)
-    names = [n for n, size in sizes.items() if all(found.get(k, v) == v for k, v in size.items())]
-    if family != YOLOV6:
-        found["num_classes"] = _shape(official, "head.weight", dialect)[0]
-    return {"name": names[0] if names else family, **found}
+    family = dialect.family.split()[0]
+    found = _LATER[family](official, dialect)
+    if FAMILIES[family].classifies:
+        found["num_classes"] = _shape(official, dialect, "head")[0]
+    return {"name": FAMILIES[family].name_of(found) or family, **found}
 
 
 def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -245,9 +225,7 @@ def recognize(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     classes = np.shape(official.get(head))
     if size is None or not kinds or not classes:
         raise TorchFileError(_refusal(dialect, official, is_ghost, head))
-    found = {**size, "kind": kinds[0], "num_classes": classes[0]}
-    is_vgg = "num_blocks" in found and "se_blocks" not in found
-    return {**found, "se": any(".post_se." in name for name in official)} if is_vgg else found
+    return {**size, "kind": kinds[0], "num_classes": classes[0]}
 
 
 def _refusal(dialect: Dialect, official: Mapping[str, Any], is_ghost: bool, head: str) -> str:

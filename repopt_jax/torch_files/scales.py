@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from repopt_jax.models.repopt_ghost import FAMILY as GHOST
+from repopt_jax.models.create import GHOST
 from repopt_jax.models.repopt_ghost import ghost_modules
 from repopt_jax.scales import Scales, in_network_order
 from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable

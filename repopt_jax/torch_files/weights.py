@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from repopt_jax.messages import listed
-from repopt_jax.models import MobileOne, RepLKNet, RepMLPNet, YOLOv6, create_model
+from repopt_jax.models import create_model
 from repopt_jax.models.checks import bad_numbers
 from repopt_jax.models.create import Network, family_of
 from repopt_jax.torch_files.modules import Weights, read_torch_weights, usable
@@ -27,14 +28,6 @@ from repopt_jax.torch_files.names import (
 )
 from repopt_jax.torch_files.recognition import recognize
 from repopt_jax.tree_paths import path_str
-
-# Networks that are exported under their own authors' names.
-_OWN_NAMES = {
-    MobileOne: "MobileOne",
-    RepLKNet: "RepLKNet",
-    RepMLPNet: "RepMLPNet",
-    YOLOv6: "YOLOv6",
-}
 
 
 def variables(model: nnx.Module) -> dict[str, jax.Array]:
@@ -126,7 +119,8 @@ def export_weights(model: nnx.Module, *, num_batches_tracked: int = 0) -> dict[s
         if name.endswith(".running_var"):
             count = np.array(num_batches_tracked, np.int64)
             exported[name.replace("running_var", "num_batches_tracked")] = count
-    dialect = next((d for d in DIALECTS if d.family == _OWN_NAMES.get(type(model))), OFFICIAL)
+    # Classes that are called as a dialect is, such as MobileOne, have their own authors' names.
+    dialect = next((d for d in DIALECTS if d.family == type(model).__name__), OFFICIAL)
     if dialect.family == "YOLOv6" and not any(".conv_3x3." in name for name in exported):
         dialect = OFFICIAL  # plain and search networks have the names of RepOptimizers
     return {dialect.own(name): array for name, array in exported.items()}
@@ -189,4 +183,10 @@ def network_arguments(weights: Weights) -> dict[str, Any]:
 
 def unfilled_model(**arguments: Any) -> Network:
     """A network that has shapes but no numbers: drawing what is then replaced takes seconds."""
-    return nnx.eval_shape(lambda: create_model(**arguments, rngs=nnx.Rngs(0)))
+
+    def made():
+        key = jax.random.key(0)
+        # The count of `nnx.Rngs` would take most of the time; what it counts is not drawn here.
+        return create_model(**arguments, rngs=types.SimpleNamespace(params=lambda: key))
+
+    return nnx.eval_shape(made)

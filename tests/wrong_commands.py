@@ -1,0 +1,57 @@
+"""What `repopt-deploy` refuses: a command, and a part of the sentence that it ends with."""
+
+import pathlib
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SECTION = "--config.target.data"
+WRONG = [
+    ("export digits.onnx --workdir=runs/digits", "output must not exist unless --force is given"),
+    ("export a.txt --workdir=runs/digits", "output must end in .onnx or .stablehlo, got a.txt"),
+    ("export no/a.onnx --workdir=runs/digits", "output must lie in an existing folder"),
+    ("export a.onnx", "one of --workdir and --weights must be given"),
+    ("export a.onnx --workdir=nowhere", "workdir must hold a run with its config.json"),
+    ("export a.onnx --workdir=runs/digits --part=plain", "part must have checkpoints in runs/di"),
+    ("export a.onnx --weights=no.pth", "weights must be an existing file, got no.pth"),
+    ("export a.onnx --workdir=runs/digits --for=tensorrt", "--for must be given with a part tr"),
+    ("export a.onnx --weights=digits.stablehlo --kind=hs", "--kind must be given with another f"),
+    ("quantize digits.onnx a.onnx --data=digits --for=nothing", "invalid choice: 'nothing'"),
+    ("export a.onnx --weights=vgg.pth --kind=target", "kind must be repvgg as in vgg.pth, got "),
+    ("export a.onnx --weights=vgg.pth --model=B1", "model must be 'RepOpt-VGG' as in vgg.pth"),
+    ("export a.onnx --weights=digits.onnx", "digits.onnx"),
+    ("export a.onnx --weights=vgg.pth --std 0 1 1", "mean and std must be 3 numbers each"),
+    ("quantize vgg.pth a.onnx --data=digits", "graph must be an ONNX file, got 'vgg.pth'"),
+    ("quantize no.onnx a.onnx --data=digits", "graph must be an existing file, got 'no.onnx'"),
+    ("eval digits.onnx no.onnx --data=digits", "graph must be an existing file, got 'no.onnx'"),
+    ("quantize digits.onnx a.onnx", "images must be named by either --data or --workdir"),
+    ("quantize vgg.onnx a.onnx --workdir=runs/digits", "the graph's size (32, 32), got (8, 8)"),
+    ("quantize digits.onnx a.onnx --data=digits --images=9999", "must be in 1..1437, got 9999"),
+    ("quantize digits.onnx a.onnx --data=digits --calibration=median", "invalid choice: 'median'"),
+    ("eval digits.onnx --workdir=runs/digits --config.target.dat=3", "--config.target.dat=3"),
+    (f"eval digits.onnx --workdir=runs/digits {SECTION}.image_size=9", "size (8, 8), got (9, 9)"),
+    (f"eval digits.onnx --workdir=runs/digits '{SECTION}.classes=(3,8)'", "classes [10], got 2"),
+    ("eval digits.onnx --data=digits --batch-size=0", "batch-size must be at least 1, got 0"),
+    ("eval digits.onnx --data=digits --config.seed=3", "--config.FIELD must be given with --w"),
+    ("eval digits.onnx --data=digits --colour=red", "unknown arguments ['--colour=red']"),
+    ("eval digits.onnx vgg.onnx --data=digits", "graphs must take images of one size, got"),
+    ("eval digits.onnx --config=nowhere.py", "nowhere.py"),
+    ("benchmark digits.onnx --config.seed=3", "unknown arguments ['--config.seed=3']"),
+    ("report digits.onnx a.png --config.seed=3", "--config.FIELD must be given with --int8 only"),
+    ("benchmark digits.onnx --batch-size=0", "batch-size must be at least 1, got 0"),
+    ("report digits.onnx a.txt", "output must end in .png or .pdf, got a.txt"),
+    (
+        "export a.onnx --workdir=runs/digits --std 1 1 1 --kind=hs",
+        "--kind and --std must be given ",
+    ),
+    ("export a.onnx --weights=vgg.pth --averaged", "--averaged must be given with --workdir only"),
+    ("export /proc/a.onnx --workdir=runs/digits", "must lie in a folder that can be written, got"),
+    (
+        f"export a.onnx --workdir=runs/digits --config={REPOSITORY}/README.md",
+        "configuration cannot",
+    ),
+    ("quantize digits.onnx digits.onnx --data=digits --force", "be another file than the graph"),
+    ("quantize digits.onnx a.onnx --data=digits --percentile=99", "with --calibration=percentile"),
+    ("eval digits.onnx --workdir=runs/digits --eval-split=no", "--eval-split must be given with"),
+    ("report digits.onnx a.png --data=digits", "--data must be given with --int8 only"),
+    ("report digits.onnx a.png --data=digits --int8=vgg.onnx", "int8 must be a graph that quant"),
+    ("fly digits.onnx", "invalid choice: 'fly'"),
+]
