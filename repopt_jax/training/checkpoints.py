@@ -248,8 +248,11 @@ class Checkpoints:
         with self._failure_is_reported():
             self._manager.wait_until_finished()
         step, self._unwritten = self._unwritten, None
-        if step is not None and jax.process_index() == 0:
-            manifest = self._read_json(step, "manifest") | {"metrics": self._metrics[step]}
+        if step is None:
+            return
+        # In all processes: Orbax reads only together.
+        manifest = self._read_json(step, "manifest") | {"metrics": self._metrics[step]}
+        if jax.process_index() == 0:
             with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
                 unfinished.write_text(json.dumps(seal(manifest)))
 
