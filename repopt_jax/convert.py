@@ -35,6 +35,7 @@ from repopt_jax.models.create import FAMILIES, GHOST, family_of
 from repopt_jax.scales import save_scales
 from repopt_jax.torch_files import export_weights, official_names, read_torch_weights
 from repopt_jax.torch_files.modules import Weights, usable
+from repopt_jax.torch_files.names import dialect_of
 from repopt_jax.torch_files.scales import scales_of
 from repopt_jax.torch_files.weights import import_weights, network_arguments, unfilled_model
 
@@ -177,8 +178,11 @@ def _choices(weights: Weights) -> str:
     told = ""
     if weights.others:
         told = f"took {weights.key}; --key takes {listed(weights.others, ' or ')}\n"
-    names = [*weights.left_out, *(n for n in weights.arrays if n.endswith("num_batches_tracked"))]
+    heads = dialect_of(weights.arrays).other
+    rest = [name for name in weights.arrays if not name.startswith(heads)]
+    names = [*weights.left_out, *(n for n in rest if n.endswith("num_batches_tracked"))]
     counts = collections.Counter(name.rpartition(".")[2] for name in names)
+    counts.update(n.partition(".")[0] for n in weights.arrays if n.startswith(heads))
     if counts:
         kinds = [
             quote(n) + (f" ({count} times)" if count > 1 else "") for n, count in counts.items()

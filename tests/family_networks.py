@@ -69,6 +69,34 @@ TINY = {
 }
 
 
+# Parts of our exported names, as patterns -> what RepVGG's authors call them.
+RBR = {
+    **{r"conv_3x3\.": "rbr_dense.conv.", r"bn_3x3\.": "rbr_dense.bn."},
+    **{r"conv_1x1\.": "rbr_1x1.conv.", r"bn_1x1\.": "rbr_1x1.bn."},
+    **{r"bn_identity\.": "rbr_identity."},
+}
+
+
+def plus_stages(blocks):
+    """Our stages -> RepVGGplus's, of a network with so many blocks in stage 3."""
+    half = blocks // 2
+    return {
+        **{rf"stage{i}\.": f"stage{i}.blocks." for i in (1, 2, 4)},
+        **{rf"stage3\.{i}\.": f"stage3_first.blocks.{i}." for i in range(half)},
+        **{rf"stage3\.{i}\.": f"stage3_second.blocks.{i - half}." for i in range(half, blocks)},
+    }
+
+
+def renamed(weights, words):
+    """Part by part, left to right, as the other code has them."""
+    result = {}
+    for name, value in weights.items():
+        for ours, theirs in words.items():
+            name = re.sub(rf"(^|\.){ours}", rf"\g<1>{theirs}", name, count=1)
+        result[name] = value
+    return result
+
+
 def baseline(name):
     """The kind of a tiny network in training form."""
     return FAMILIES[TINY[name]["name"]].baseline

@@ -6,7 +6,16 @@ import re
 import numpy as np
 import pytest
 import torch_file_builder as build
-from family_networks import TINY, assert_same, baseline, drawn, outputs
+from family_networks import (
+    RBR,
+    TINY,
+    assert_same,
+    baseline,
+    drawn,
+    outputs,
+    plus_stages,
+    renamed,
+)
 from flax import nnx
 from pruning_networks import load_golden, section
 
@@ -18,11 +27,18 @@ from repopt_jax.torch_files.names import to_torch
 from repopt_jax.torch_files.weights import unfilled_model
 
 SIZES = {
+    "RepVGGplus": {
+        "name": "RepVGG",
+        "num_blocks": (1, 2, 3, 1),
+        "widths": (16, 16, 16, 16, 32),
+        "se": True,
+    },
     "RepVGG": {
         "num_blocks": (1, 2, 1, 1),
         "widths": (16, 16, 16, 16, 32),
         "groups": 2,
         "pre_se": True,
+        "se": False,
     },
     "MobileOne": {
         "num_blocks": (1, 2, 1, 1),
@@ -32,14 +48,16 @@ SIZES = {
     },
     "RepOpt-GhostNet": {"width": 0.1},
 }
-KINDS = {"RepVGG": "repvgg", "MobileOne": "mobileone", "RepOpt-GhostNet": "rep"}
+KINDS = {
+    "RepVGG": "repvgg",
+    "RepVGGplus": "repvgg",
+    "MobileOne": "mobileone",
+    "RepOpt-GhostNet": "rep",
+}
 # What the other code calls a part of our exported names.
 OTHERS = {
-    "the authors' RepVGG": {
-        **{r"conv_3x3\.": "rbr_dense.conv.", r"bn_3x3\.": "rbr_dense.bn."},
-        **{r"conv_1x1\.": "rbr_1x1.conv.", r"bn_1x1\.": "rbr_1x1.bn."},
-        **{r"bn_identity\.": "rbr_identity."},
-    },
+    "the authors' RepVGG": RBR,
+    "the authors' RepVGGplus": {**RBR, **plus_stages(3)},
     "timm's RepVGG": {
         **{r"stage0\.": "stem.", r"stage1\.": "stages.0.", r"stage2\.": "stages.1."},
         **{r"stage3\.": "stages.2.", r"stage4\.": "stages.3.", r"linear\.": "head.fc."},
@@ -60,22 +78,12 @@ FAMILY = {code: next(f for f in SIZES if f in code) for code in OTHERS}
 
 
 @functools.cache
-def trained(family):
+def trained(family, seed=0):
     """A network in training form, every number of which is another."""
     size = {"name": family, "kind": KINDS[family], "num_classes": 3, **SIZES[family]}
-    model = drawn(unfilled_model(**size), lambda rng, shape: rng.uniform(0.5, 1.5, shape))
+    model = drawn(unfilled_model(**size), lambda rng, shape: rng.uniform(0.5, 1.5, shape), seed)
     model.eval()
     return model
-
-
-def renamed(weights, words):
-    """Part by part, left to right, as the other code has them."""
-    result = {}
-    for name, value in weights.items():
-        for ours, theirs in words.items():
-            name = re.sub(rf"(^|\.){ours}", rf"\g<1>{theirs}", name, count=1)
-        result[name] = value
-    return result
 
 
 @pytest.mark.parametrize("code", OTHERS)
@@ -89,7 +97,7 @@ def test_every_codes_names_are_read(code):
         "num_classes": 3,
         **SIZES[FAMILY[code]],
     }
-    assert {k: v for k, v in found.items() if k != "se"} == wanted
+    assert found == wanted
     assert_same(variables(import_weights(unfilled_model(**found), weights)), variables(model))
 
 
@@ -107,7 +115,7 @@ def deployed(model, family):
                     kept[f"{place}.weight"] = to_torch(np.asarray(layer.kernel[...]))
                     kept[f"{place}.bias"] = np.asarray(layer.bias[...])
         return kept
-    kept = {k: v for k, v in weights.items() if ".se." in k or k.startswith("linear.")}
+    kept = {k: v for k, v in weights.items() if re.search(r"^linear\.|\.(post_)?se\.", k)}
     for path, block in folded.layers():
         place = f"{path.replace('/', '.')}.reparam_conv"
         kept[f"{place}.weight"] = to_torch(np.asarray(block.conv.kernel[...]))
@@ -121,10 +129,12 @@ def test_every_codes_deploy_form_is_read(code, x64):
     family = FAMILY[code]
     model = trained(family)
     weights = renamed(deployed(model, family), OTHERS[code])
-    if code == "the authors' RepVGG":
+    if code.startswith("the authors' RepVGG"):
         weights = renamed(weights, {r"reparam_conv\.": "rbr_reparam."})
+    if code == "the authors' RepVGGplus":  # converting block by block leaves its heads
+        weights["stage2_aux.3.bias"] = np.ones(3, np.float32)
     found = recognize(weights)
-    assert (found["name"], found["kind"]) == (family, "target")
+    assert (found["name"], found["kind"]) == (SIZES[family].get("name", family), "target")
     plain = import_weights(unfilled_model(**found), weights)
     np.testing.assert_allclose(*outputs(plain, model), rtol=2e-4)
 
@@ -141,6 +151,16 @@ def without(weights, pattern):
             "timm's RepVGG",
             r"stages\.2\.",
             r"it looks like timm's RepVGG, but stages\.2\.0 is missing",
+        ),
+        (
+            "the authors' RepVGGplus",
+            r"stage2\.",
+            r"it looks like RepVGGplus, but stage2\.blocks\.0 is missing",
+        ),
+        (
+            "the authors' RepVGGplus",
+            r"stage3_first\.",
+            r"stage3_first, stage3_second .* got 0, 2",
         ),
         ("timm's MobileOne", r"head\.", r"timm's MobileOne, but head\.fc\.weight is missing"),
         ("RepOpt-GhostNet", r"classifier\.", r"RepGhostNet, but classifier\.weight is missing"),
@@ -184,7 +204,6 @@ def test_biases_that_differ_within_a_set_are_refused():
     [
         (["backbone.ERBlock_2.0.rbr_dense.conv.weight", "backbone.stem.x"], "looks like YOLOv6"),
         (["model.11.rbr_dense.0.weight", "model.11.rbr_1x1.0.weight"], "looks like YOLOv7"),
-        (["stage1.blocks.0.rbr_dense.conv.weight", "stage0.rbr_dense.x"], "looks like RepVGGplus"),
         (["stages.0.blocks.0.large_kernel.lkb_origin.conv.weight"], "looks like RepLKNet"),
         (["layer1.0.conv1.weight", "fc.weight"], "it is no RepOpt-VGG, .*'layer1.0.conv1.weight'"),
         (["conv_stem.weight", "blocks.0.0.conv_dw.weight"], "it is no RepOpt-VGG, .*GhostNet"),

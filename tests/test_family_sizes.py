@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from family_networks import RBR, plus_stages, renamed
 from flax import nnx
 
 from repopt_jax.models.conv_blocks import PlainBlock
@@ -95,6 +96,14 @@ def test_parameter_counts_are_the_published_ones(name):
     assert plain is None or abs(deployed(name) / 1e6 - plain) <= bound
 
 
+def shapes(model):
+    """The state dict of a network without numbers, every one of them 1."""
+    return {
+        torch_name(path): to_torch(np.broadcast_to(np.float32(1), value.shape))
+        for path, value in variables(model).items()
+    }
+
+
 RECOGNIZED = [
     *("RepVGG-A0", "RepVGG-B1g4", "RepVGG-D2se", "RepVGGplus-L2pse"),
     *("MobileOne-S0", "MobileOne-S4", "RepLKNet-31B", "RepMLPNet-L256"),
@@ -107,11 +116,21 @@ def test_published_sizes_are_recognized(name):
     """In training form, by the names of their authors."""
     family = family_of(name)
     dialect = next(d for d in DIALECTS if d.family == family)
-    one = np.float32(1)
-    facts = recognize(
-        {
-            dialect.own(torch_name(path)): to_torch(np.broadcast_to(one, value.shape))
-            for path, value in variables(published(name)).items()
-        }
-    )
+    weights = {dialect.own(official): value for official, value in shapes(published(name)).items()}
+    facts = recognize(weights)
     assert (facts["name"], facts["kind"]) == (name, FAMILIES[family].baseline)
+
+
+DEPLOYED = {r"conv\.": "rbr_reparam.", r"bn\.bias": "rbr_reparam.bias", r"bn\.\w+": "dropped"}
+
+
+@pytest.mark.parametrize(("kind", "words"), [("repvgg", RBR), ("target", DEPLOYED)])
+def test_repvggplus_is_recognized_by_its_own_names(kind, words):
+    """Its 24 blocks of stage 3 lie in two lists of 12."""
+    weights = renamed(shapes(published("RepVGGplus-L2pse", kind)), {**words, **plus_stages(24)})
+    weights = {name: value for name, value in weights.items() if not name.endswith("dropped")}
+    last = "rbr_dense.conv" if kind == "repvgg" else "rbr_reparam"
+    assert f"stage3_second.blocks.11.{last}.weight" in weights
+    facts = recognize(weights)
+    assert (facts["name"], facts["kind"]) == ("RepVGGplus-L2pse", kind)
+    assert (facts["num_blocks"], facts["se"]) == ((8, 14, 24, 1), True)

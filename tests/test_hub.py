@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_file_builder as build
+from family_networks import renamed
 from flax import nnx
-from test_family_files import OTHERS, renamed, trained
+from test_family_files import OTHERS, trained
 
 from repopt_jax import create_model, from_pretrained, save_pretrained
 from repopt_jax.files import save_arrays, variables

@@ -12,7 +12,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import torch_file_builder as build
-from family_networks import drawn
+from family_networks import RBR, TINY, drawn, plus_stages, renamed
 from safetensors.numpy import save
 
 import repopt_jax
@@ -140,9 +140,10 @@ def read_cases():
         wrapped = {prefix + name: value for name, value in weights.items()}
         yield Case("a prefix of all names", archive(wrapped), "kind target")
     branched = export_weights(network("repvgg"))
-    for dialect in DIALECTS[::2][:2]:
+    for dialect in (d for d in DIALECTS if d.family in ("RepVGG", "timm's RepVGG")):
         own = {dialect.own(name): value for name, value in branched.items()}
         yield Case("names of the authors and of timm", archive(own), "repvgg", wanted=branched)
+    yield from head_cases()
     counts = {"total_ops": np.ones(1), "stage0.conv.total_ops": np.ones(1)}
     extra = build.archive_of({**tensors(weights | counts), "epoch": 3})
     says = r"left out 'total_ops' \(2 times\), 'epoch', 'num_batches_tracked' \(6 times\)"
@@ -163,6 +164,25 @@ def read_cases():
     foreign = {f"backbone.{k}": v for k, v in names.items() if "stage0" not in k}
     says = "warning: these scales fit no network of ours"
     yield Case("scales of other networks", archive(foreign), says, flags=(), wanted={})
+
+
+def head_cases():
+    """Files of networks with heads that ours do not have."""
+    row = "auxiliary and detection heads"
+    branched = export_weights(network("repvgg", se=True))
+    heads = {"stage1_aux.0.conv.weight": np.ones((4, 4, 3, 3), np.float32)}
+    heads |= {f"{name}_aux.3.bias": np.ones(3) for name in ("stage1", "stage2", "stage3_first")}
+    heads["stage1_aux.0.bn.num_batches_tracked"] = np.array(1)
+    plus = renamed(branched, {**RBR, **plus_stages(1)}) | heads
+    plus = {f"module.{name}": value for name, value in plus.items()}
+    says = (
+        r"left out 'num_batches_tracked' \(13 times\), 'stage1_aux' \(3 times\), 'stage2_aux', 's"
+    )
+    yield Case(row, archive(plus), says, wanted=branched)
+    model = drawn(unfilled_model(**TINY["efficientrep_reppan_tiny"], kind="repvgg"))
+    weights = export_weights(model)
+    found = archive({**weights, "detect.stems.0.conv.weight": np.ones((4, 4, 1, 1), np.float32)})
+    yield Case(row, found, r"left out .*, 'detect'\n", wanted=weights)
 
 
 CONTAINERS = (

@@ -9,10 +9,12 @@ network, add a `Dialect`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from repopt_jax.torch_files.pickles import TorchFileError
 
 # The pattern of a block's path, and our layers in it -> torch's.
 _LAYERS = (
@@ -89,7 +91,7 @@ class Dialect(NamedTuple):
       words: parts of its names, each after a dot or at the start -> the official parts.
       fused: whether its convolutions have taken in the BatchNorms after them.
       epsilon: of these BatchNorms.
-      other: how the names of further parts begin, which are no part of the network of ours.
+      other: how the names of further parts begin, such as heads, which the network of ours lacks.
     """
 
     family: str
@@ -97,7 +99,7 @@ class Dialect(NamedTuple):
     words: Mapping[str, str]
     fused: bool = False
     epsilon: float = 1e-5
-    other: str | None = None
+    other: tuple[str, ...] = ()
 
     def official(self, name: str) -> str:
         """The official name of one of its own."""
@@ -138,6 +140,9 @@ _RBR = {
     **{"rbr_dense.conv.": "conv_3x3.", "rbr_dense.bn.": "bn_3x3."},
     **{"rbr_1x1.conv.": "conv_1x1.", "rbr_1x1.bn.": "bn_1x1.", "rbr_identity.": "bn_identity."},
 }
+_PLUS = {f"stage{i}.blocks.": f"stage{i[0]}." for i in ("1", "2", "3_first", "4")}
+_PLUS_BLOCK = r"stage([124]|3_first|3_second)\.blocks\.\d+\.rbr_"
+_AUX = ("stage1_aux.", "stage2_aux.", "stage3_first_aux.")
 _REPLK = {
     **{f"stages.{i}.blocks.": f"stage{i + 1}." for i in range(4)},
     **{"prelkb_bn.": "large_norm.", "preffn_bn.": "ffn_norm."},
@@ -166,6 +171,8 @@ _YOLOV6_OLD = {
 _YOLOV6 = r"(backbone|neck)\..+\."
 _MOBILEONE = {"se.reduce.": "se.down.", "se.expand.": "se.up."}
 DIALECTS = (
+    Dialect("RepVGGplus", rf"{_PLUS_BLOCK}(dense|1x1|identity)\..+", {**_RBR, **_PLUS}, other=_AUX),
+    _deploy("RepVGGplus", rf"{_PLUS_BLOCK}reparam\..+", _PLUS, "rbr_reparam", other=_AUX),
     Dialect("RepVGG", r"stage(0|\d\.\d+)\.rbr_(dense|1x1|identity)\..+", _RBR),
     _deploy("RepVGG", r"stage(0|\d\.\d+)\.rbr_reparam\..+", {}, "rbr_reparam"),
     Dialect(
@@ -209,7 +216,7 @@ DIALECTS = (
         "YOLOv6 before version 0.3",
         r"neck\.reduce_layer0\.conv\.weight",
         {**_RBR, **_YOLOV6_OLD},
-        other="detect.",
+        other=("detect.",),
     ),
     _deploy(
         "YOLOv6",
@@ -217,11 +224,35 @@ DIALECTS = (
         {"block.conv.bias": "block.bn.bias"},
         "rbr_reparam",
         epsilon=1e-3,
-        other="detect.",
+        other=("detect.",),
     ),
-    Dialect("YOLOv6", rf"{_YOLOV6}rbr_dense\..+", _RBR, other="detect."),
-    Dialect("YOLOv6 with RepOptimizers", rf"{_YOLOV6}conv\.weight", {}, other="detect."),
+    Dialect("YOLOv6", rf"{_YOLOV6}rbr_dense\..+", _RBR, other=("detect.",)),
+    Dialect("YOLOv6 with RepOptimizers", rf"{_YOLOV6}conv\.weight", {}, other=("detect.",)),
 )
+
+
+def dialect_of(names: Collection[str]) -> Dialect:
+    """The dialect of a state dict with these names.
+
+    That of RepVGGplus depends on the file: its ``stage3_first`` has half of stage 3's blocks,
+    rounded down, and ``stage3_second`` counts the others from 0.
+
+    Raises:
+      TorchFileError: the two are not halves of one stage.
+    """
+    marked = (d for d in DIALECTS if any(re.fullmatch(d.mark, name) for name in names))
+    dialect = next(marked, OFFICIAL)
+    if not dialect.family.startswith("RepVGGplus"):
+        return dialect
+    found = [re.match(r"stage3_(first|second)\.blocks\.(\d\d?)\.", name) for name in names]
+    first, second = (
+        max((int(match[2]) + 1 for match in found if match and match[1] == half), default=0)
+        for half in ("first", "second")
+    )
+    if second - first not in (0, 1):
+        raise TorchFileError(f"stage3_first, stage3_second must be halves, got {first}, {second}")
+    later = {f"stage3_second.blocks.{i}.": f"stage3.{first + i}." for i in range(second)}
+    return dialect._replace(words={**dialect.words, **later})
 
 
 def to_official(weights: Mapping[str, np.ndarray]) -> tuple[Dialect, dict[str, np.ndarray]]:
@@ -235,14 +266,9 @@ def to_official(weights: Mapping[str, np.ndarray]) -> tuple[Dialect, dict[str, n
     >>> dialect.family, list(official)
     ('RepVGG', ['stage0.rbr_reparam.bias', 'stage1.0.bn_1x1.bias'])
     """
-    dialect = next(
-        (d for d in DIALECTS if any(re.fullmatch(d.mark, name) for name in weights)), OFFICIAL
-    )
-    official = {
-        dialect.official(name): value
-        for name, value in weights.items()
-        if dialect.other is None or not name.startswith(dialect.other)
-    }
+    dialect = dialect_of(weights)
+    kept = {name: v for name, v in weights.items() if not name.startswith(dialect.other)}
+    official = {dialect.official(name): value for name, value in kept.items()}
     if dialect.fused:
         for name, bias in list(official.items()):
             bn = name.removesuffix("bias")

@@ -37,7 +37,6 @@ _KINDS = {
 _OTHERS = {
     r".*ERBlock_\d\..*": "YOLOv6",
     r".*\.rbr_(dense|1x1)\.[01]\..*": "YOLOv7",
-    r"stage\d(_first|_second)?\.blocks\.\d+\..*": "RepVGGplus",
     r".*\.(square_conv|fused_conv)\..*": "ACNet",
     r".*\.dbb_(origin|reparam)\..*": "a network of Diverse Branch Blocks",
 }

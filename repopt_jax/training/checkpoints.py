@@ -249,9 +249,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
         step, self._unwritten = self._unwritten, None
         if step is not None and jax.process_index() == 0:
-            manifest = self._read_json(step, "manifest")
+            file = self.directory / str(step) / "manifest" / "metadata"
+            # Not by Orbax, in which every process would have to read.
+            manifest = unseal(json.loads(file.read_text()))
             manifest["metrics"] |= self._metrics[step]
-            with atomic_write(self.directory / str(step) / "manifest" / "metadata") as unfinished:
+            with atomic_write(file) as unfinished:
                 unfinished.write_text(json.dumps(seal(manifest)))
 
     def close(self) -> None:
