@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
     rounds: int = 5
     steps: int = 20  # in a round
     input_seconds: float = 3.0
-    training_steps: int = 400  # many more than the batches that are made during compilation
+    training_steps: int = 200  # many more than the batches that are made during compilation
 
 
 QUICK = Sizes("RepOpt-VGG-A0", "RepOpt-VGG-A0", 32, 4, 2, "float32", 1, 1, 0.2, 4)
