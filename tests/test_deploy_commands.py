@@ -35,7 +35,7 @@ DOCUMENT = (REPOSITORY / "docs" / "deploy.md").read_text()
 VGG = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3}
 
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_draws")]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from repopt_jax.deploy.quantization import quantize
 from repopt_jax.deploy.runtime import OnnxNetwork
 from repopt_jax.torch_files.weights import unfilled_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def calibration():
@@ -95,7 +97,6 @@ def test_files_keep_the_rules_of_tensorrt(calibration, make, runtime, per_channe
     assert int8.graph.node[-1].op_type == "Gemm"  # float logits
 
 
-@pytest.mark.slow
 def test_sums_have_one_quantized_input():
     """The one that comes from no convolution; with two that do, the shortcut's."""
     graph = ghost_graph()

@@ -29,6 +29,8 @@ from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
 from repopt_jax.training.workdir import claimed
 
+pytestmark = pytest.mark.slow
+
 FLIP_CROPS = [name for name, augment in PRESETS.items() if isinstance(augment, FlipCrop)]
 
 
@@ -141,7 +143,6 @@ def test_a_chunk_does_the_steps_that_the_host_would_feed(x64):
     assert chunk[1]["loss"].tolist() == [*losses, 0.0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["device", "host, device", "device, host"])
 def test_images_on_the_devices_train_to_the_same_bits(trained, way):
     """On eight devices in float64: mixup, accumulation, averages; stopped within an epoch too."""
@@ -151,7 +152,6 @@ def test_images_on_the_devices_train_to_the_same_bits(trained, way):
         np.testing.assert_array_equal(np.asarray(host), np.asarray(other))
 
 
-@pytest.mark.slow
 def test_images_on_the_devices_are_reported_and_evaluated_alike(trained):
     """The means of the steps between reports, and every evaluation."""
     _, found = trained
@@ -164,7 +164,6 @@ def test_images_on_the_devices_are_reported_and_evaluated_alike(trained):
     assert sum("eval_ema/top1" in r for r in untimed[0]) == 2
 
 
-@pytest.mark.slow
 def test_a_chunk_leaves_the_state_where_it_was(trained, monkeypatch):
     monkeypatch.setattr(devices, "FSDP_MIN_SIZE", 8)
     parts, found = trained

@@ -30,6 +30,8 @@ from repopt_jax.training.parts import prepare
 from repopt_jax.training.report import read_metrics
 from repopt_jax.training.step import jitted_train_step
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 CASES = {"one": (1, 1), "data": (8, 1), "fsdp2": (8, 2), "fsdp4": (8, 4)}
 
@@ -271,7 +273,6 @@ def test_peaks_are_looked_up_by_the_longest_name(kind, peak):
     assert peak_flops(kind) == peak
 
 
-@pytest.mark.slow
 def test_a_run_tells_speed_utilization_and_memory_and_records_a_profile(tmp_path, monkeypatch):
     """With a peak and a memory made up for the CPU, which tells neither."""
     monkeypatch.setitem(devices.PEAK_BFLOAT16, "cpu", 1e12)

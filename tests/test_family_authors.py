@@ -16,6 +16,8 @@ from repopt_jax.torch_files import export_weights, recognize
 from repopt_jax.torch_files.names import to_official
 from repopt_jax.torch_files.weights import unfilled_model
 
+pytestmark = pytest.mark.slow
+
 
 def computed(model, images):
     """Outputs before and after folding, and the folded layers: one program, compiled once."""

@@ -26,6 +26,8 @@ from repopt_jax.torch_files import TorchFileError, export_weights, import_weight
 from repopt_jax.torch_files.names import to_torch
 from repopt_jax.torch_files.weights import unfilled_model
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "RepVGGplus": {
         "name": "RepVGG",

@@ -18,6 +18,8 @@ from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training.config import PARTS, default_config
 from repopt_jax.training.networks import draw_network
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["repvgg_d2se_tiny", "mobileone_se_tiny"])
 def test_exported_files_compute_the_same(name, tmp_path):
@@ -32,7 +34,6 @@ def test_exported_files_compute_the_same(name, tmp_path):
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["replknet_tiny", "repmlpnet_tiny", "efficientrep_bifpan_tiny"])
 def test_deployed_as_stablehlo_and_refused_as_onnx(name, tmp_path):
     model = drawn(unfilled_model(**TINY[name]))

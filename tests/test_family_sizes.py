@@ -14,6 +14,8 @@ from repopt_jax.torch_files import recognize
 from repopt_jax.torch_files.names import DIALECTS, to_torch, torch_name
 from repopt_jax.torch_files.weights import unfilled_model, variables
 
+pytestmark = pytest.mark.slow
+
 # Millions of parameters in training form (as timm counts them) and in deploy form, as published;
 # None: not published. YOLOv6's are with its head.
 MILLIONS = {

@@ -11,6 +11,8 @@ from repopt_jax.check_equivalence.training import differences
 from repopt_jax.models.search import search_layers
 from repopt_jax.torch_files.weights import fill, unfilled_model, variables
 
+pytestmark = pytest.mark.slow
+
 # One block with an identity and one without are enough, and compile in less time.
 SIZES = {
     **TINY,
@@ -44,9 +46,7 @@ def started(size):
     return fill(plain, {**variables(csla), **kernels}), csla, scales
 
 
-SLOW = ("replknet_tiny", "repmlpnet_tiny", "efficientrep_reppan_tiny")
-CASES = [name for name in SIZES if name not in (*SLOW, "efficientrep_bifpan_tiny")]
-CASES += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+CASES = [name for name in SIZES if name != "efficientrep_bifpan_tiny"]
 
 
 @pytest.mark.parametrize("name", CASES)

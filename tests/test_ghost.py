@@ -22,6 +22,8 @@ from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training.step import StepOptions, loss_function
 from repopt_jax.tree_paths import layer_at
 
+pytestmark = pytest.mark.slow
+
 NAME = "RepOpt-GhostNet"
 
 

@@ -18,6 +18,8 @@ from repopt_jax.torch_files import export_weights, read_state_dict
 from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import path_str
 
+pytestmark = pytest.mark.slow
+
 SETUP = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-2}
 
 

@@ -15,6 +15,8 @@ from repopt_jax import create_model, from_pretrained, save_pretrained
 from repopt_jax.files import save_arrays, variables
 from repopt_jax.torch_files import export_weights
 
+pytestmark = pytest.mark.slow
+
 CODE = "timm's RepVGG"
 HEADER = "---\nlicense: mit\nlibrary_name: timm\n---\n# Model card\n"
 CONFIG = {"architecture": "repvgg", "num_classes": 3, "pretrained_cfg": {"input_size": [3, 32, 32]}}

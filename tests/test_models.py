@@ -16,7 +16,7 @@ from repopt_jax.models.search import search_layers
 from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_draws")]
 
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 6, 8, 8), "num_classes": 3}
 

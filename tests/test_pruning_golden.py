@@ -41,6 +41,8 @@ from repopt_jax.pruning import (
 )
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
+pytestmark = pytest.mark.slow
+
 
 def kernels(params):
     return jax.tree.map(lambda w: w.ndim >= 2, params)
@@ -117,7 +119,6 @@ def test_csgd(x64):
             np.testing.assert_allclose(param, array, rtol=1e-9, err_msg=path)
 
 
-@pytest.mark.slow
 def test_csgd_surgery(x64):
     golden = load_golden("csgd_surgery")
     model = load(nnx.eval_shape(CifarResNet), section(golden, "before/"))
@@ -188,7 +189,6 @@ def test_resrep(x64):
             np.testing.assert_allclose(params[path], expected, rtol=1e-9, err_msg=path)
 
 
-@pytest.mark.slow
 def test_resrep_conversion(x64):
     golden = load_golden("resrep_conversion")
     model = load(compacted_resnet(), section(golden, "before/"))

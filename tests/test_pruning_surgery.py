@@ -23,6 +23,8 @@ from repopt_jax.pruning import (
 from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at, path_str
 
+pytestmark = pytest.mark.slow
+
 
 class Own(nnx.Module):
     """A shortcut, a depthwise layer on it, biases, and a dense layer after flatten."""

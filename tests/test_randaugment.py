@@ -19,6 +19,8 @@ from repopt_jax.training.parts import prepare
 from repopt_jax.training.randaugment import apply_operations
 from repopt_jax.training.step import jitted_train_step
 
+pytestmark = pytest.mark.slow
+
 SIZE = 40
 COUNT = 120  # images in a batch, so that one program serves all tests
 ON_DEVICE = jax.jit(apply_operations, static_argnums=2)

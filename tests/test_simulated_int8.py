@@ -26,6 +26,8 @@ from repopt_jax.models.simulated_int8 import (
 from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import by_path, layer_at, path_str
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"num_blocks": (1, 2, 1, 1), "widths": (8, 8, 16, 16, 16), "strides": (1, 1, 2, 2, 1)}
 DIGITS = Preprocessing(8, 8, (0.3,) * 3, (0.35,) * 3)
 

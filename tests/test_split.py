@@ -23,6 +23,8 @@ from repopt_jax import (
 )
 from repopt_jax.models import search_layers
 
+pytestmark = pytest.mark.slow
+
 
 @every_branch
 def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x64, strict):

@@ -12,6 +12,8 @@ from repopt_jax.files import load_weights, variables
 from repopt_jax.torch_files import export_weights
 from repopt_jax.torch_files.weights import unfilled_model
 
+pytestmark = pytest.mark.slow
+
 NETWORK = TINY["efficientrep_reppan_tiny"]
 
 

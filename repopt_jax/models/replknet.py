@@ -115,8 +115,8 @@ class RepLKNet(Stages):
 
     >>> import jax.numpy as jnp
     >>> size = {"num_blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 8), "kernel_sizes": (9, 7, 5, 5)}
-    >>> net = RepLKNet(**size, num_classes=10, rngs=nnx.Rngs(0))
-    >>> net(jnp.ones((2, 32, 32, 3))).shape
+    >>> net = nnx.eval_shape(lambda: RepLKNet(**size, num_classes=10, rngs=nnx.Rngs(0)))
+    >>> jax.eval_shape(lambda net, x: net(x), net, jnp.ones((2, 32, 32, 3))).shape
     (2, 10)
     >>> list(net.blocks()["stage1/0/large/conv"])
     ['large', 'small']

@@ -149,8 +149,8 @@ class RepMLPNet(Stages):
 
     >>> import jax.numpy as jnp
     >>> size = {"num_blocks": (1, 1), "widths": (8, 16), "patches": (4, 2), "sets": (2, 4)}
-    >>> net = RepMLPNet(**size, num_classes=10, rngs=nnx.Rngs(0))
-    >>> net(jnp.ones((2, 32, 32, 3))).shape
+    >>> net = nnx.eval_shape(lambda: RepMLPNet(**size, num_classes=10, rngs=nnx.Rngs(0)))
+    >>> jax.eval_shape(lambda net, x: net(x), net, jnp.ones((2, 32, 32, 3))).shape
     (2, 10)
     >>> list(net.blocks()["stage1/0/repmlp_block/fc3/conv"])
     ['fc', 'conv1x1', 'conv3x3']

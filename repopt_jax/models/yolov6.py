@@ -208,9 +208,11 @@ class YOLOv6(ConvNetwork):
     Raises:
       ValueError: a size is out of its range, or `bifpan` is no truth value.
 
+    >>> import jax
     >>> widths = (4, 4, 8, 8, 8, 4, 4, 4, 4, 4, 8)
-    >>> net = YOLOv6((1,) * 9, widths, rngs=nnx.Rngs(0))
-    >>> [x.shape for x in net(jnp.ones((1, 64, 64, 3)))]
+    >>> net = nnx.eval_shape(lambda: YOLOv6((1,) * 9, widths, rngs=nnx.Rngs(0)))  # shapes alone
+    >>> maps = jax.eval_shape(lambda net, x: net(x), net, jnp.ones((1, 64, 64, 3)))
+    >>> [x.shape for x in maps]
     [(1, 8, 8, 4), (1, 4, 4, 4), (1, 2, 2, 8)]
     >>> list(net.blocks()["backbone/ERBlock_2/1/conv1/conv"])
     ['conv3x3', 'conv1x1', 'identity']
