@@ -14,7 +14,7 @@ def one_row(rows: list[dict], **wanted) -> dict:
 
 
 def source(command: str, data: dict) -> str:
-    """The command and the machine; of a GPU, which was lent, also the commit."""
+    """The command and the machine; of a GPU also the commit."""
     environment = data["environment"]
     changed = " with changes" if environment["uncommitted_changes"] else ""
     commit = f", commit {environment['commit']}{changed}" if gpu(environment) else ""
