@@ -65,11 +65,11 @@ def torch_steps(flags, name, images, labels, dtype):
     if not ON_CPU and not torch.cuda.is_available():
         return {}
     fair_float32()
-    size = SIZES[name]
+    size = [SIZES[name][key] for key in ("num_blocks", "widths")]
     options = {"bfloat16": dtype == "bfloat16"}
     return {
         variant: lambda compiled=compiled: TorchStep(
-            *size.values(), images, labels, compiled=compiled, **options
+            *size, images, labels, compiled=compiled, **options
         )
         for variant, compiled in TORCH_VARIANTS.items()
         if variant in flags.variants
