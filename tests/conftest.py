@@ -48,6 +48,12 @@ def x64():
 
 
 @pytest.fixture(scope="module")
+def room_for_programs():
+    """JAX forgets some of many thousand programs, and with them how many a function has."""
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
 def optimized():
     """Compile as users do; for claims about what XLA makes of a program."""
     before = jax.config.read("jax_disable_most_optimizations")

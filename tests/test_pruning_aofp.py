@@ -122,6 +122,7 @@ def test_a_search_resumes_from_plain_arrays():
     )
 
 
+@pytest.mark.usefixtures("room_for_programs")
 def test_a_step_compiles_once():
     aofp = search()
     graphdef, params = nnx.split(Two())

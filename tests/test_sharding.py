@@ -64,12 +64,7 @@ def steps(tx, params, count=3):
     return params, state, step._cache_size()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def room_for_programs():
-    """JAX forgets the oldest of some thousand programs, and with them how many a function has."""
-    jax.clear_caches()
-
-
+@pytest.mark.usefixtures("room_for_programs")
 @pytest.mark.parametrize("name", transforms(start()))
 @pytest.mark.parametrize("axis", [2, 3], ids=["inputs", "outputs"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)

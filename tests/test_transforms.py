@@ -108,6 +108,7 @@ def test_state_holds_the_constants_and_no_update_changes_them():
     assert_trees_equal(state, after)
 
 
+@pytest.mark.usefixtures("room_for_programs")
 def test_constants_reach_the_step_as_arguments():
     """Another state gives another result without another compilation."""
     params = make_params()
@@ -137,6 +138,7 @@ def test_a_step_that_takes_the_state_leaves_the_constants_to_the_next_init():
     assert_trees_equal(tx.init(params), by_mult(mults).init(params))
 
 
+@pytest.mark.usefixtures("room_for_programs")
 @pytest.mark.parametrize("make", [repopt_sgd, repopt_adamw])
 def test_no_recompilation_on_the_second_step(make):
     params = make_params()
