@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("name", ["repvgg_d2se_tiny", "mobileone_se_tiny"])
 def test_exported_files_compute_the_same(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra deploy is not installed")
     model = drawn(unfilled_model(**TINY[name], kind=baseline(name)))
     model.eval()
     exported = onnx_model(model, Preprocessing(32, 32, inside=False), name=name)

@@ -9,7 +9,7 @@ from repopt_jax.torch_files import import_weights, recognize
 from repopt_jax.torch_files.weights import unfilled_model
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 ARCHITECTURES = {
     "repvgg_a0": ("RepVGG-A0", "repvgg"),
     "repvgg_b1g4": ("RepVGG-B1g4", "repvgg"),
