@@ -67,7 +67,7 @@ every_placement = pytest.mark.parametrize(
 
 
 def normal(seed, shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +85,22 @@ class Average(Branch):
 @every_branch
 def test_embedding_is_linear(branch, shape, groups, x64, strict):
     a, b = (normal(seed, branch.weight_shape(shape)) for seed in (0, 1))
-    left = branch.embed(2.5 * a - b, shape)
-    right = 2.5 * branch.embed(a, shape) - branch.embed(b, shape)
+
+    @jax.jit
+    def both(a, b):
+        apart = 2.5 * branch.embed(a, shape) - branch.embed(b, shape)
+        return branch.embed(2.5 * a - b, shape), apart
+
+    left, right = both(a, b)
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-15)
 
 
 @every_placement
 def test_placement_puts_every_weight_in_a_place_of_its_own(branch, shape, groups, x64, strict):
     """What makes the multiplier element-wise: ``E E^T`` is a diagonal 0/1 operator."""
-    weight = jnp.asarray(np.arange(1.0, 1 + np.prod(branch.weight_shape(shape))))
-    kernel = branch.embed(weight.reshape(branch.weight_shape(shape)), shape)
+    weight = np.arange(1.0, 1 + np.prod(branch.weight_shape(shape)))
+    embed = jax.jit(branch.embed, static_argnums=1)
+    kernel = np.asarray(embed(weight.reshape(branch.weight_shape(shape)), shape))
     assert sorted(kernel[kernel != 0].tolist()) == weight.tolist()
 
 
@@ -102,9 +108,13 @@ def test_placement_puts_every_weight_in_a_place_of_its_own(branch, shape, groups
 def test_closed_form_multiplier_equals_the_general_operator(branch, shape, groups, x64, strict):
     block = {"first": branch, "full": Full()}
     scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
-    gradient = normal(5, shape)
-    operator = merge(block, pull_back(block, scales, gradient), scales, shape)
-    np.testing.assert_allclose(branch_mult(block, scales)(gradient), operator, rtol=1e-13)
+
+    @jax.jit
+    def both(scales, gradient):
+        operator = merge(block, pull_back(block, scales, gradient), scales, shape)
+        return branch_mult(block, scales)(gradient), operator
+
+    np.testing.assert_allclose(*both(scales, normal(5, shape)), rtol=1e-13)
 
 
 def test_operator_of_a_branch_that_is_no_placement_is_exact(x64, strict):
@@ -112,11 +122,16 @@ def test_operator_of_a_branch_that_is_no_placement_is_exact(x64, strict):
     shape, block = (3, 3, 2, 4), {"average": Average(), "full": Full()}
     scales = {name: normal(seed, (4,)) for seed, name in enumerate(block)}
     weights = {n: normal(3 + i, b.weight_shape(shape)) for i, (n, b) in enumerate(block.items())}
-    gradient = normal(9, shape)
-    pulled = jax.grad(lambda w: (merge(block, w, scales, shape) * gradient).sum())(weights)
-    moved = merge(block, jax.tree.map(lambda w, g: w - 0.1 * g, weights, pulled), scales, shape)
-    expected = merge(block, weights, scales, shape) - 0.1 * branch_mult(block, scales)(gradient)
-    np.testing.assert_allclose(moved, expected, rtol=1e-12)
+
+    @jax.jit
+    def both(weights, scales, gradient):
+        pulled = jax.grad(lambda w: (merge(block, w, scales, shape) * gradient).sum())(weights)
+        moved = jax.tree.map(lambda w, g: w - 0.1 * g, weights, pulled)
+        kernel = merge(block, weights, scales, shape)
+        multiplied = kernel - 0.1 * branch_mult(block, scales)(gradient)
+        return merge(block, moved, scales, shape), multiplied
+
+    np.testing.assert_allclose(*both(weights, scales, normal(9, shape)), rtol=1e-12)
 
 
 def test_pull_back_is_the_gradient_of_merge(x64, strict):
@@ -124,8 +139,13 @@ def test_pull_back_is_the_gradient_of_merge(x64, strict):
     scales = {name: normal(seed, (4,)) for seed, name in enumerate(block)}
     weights = {name: normal(7, branch.weight_shape(shape)) for name, branch in block.items()}
     gradient = normal(8, shape)
-    expected = jax.grad(lambda w: (merge(block, w, scales, shape) * gradient).sum())(weights)
-    found = pull_back(block, scales, gradient)
+
+    @jax.jit
+    def both(weights, scales):
+        product = lambda w: (merge(block, w, scales, shape) * gradient).sum()  # noqa: E731
+        return pull_back(block, scales, gradient), jax.grad(product)(weights)
+
+    found, expected = both(weights, scales)
     for name in block:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-13)
 
@@ -185,15 +205,19 @@ def test_merged_kernel_equals_branch_by_branch_layer(branch, shape, groups, x64,
     scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
     weights = {name: normal(7, b.weight_shape(shape)) for name, b in block.items()}
     x = normal(11, (2, *[9] * len(shape[:-2]), shape[-2] * groups))
-    full, first = (
-        scales[n].reshape((1,) * (x.ndim - 1) + (-1,)) for n in ("full", "first")
-    )  # fmt: skip
-    if not branch.scaled:
-        first = jnp.ones_like(first)
-    own = own_output(branch, x, weights["first"], shape, groups)
-    expected = own * first + convolve(x, weights["full"], groups) * full
-    found = convolve(x, merge(block, weights, scales, shape), groups)
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+    @jax.jit
+    def both(x, weights, scales):
+        full, first = (
+            scales[n].reshape((1,) * (x.ndim - 1) + (-1,)) for n in ("full", "first")
+        )  # fmt: skip
+        if not branch.scaled:
+            first = jnp.ones_like(first)
+        own = own_output(branch, x, weights["first"], shape, groups)
+        apart = own * first + convolve(x, weights["full"], groups) * full
+        return convolve(x, merge(block, weights, scales, shape), groups), apart
+
+    np.testing.assert_allclose(*both(x, weights, scales), rtol=1e-12, atol=1e-12)
 
 
 def test_multipliers_of_repopt_vgg_are_the_published_ones(x64, strict):
@@ -206,27 +230,31 @@ def test_multipliers_of_repopt_vgg_are_the_published_ones(x64, strict):
     direction = np.tile(np.abs(s3), (3, 3, 4, 1))
     direction[1, 1] += np.abs(s1)
     direction[1, 1] += np.eye(4)
-    dense = branch_mult(block, scales).dense(shape, jnp.float64)
-    np.testing.assert_allclose(dense, linear, rtol=1e-15)
-    dense = branch_mult(block, scales, "direction").dense(shape, jnp.float64)
-    np.testing.assert_allclose(dense, direction, rtol=1e-15)
+    for rule, expected in {"linear": linear, "direction": direction}.items():
+        dense = jax.jit(lambda s, r=rule: branch_mult(block, s, r).dense(shape, jnp.float64))
+        np.testing.assert_allclose(dense(scales), expected, rtol=1e-15)
 
 
 def test_mean_multipliers_count_the_branches_that_reach_an_entry(x64, strict):
     """3x3 alone at the border; with the 1x1 in the centre; and the identity on its diagonal."""
     shape, block = (3, 3, 2, 2), {"conv3x3": Full(), "conv1x1": Centre(1), "id": Identity()}
     scales = {"conv3x3": normal(0, (2,)), "conv1x1": normal(1, (2,))}
-    expected = branch_mult(block, scales, "direction").dense(shape, jnp.float64)
+
+    @jax.jit
+    def both(scales):
+        rules = ("mean", "direction")
+        return [branch_mult(block, scales, rule).dense(shape, jnp.float64) for rule in rules]
+
+    found, summed = both(scales)
     count = np.ones(shape)
     count[1, 1] = [[3, 2], [2, 3]]
-    found = branch_mult(block, scales, "mean").dense(shape, jnp.float64)
-    np.testing.assert_allclose(found, expected / count, rtol=1e-15)
+    np.testing.assert_allclose(found, summed / count, rtol=1e-15)
 
 
 def test_weights_start_within_the_bounds_of_their_own_fan_in():
     """Rule of Initialization: a 1x1 branch starts with the wide range of a 1x1 convolution."""
     block = {"conv3x3": Full(), "conv1x1": Centre(1), "identity": Identity()}
-    weights = init_weights(block, jax.random.key(0), (3, 3, 16, 16))
+    weights = jax.device_get(init_weights(block, jax.random.key(0), (3, 3, 16, 16)))
     for name, bound in (("conv3x3", 1 / 12), ("conv1x1", 1 / 4)):
         assert -bound <= weights[name].min() < -0.9 * bound
         assert 0.9 * bound < weights[name].max() <= bound
@@ -235,7 +263,7 @@ def test_weights_start_within_the_bounds_of_their_own_fan_in():
 
 def test_branches_of_one_block_are_drawn_apart():
     block = {"first": Full(), "second": Full()}
-    weights = init_weights(block, jax.random.key(0), (3, 3, 16, 16))
+    weights = jax.device_get(init_weights(block, jax.random.key(0), (3, 3, 16, 16)))
     correlation = np.corrcoef(weights["first"].ravel(), weights["second"].ravel())[0, 1]
     assert abs(correlation) < 0.1
 
@@ -321,13 +349,16 @@ def test_half_precision_is_multiplied_in_float32(block):
 )
 def test_a_branch_by_channel_lets_the_scale_through_to_the_bit(branch, shape):
     """What merge and pull_back make of the claim ``by_channel``."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    weight = jax.random.normal(keys[0], branch.weight_shape(shape))
-    scale = jax.random.normal(keys[1], shape[-1:])
-    merged = merge({"b": branch}, {"b": weight}, {"b": scale}, shape)
-    spread = jnp.broadcast_to(scale, shape)
-    np.testing.assert_array_equal(merged, spread * branch.embed(weight, shape))
-    product = jax.make_jaxpr(lambda w, s: merge({"b": branch}, {"b": w}, {"b": s}, shape))
+    weight = np.float32(normal(0, branch.weight_shape(shape)))
+    scale = np.float32(normal(1, shape[-1:]))
+    product = lambda w, s: merge({"b": branch}, {"b": w}, {"b": s}, shape)  # noqa: E731
+
+    @jax.jit
+    def both(weight, scale):
+        return product(weight, scale), jnp.broadcast_to(scale, shape) * branch.embed(weight, shape)
+
+    np.testing.assert_array_equal(*both(weight, scale))
+    product = jax.make_jaxpr(product)
     sizes = [e.outvars[0].aval.size for e in product(weight, scale).eqns if "mul" in str(e)]
     assert sizes == [weight.size]
 

@@ -2,12 +2,11 @@
 
 import inspect
 
-import jax
 import numpy as np
 import optax
 import optax.contrib
 import pytest
-from test_reparameterization import csla_params, exact, loss, merged, plain_params
+from test_reparameterization import exact, plain_params, train_both
 
 # Options that have no default, or a deprecated one.
 OPTIONS = {
@@ -41,32 +40,21 @@ def optimizers():
 OPTIMIZERS = optimizers()
 
 
-def train(tx, params, view=lambda p: p, steps=4):
-    """A few steps, with all that some of the optimizers ask for."""
-
-    @jax.jit
-    def step(params, state, i):
-        function = lambda p: loss(view(p), i)  # noqa: E731
-        value, gradients = jax.value_and_grad(function)(params)
-        updates, state = tx.update(gradients, state, params, value=value, obj_fn=function)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for i in range(steps):
-        params, state = step(params, state, float(i))
-    return view(params)
-
-
 def test_the_list_is_long():
     assert len(OPTIMIZERS) >= 40
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "contrib" in name else ())
+        for name in OPTIMIZERS
+    ],
+)
 def test_every_optimizer_trains_the_kernels_as_their_branches(name, x64):
     make, options = OPTIMIZERS[name]
-    found = train(exact(make(**options)), plain_params())
-    csla = optax.with_extra_args_support(make(**options))
-    expected = train(csla, csla_params(), merged)
+    asked = ("value", "obj_fn")
+    found, expected = train_both(exact(make(**options)), make(**options), steps=4, asked=asked)
     start = plain_params()
     for path in ("conv", "dense", "head"):
         kernel = expected[path]["kernel"]

@@ -8,6 +8,7 @@ version of JAX, and neither checkpoints nor scales files have to carry it.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def mixed_bits(
     return x ^ (x >> jnp.uint32(16))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def frozen_uniform(seed: int, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:
     """``U(-a, a)`` with ``a = 1 / sqrt(fan_in)``, a function of `seed` and `shape`.
 
