@@ -1,5 +1,7 @@
 """Kernels as other frameworks name and lay them out train as Flax's do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,7 @@ FRAMEWORKS = {  # the kernel's name, its layout, and its axes in terms of ours
 }
 
 
+@functools.cache
 def weights():
     keys = jax.random.split(jax.random.key(0), len(BLOCKS))
     return {
@@ -43,38 +46,50 @@ def weights():
     }
 
 
+@functools.cache
 def kernels():
-    drawn = weights()
-    scales = jax.tree.map(jnp.asarray, SCALES)
-    return {p: merge(b, drawn[p], scales[p], SHAPES[p]) for p, b in BLOCKS.items()}
+    @jax.jit
+    def merged(drawn, scales):
+        return {p: merge(b, drawn[p], scales[p], SHAPES[p]) for p, b in BLOCKS.items()}
+
+    return merged(weights(), SCALES)
 
 
-def optimizers(params, blocks=BLOCKS, **names):
-    options = {"scales": SCALES, "weights": weights(), **names}
-    return {
-        "sgd": repopt_sgd(0.1, grad_mults(params, blocks, SCALES, **names)),
-        "adamw": repopt_adamw(0.1, grad_mults(params, blocks, SCALES, "direction", **names)),
-        "reparameterize": reparameterize(optax.adam(0.1), blocks, **options),
-    }
+OPTIMIZERS = {
+    "sgd": lambda params, **names: repopt_sgd(0.1, grad_mults(params, BLOCKS, SCALES, **names)),
+    "adamw": lambda params, **names: repopt_adamw(
+        0.1, grad_mults(params, BLOCKS, SCALES, "direction", **names)
+    ),
+    "reparameterize": lambda params, **names: reparameterize(
+        optax.adam(0.1), BLOCKS, SCALES, weights=weights(), **names
+    ),
+}
 
 
 def trained(tx, params):
     """After three steps down the cosine of every entry."""
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.cos, params), state, params)
+        return optax.apply_updates(params, updates), state
+
     state = tx.init(params)
     for _ in range(3):
-        updates, state = tx.update(jax.tree.map(jnp.cos, params), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state)
     return params
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "reparameterize"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_names_and_layouts_of_other_frameworks(framework, optimizer, x64):
     name, layout, view = FRAMEWORKS[framework]
     ours = {path: {"kernel": kernel} for path, kernel in kernels().items()}
-    theirs = {path: {name: jnp.asarray(view(kernel))} for path, kernel in kernels().items()}
-    expected = trained(optimizers(ours)[optimizer], ours)
-    tx = optimizers(theirs, kernel=name, layout=layout)[optimizer]
+    theirs = {
+        path: {name: jnp.asarray(view(np.asarray(kernel)))} for path, kernel in kernels().items()
+    }
+    expected = trained(optimizer(ours), ours)
+    tx = optimizer(theirs, kernel=name, layout=layout)
     for path, found in trained(tx, theirs).items():
         wanted = view(np.asarray(expected[path]["kernel"]))
         np.testing.assert_allclose(found[name], wanted, rtol=1e-12, atol=1e-14)

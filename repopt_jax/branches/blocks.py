@@ -75,8 +75,8 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
     made = jax.eval_shape(embed, weight)
     if made.shape != kernel_shape:
         return f"embed must return the kernel's shape {kernel_shape}, got {made.shape}"
-    try:
-        jax.eval_shape(jax.linear_transpose(embed, weight), made)
+    try:  # all of it traced, or the constants of embed would be computed
+        jax.eval_shape(lambda kernel: jax.linear_transpose(embed, weight)(kernel), made)
     except (RuntimeError, TypeError, ValueError, AssertionError):
         return (
             "embed must be linear in its weight; a product of weights (two trainable layers in a "
