@@ -88,7 +88,7 @@ def spread(images):
     ids=["mix", "random_erasing"],
 )
 def test_eight_devices_draw_what_one_draws(function, images, spread):
-    np.testing.assert_array_equal(jax.jit(function)(spread), jax.jit(function)(images))
+    np.testing.assert_array_equal(jax.jit(function)(spread), function(images))
 
 
 @pytest.mark.usefixtures("optimized")

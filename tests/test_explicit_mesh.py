@@ -1,7 +1,7 @@
 """Networks on a mesh with explicit axes, the default of `jax.make_mesh`."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -13,15 +13,11 @@ VGG = ("RepOpt-VGG", {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 16, 16), "
 MOBILE = ("MobileOne", {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 16, 16), "copies": 2})
 
 
-def losses(mesh, name, options, kind):
+def losses(mesh, graph, params, rest):
     """Two steps of plain SGD with the images split over the mesh's devices."""
-    model = repopt_jax.create_model(
-        name, kind, num_classes=10, bn_group=2, **options, rngs=nnx.Rngs(0)
-    )
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
     tx = optax.sgd(0.1)
-    images = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
-    labels = jnp.arange(16) % 10
+    images = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype(np.float32)
+    labels = np.arange(16) % 10
     found = []
 
     @jax.jit
@@ -44,6 +40,7 @@ def losses(mesh, name, options, kind):
     return found
 
 
+@pytest.mark.usefixtures("quick_draws")
 @pytest.mark.parametrize(
     ("network", "kind"),
     [
@@ -52,8 +49,13 @@ def losses(mesh, name, options, kind):
     ],
 )
 def test_a_network_trains_on_an_explicit_mesh_as_on_an_automatic_one(network, kind):
+    name, options = network
+    model = repopt_jax.create_model(
+        name, kind, num_classes=10, bn_group=2, **options, rngs=nnx.Rngs(0)
+    )
+    parts = nnx.split(model, nnx.Param, ...)
     found = {}
     for axes in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("data",), (axes,))
-        found[axes] = losses(mesh, *network, kind)
+        found[axes] = losses(mesh, *parts)
     assert found[AxisType.Explicit] == pytest.approx(found[AxisType.Auto], rel=1e-5)

@@ -249,14 +249,18 @@ def test_one_layer_computes_the_sum_of_the_papers_layers(case, x64):
     block, shape = rule("", layer), layer.kernel.shape
     weights = init_weights(block, jax.random.key(0), shape, jnp.float64)
     rng = np.random.default_rng(0)
-    scales = {name: jnp.asarray(rng.normal(size=shape[-1])) for name in block}
-    x = jnp.asarray(rng.normal(size=(2, 11, 9, 4)))
-    expected = sum(
-        own_output(branch, x, weights[name], window, stride, dilation)
-        * (scales[name].reshape(1, 1, 1, -1) if branch.scaled else 1)
-        for name, branch in block.items()
-    )
-    found = convolve(x, merge(block, weights, scales, shape), stride, dilation)
+    scales = {name: rng.normal(size=shape[-1]) for name in block}
+
+    @jax.jit
+    def both(x, weights, scales):
+        apart = sum(
+            own_output(branch, x, weights[name], window, stride, dilation)
+            * (scales[name].reshape(1, 1, 1, -1) if branch.scaled else 1)
+            for name, branch in block.items()
+        )
+        return convolve(x, merge(block, weights, scales, shape), stride, dilation), apart
+
+    found, expected = both(rng.normal(size=(2, 11, 9, 4)), weights, scales)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
@@ -274,7 +278,8 @@ def test_a_rule_with_options_serves_a_whole_network():
     blocks = find_blocks(model, functools.partial(mobileone_branches, copies=2))
     assert list(blocks) == ["body/0", "stem"]
     search = search_network(model, blocks, rngs=nnx.Rngs(1))
-    assert search(jnp.ones((1, 8, 8, 3))).shape == (1, 2)
+    outputs = nnx.eval_shape(lambda network, x: network(x), search, jnp.ones((1, 8, 8, 3)))
+    assert outputs.shape == (1, 2)
     found = searched_scales(search)
     assert list(found["stem"]) == ["conv0", "conv1", "conv1x1"]
     assert list(found["body/0"]) == ["conv0", "conv1", "conv1x1", "identity"]

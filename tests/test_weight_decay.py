@@ -1,5 +1,7 @@
 """What is decayed, and under which names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,16 +17,9 @@ from repopt_jax.tree_paths import path_str
 
 def test_weight_decay_mask_is_the_recipes():
     """Rank 2 and more, and identity vectors of search networks; no BN, bias, scale."""
-    model = repopt_jax.create_model(
-        "RepOpt-VGG",
-        "hs",
-        num_blocks=(1, 2, 1, 1),
-        widths=(4, 4, 4, 8, 8),
-        num_classes=3,
-        se=True,
-        rngs=nnx.Rngs(0),
-    )
-    params = nnx.state(model, nnx.Param)
+    size = {"num_blocks": (1, 2, 1, 1), "widths": (4, 4, 4, 8, 8), "num_classes": 3, "se": True}
+    create = functools.partial(repopt_jax.create_model, "RepOpt-VGG", "hs", **size)
+    params = nnx.state(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))), nnx.Param)
     mask = repopt_jax.weight_decay_mask(params)
     decayed = {path_str(path) for path, decay in jax.tree_util.tree_leaves_with_path(mask) if decay}
     assert "stage2/1/conv/branch_weights/identity" in decayed
