@@ -8,11 +8,13 @@ import optax.contrib
 import pytest
 from test_reparameterization import exact, plain_params, train_both
 
-# Options that have no default, or a deprecated one.
+# Options that have no default, a deprecated one, or one under which nothing would be seen.
 OPTIONS = {
     "optax.noisy_sgd": {"learning_rate": 0.01, "key": 0},
     "optax.lbfgs": {"learning_rate": 0.01, "linesearch": None},
     "optax.contrib.schedule_free": {"base_optimizer": optax.sgd(0.01)},
+    # Or clipping would hide the curvature, which it finds through `obj_fn`.
+    "optax.contrib.sophia": {"gamma": 1.0, "eps": 0.1, "update_interval": 1},
 }
 LEFT_OUT = {
     "optax.contrib.dpsgd",  # needs a gradient per sample, which is refused by name
