@@ -1,6 +1,7 @@
 """Branch types as a whole: frozen factors, refusals, and training that follows the branches."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ import optax
 import pytest
 
 from repopt_jax import (
+    BlockDiagonal,
     Branch,
     Centre,
+    Diagonal,
+    Dilated,
+    FoldedConv,
+    FoldedDepthwise,
     FrozenPointwise,
     Full,
     Identity,
     LowRank,
+    PooledPointwise,
+    Window,
     branch_mult,
     check_block,
     init_weights,
@@ -190,6 +198,37 @@ class WrongShape(Custom):
 def test_what_has_no_equivalence_is_refused_with_the_reason(branch, reason):
     with pytest.raises(ValueError, match=f"'odd'.*{reason}"):
         check_block({"full": Full(), "odd": branch}, (1, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape"),
+    [
+        (Centre(5), (3, 3, 4, 4)),
+        (Centre(2), (3, 3, 4, 4)),
+        (Centre(1), (4, 4)),
+        (Identity(), (3, 3, 4, 8)),
+        (Identity(), (2, 2, 4, 4)),
+        (Identity(groups=2), (3, 3, 4, 4)),
+        (Window((1, 2)), (3, 3, 4, 4)),
+        (Window((1,)), (3, 3, 4, 4)),
+        (Dilated(3, 2), (3, 3, 4, 4)),
+        (Dilated(2, 2), (4, 4, 4, 4)),
+        (PooledPointwise(), (4, 4)),
+        (FrozenPointwise(4, groups=2), (3, 3, 2, 3)),
+        (BlockDiagonal(2), (4, 5)),
+        (Diagonal(), (4, 5)),
+        (Diagonal(), (1, 4, 4)),
+        (FoldedConv((2, 2), (3, 3)), (8, 6)),
+        (FoldedConv((2,), (3,), groups=3), (4, 12)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 4, 6)),
+        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 8, 8)),
+        (FoldedDepthwise((2, 2), (3, 3)), (3, 3, 4, 8)),
+        (LowRank(5), (4, 8)),
+    ],
+)
+def test_branch_that_does_not_fit_names_the_kernel(branch, shape):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        branch.weight_shape(shape)
 
 
 def test_empty_block_is_refused():

@@ -1,7 +1,6 @@
 """What a block's statement implies: merge, initialization, multipliers, the general operator."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -284,37 +283,6 @@ def test_initial_scales_are_those_of_the_branches():
     scales = initial_scales({"a": Full(scale=0.5), "b": Identity()}, (3, 3, 2, 2))
     assert scales["a"].tolist() == [0.5, 0.5]
     assert scales["b"].tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("branch", "shape"),
-    [
-        (Centre(5), (3, 3, 4, 4)),
-        (Centre(2), (3, 3, 4, 4)),
-        (Centre(1), (4, 4)),
-        (Identity(), (3, 3, 4, 8)),
-        (Identity(), (2, 2, 4, 4)),
-        (Identity(groups=2), (3, 3, 4, 4)),
-        (Window((1, 2)), (3, 3, 4, 4)),
-        (Window((1,)), (3, 3, 4, 4)),
-        (Dilated(3, 2), (3, 3, 4, 4)),
-        (Dilated(2, 2), (4, 4, 4, 4)),
-        (PooledPointwise(), (4, 4)),
-        (FrozenPointwise(4, groups=2), (3, 3, 2, 3)),
-        (BlockDiagonal(2), (4, 5)),
-        (Diagonal(), (4, 5)),
-        (Diagonal(), (1, 4, 4)),
-        (FoldedConv((2, 2), (3, 3)), (8, 6)),
-        (FoldedConv((2,), (3,), groups=3), (4, 12)),
-        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 4, 6)),
-        (FoldedDepthwise((2, 2), (3, 3)), (1, 1, 8, 8)),
-        (FoldedDepthwise((2, 2), (3, 3)), (3, 3, 4, 8)),
-        (LowRank(5), (4, 8)),
-    ],
-)
-def test_branch_that_does_not_fit_names_the_kernel(branch, shape):
-    with pytest.raises(ValueError, match=re.escape(str(shape))):
-        branch.weight_shape(shape)
 
 
 def test_direction_rule_refuses_branches_without_a_closed_form():
