@@ -13,8 +13,8 @@ OPTIONS = {
     "optax.noisy_sgd": {"learning_rate": 0.01, "key": 0},
     "optax.lbfgs": {"learning_rate": 0.01, "linesearch": None},
     "optax.contrib.schedule_free": {"base_optimizer": optax.sgd(0.01)},
-    # Or clipping would hide the curvature, which it finds through `obj_fn`.
-    "optax.contrib.sophia": {"gamma": 1.0, "eps": 0.1, "update_interval": 1},
+    # Or its bounds would hide the curvature, which it finds through `obj_fn`.
+    "optax.contrib.sophia": {"b2": 0.0, "gamma": 1.0, "eps": 0.1, "update_interval": 1},
 }
 LEFT_OUT = {
     "optax.contrib.dpsgd",  # needs a gradient per sample, which is refused by name
