@@ -23,16 +23,30 @@ from repopt_jax.training.trained import load_part
 from repopt_jax.tree_paths import by_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
+    """One device, also for `run`, whose programs then compile sooner."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_mesh", lambda *_: mesh)
+        yield mesh
+
+
 def part_of(name, **changes):
     config = small_config(**changes)
     return prepare(config, name, make_mesh(devices=jax.devices()[:1]), initial_scales(config))
 
 
-SHORT = {"target__epochs": 0.1, "target__schedule__warmup_epochs": 0.0}  # one step
+SHORT = {
+    "target__epochs": 0.1,  # one step
+    "target__schedule__warmup_epochs": 0.0,
+    "target__ema_decay": 0.0,
+    "target__eval_batch_size": 360,
+}
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(mesh, tmp_path_factory):
     """Of a plain training of one step."""
     workdir = epath.Path(tmp_path_factory.mktemp("run"))
     run.run(small_config(parts=("plain",), **SHORT), workdir)
