@@ -272,6 +272,7 @@ def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch, no_step):
     assert stopped.value.exit_code == 143
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     assert told[-1]["step"] == 6 and "eval/top1" not in told[-1]
+    assert (tmp_path / "plain" / "checkpoints" / "6").is_dir()
     monkeypatch.setattr(evaluation, "_evaluate_network", real)
     run.run(config, tmp_path)
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")

@@ -54,7 +54,7 @@ def workdir(mesh, tmp_path_factory):
 
 
 def test_a_finished_run_goes_on_in_int8(workdir):
-    """Its first step has the loss of the trained network; its length is free until it begins."""
+    """It moves little from the trained network; its length is free until it begins."""
     config = small_config(parts=("plain_qat",), qat__epochs=0.2, **SHORT)
     run.run(config, workdir)
     trained, _ = load_part(config, workdir, part="plain", checkpoint="latest")
@@ -66,6 +66,12 @@ def test_a_finished_run_goes_on_in_int8(workdir):
     folded = by_path(nnx.state(fold(trained), nnx.Param))
     assert params.keys() == folded.keys()
     assert all((params[path] == folded[path]).all() for path in params)
+    tuned, _ = load_part(config, workdir, part="plain_qat", checkpoint="latest")
+    found = by_path(nnx.state(tuned, nnx.Param))
+    start = by_path(nnx.state(fold(part_of("plain").build()), nnx.Param))
+    for path in (p for p in params if p.endswith("kernel")):
+        moved = abs(found[path] - folded[path]).max()
+        assert 0 < moved < 0.1 * abs(start[path] - folded[path]).max()
     with pytest.raises(ValueError, match=r"--part must not be in INT8, .* got plain_qat"):
         options = {"checkpoint": "latest", "averaged": False, "to_torch": False}
         convert_run(workdir, workdir / "a.safetensors", part="plain_qat", **options)
