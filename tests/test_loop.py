@@ -1,5 +1,6 @@
 """The loop of one part: what stops it, what it saves, and in which order."""
 
+import itertools
 import json
 import math
 import os
@@ -35,9 +36,15 @@ def no_step(monkeypatch):
 @pytest.fixture
 def fake_step(monkeypatch, no_step):
     """Without the evaluation's as well."""
-    found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
-    monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
+    let_evaluations_find(monkeypatch, itertools.repeat(0.0))
     return no_step
+
+
+def let_evaluations_find(monkeypatch, top1):
+    """These accuracies, one after the other."""
+    top1 = iter(top1)
+    found = lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate_state", found)
 
 
 class Loss:
@@ -71,8 +78,7 @@ def test_the_next_step_has_its_batch_and_is_dispatched_before_a_loss_is_read(
     monkeypatch.setattr(inputs, "put_batch", put_batch)
     monkeypatch.setattr(inputs, "jitted_train_step", step)
     config = small_config(parts=("plain",), target__epochs=1.0, eval_every=1.0, log_every=100)
-    config.checkpoint.every = 1.0
-    config.target.schedule.warmup_epochs = 0.0
+    config.checkpoint.every, config.target.schedule.warmup_epochs = 1.0, 0.0
     run.run(config, tmp_path)
     expected = [("put", 1), ("dispatch", 1)]
     for number in range(2, 12):  # 11 steps
@@ -172,7 +178,6 @@ def test_a_broken_image_ends_the_run_with_its_sentence(tmp_path, fake_step, monk
 def test_skipped_images_of_all_processes_are_counted_once_each(tmp_path, fake_step, monkeypatch):
     """Each process reads its own images, in another epoch perhaps another's."""
     config = small_config(parts=("plain",), target__epochs=1.0, target__data__skip_bad=True)
-    config.checkpoint.every = 9.0
 
     def one_more(text):
         assert json.loads(text) == ["training image 1", "training image 5"]
@@ -256,8 +261,8 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored():
 
 def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch, no_step):
     """The step is saved at once, and evaluated when the run goes on; the best is known then."""
-    config = small_config(parts=("plain",), target__epochs=2.0, target__ema_decay=0.0)
-    config.eval_every, config.checkpoint.every = 0.5, 9.0
+    config = small_config(parts=("plain",), target__epochs=2.0, eval_every=0.5)
+    config.checkpoint.every = 9.0
     real = evaluation._evaluate_network
 
     def interrupting(*arguments):
@@ -288,13 +293,10 @@ def test_a_step_is_saved_before_its_evaluation(tmp_path, monkeypatch, fake_step)
     def taken_away(*_):
         raise KeyboardInterrupt
 
-    before = loop.evaluate_state
     monkeypatch.setattr(loop, "evaluate_state", taken_away)
     with pytest.raises(KeyboardInterrupt):
         run.run(config, tmp_path)
-    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
-    better = lambda *_: before() | {"eval/top1": next(top1)}  # noqa: E731
-    monkeypatch.setattr(loop, "evaluate_state", better)
+    let_evaluations_find(monkeypatch, [80.0, 50.0, 60.0])  # of steps 11, 22, 33
     summary = run.run(config, tmp_path)
     assert summary["parts"]["plain"]["best_top1"] == 80
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
@@ -307,10 +309,7 @@ def test_a_run_killed_before_an_evaluation_reached_its_checkpoint_adds_it(
 ):
     """The metrics of a checkpoint are written by the next save, those of the log at once."""
     config = small_config(parts=("plain",), eval_every=1.0, checkpoint__every=1.0)
-    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
-    found = lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0}  # noqa: E731
-    monkeypatch.setattr(loop, "evaluate_state", found)
-
+    let_evaluations_find(monkeypatch, [80.0, 50.0, 60.0])  # of steps 11, 22, 33
     write = loop.MetricsWriter.write
 
     def write_and_die(writer, step, record):
@@ -332,14 +331,8 @@ def test_a_run_killed_before_an_evaluation_reached_its_checkpoint_adds_it(
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch, fake_step):
     """Though it came where no checkpoint was due."""
-    config = small_config(parts=("plain",), target__epochs=2.0)
-    config.eval_every, config.checkpoint.every = 0.25, 9.0
-    top1 = iter([20.0, 50.0, 80.0, 70.0, *[60.0] * 20])
-    monkeypatch.setattr(
-        loop,
-        "evaluate_state",
-        lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0},
-    )
+    config = small_config(parts=("plain",), eval_every=0.25, checkpoint__every=9.0)
+    let_evaluations_find(monkeypatch, [20.0, 50.0, 80.0, 70.0, *[60.0] * 20])
     summary = run.run(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
     assert summary["parts"]["plain"]["best_top1"] == 80
