@@ -5,7 +5,6 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_draws")
 def test_example_prints_a_row_for_every_way_to_prune(capsys, monkeypatch):
     """With layers of one shape, so that they share the programs of single operations."""
     alike = prune_digits.SIZE | {"num_blocks": (1, 1, 1, 1), "widths": (16,) * 5}
