@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 
-import repopt_jax.deploy.command_line  # which loads the packages that the tests then hide
 from repopt_jax.extras import needs_extra
 
 
@@ -61,7 +60,7 @@ def test_importing_data_without_its_packages_names_the_command(package):
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnx", "grain", "tqdm"])
 def test_the_command_deploy_names_its_extra(package, capsys):
-    with hidden(package), pytest.raises(SystemExit, match="^1$"):
+    with hidden(package), pytest.raises(SystemExit, match=r"^1$"):
         importlib.import_module("repopt_jax.deploy.command_line").main(["benchmark", "a.onnx"])
     sentence = f"{package} is missing: pip install 'repopt_jax[deploy]'"
     assert capsys.readouterr() == ("", f"repopt-deploy: {sentence}\n")
