@@ -62,7 +62,7 @@ def train(model, tx, batches, smoothing):
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), rest, opt_state, value
 
-    opt_state, losses = tx.init(params), []
+    opt_state, losses = jax.jit(tx.init)(params), []
     for images, labels in zip(batches["images"], batches["labels"], strict=True):
         params, rest, opt_state, value = step(params, rest, opt_state, images, labels)
         losses.append(float(value))
