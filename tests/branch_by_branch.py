@@ -93,7 +93,9 @@ def train(trained, scales, strides, batches, optimizer, setup):
     update, moments = optimizer(**setup)
     coefficients = decay(trained, setup["weight_decay"])
     state = jax.tree.map(lambda w: (jnp.zeros_like(w),) * moments, trained)
-    running = {n: {"mean": 0.0, "var": 1.0} for n in strides}
+    # Arrays from the first step on, so that all steps are one program.
+    gammas = {name: trained[name]["gamma"] for name in strides}
+    running = {n: {"mean": jnp.zeros_like(w), "var": jnp.ones_like(w)} for n, w in gammas.items()}
 
     @jax.jit
     def advance(trained, running, state, step, images, labels):

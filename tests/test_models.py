@@ -187,9 +187,10 @@ def test_search_starts_from_the_official_scales():
     def started():
         """Without the kernels, so that nothing is drawn."""
         layers = search_layers(create_model("RepOpt-VGG", "hs", **size, rngs=nnx.Rngs(0)))
+        found = {p: (x.branch_scales, x.branch_weights, x.block) for p, x in layers.items()}
         return {
-            path: {n: (x.branch_scales if b.scaled else x.branch_weights)[n][...] for n, b in x.block}
-            for path, x in layers.items()
+            path: {n: (scales if branch.scaled else weights)[n][...] for n, branch in block}
+            for path, (scales, weights, block) in found.items()
         }
 
     scales = started()
