@@ -86,7 +86,7 @@ def test_reparameterize_decays_what_the_search_networks_do(network, x64):
 def test_the_reference_is_the_official_network(golden, x64):
     summary = json.loads((golden / "summary.json").read_text())
     weights = read_state_dict(golden / "ghost_hs_init.pth")
-    weights = {n: jnp.asarray(w) for n, w in weights.items() if w.dtype.kind == "f"}
+    weights = {n: jnp.asarray(w, w.dtype) for n, w in weights.items() if w.dtype.kind == "f"}
     with np.load(golden / "ghost_batches.npz") as arrays:
         images = jnp.asarray(arrays["eval_images"])
     found = jax.jit(reference.logits)(weights, images)
