@@ -69,9 +69,11 @@ def test_networks_train_as_the_reference_does(optimizer, kind, results, x64):
     images, labels = (np.stack(column) for column in zip(*batches, strict=True))
     batches = {"images": images, "labels": labels}
     model, losses = train(model, tx, batches, setup["smoothing"])
+    layers = [layer_at(model, path) for path in model.blocks()]
+    kernels = jax.jit(lambda: [layer.kernel[...] for layer in layers])()
     norms = [layer_at(model, path.replace("conv", "bn")) for path in model.blocks()]
     found = {
-        "kernels": [np.ravel(layer_at(model, path).kernel[...]) for path in model.blocks()],
+        "kernels": [np.ravel(kernel) for kernel in kernels],
         "mean": [norm.mean[...] for norm in norms],
         "var": [norm.var[...] for norm in norms],
         "linear": [model.linear.kernel[...]],
