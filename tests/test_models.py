@@ -230,7 +230,7 @@ def test_folded_network_computes_the_same(kind, se, x64):
     model = small(kind, se=se, num_blocks=(1, 1, 1, 1), strides=(2, 1, 2, 1, 1))
     model.eval()
     x = normal(1, (2, 8, 8, 3))
-    folded = nnx.jit(fold)(model)
+    folded = fold(model)
     ours, theirs = jax.jit(lambda x: (folded(x), model(x)))(x)
     np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
     assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(folded))

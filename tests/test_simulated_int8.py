@@ -189,7 +189,7 @@ def test_gr_equals_training_the_branches_in_simulated_int8(x64):
 
 def calibrated(model, images, *, per_channel):
     """In simulated INT8, with scales of activations found on images."""
-    model = simulate_int8(nnx.jit(fold)(model), per_channel=per_channel)
+    model = simulate_int8(fold(model), per_channel=per_channel)
     model.train()
     for batch in np.array_split(images, 4):
         run(model, jnp.asarray(batch))
