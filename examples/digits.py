@@ -30,6 +30,12 @@ def train_step(model, optimizer, images, labels):
     optimizer.update(model, nnx.grad(loss)(model))
 
 
+@nnx.jit
+def predict(model, images):
+    """The class of the largest logit of every image."""
+    return jnp.argmax(model(images), -1)
+
+
 def train(model, tx, data, steps):
     """Train `model` in place with any Optax optimizer; test accuracy and seconds."""
     (images, labels), (test_images, test_labels) = data
@@ -41,8 +47,8 @@ def train(model, tx, data, steps):
         batch = rng.integers(0, len(labels), BATCH)
         train_step(model, optimizer, images[batch], labels[batch])
     model.eval()
-    predicted = nnx.jit(lambda model, images: jnp.argmax(model(images), -1))(model, test_images)
-    return float((np.asarray(predicted) == test_labels).mean()), time.perf_counter() - start
+    accuracy = float((np.asarray(predict(model, test_images)) == test_labels).mean())
+    return accuracy, time.perf_counter() - start
 
 
 def print_table(rows):

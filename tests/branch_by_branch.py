@@ -92,8 +92,10 @@ def train(trained, scales, strides, batches, optimizer, setup):
     """The trained parts, the running statistics and the losses after all batches in order."""
     update, moments = optimizer(**setup)
     coefficients = decay(trained, setup["weight_decay"])
-    state = jax.tree.map(lambda w: (jnp.zeros_like(w),) * moments, trained)
-    running = {n: {"mean": 0.0, "var": 1.0} for n in strides}
+    state = jax.tree.map(lambda w: (np.zeros_like(w),) * moments, trained)
+    # Arrays from the first step on, so that all steps are one program.
+    gammas = {name: trained[name]["gamma"] for name in strides}
+    running = {n: {"mean": np.zeros_like(w), "var": np.ones_like(w)} for n, w in gammas.items()}
 
     @jax.jit
     def advance(trained, running, state, step, images, labels):
@@ -125,10 +127,11 @@ def train(trained, scales, strides, batches, optimizer, setup):
 
 def merged(block, scale):
     """The one kernel that a block's branches stand for."""
-    kernel = np.array(block["conv3x3"] * scale["conv3x3"][None, None, None])
-    kernel[1, 1] += np.asarray(block["conv1x1"] * scale["conv1x1"][None, None, None])[0, 0]
+    block, scale = jax.tree.map(np.asarray, (block, scale))
+    kernel = block["conv3x3"] * scale["conv3x3"]
+    kernel[1, 1] += block["conv1x1"][0, 0] * scale["conv1x1"]
     if "identity" in block:
-        kernel[1, 1] += np.diag(np.asarray(block["identity"]))
+        kernel[1, 1] += np.diag(block["identity"])
     return kernel
 
 
@@ -137,7 +140,7 @@ def draw():
     rng = np.random.RandomState(0)  # whose numbers are the same in every version of NumPy
 
     def values(*shape, size=1.0):
-        return jnp.asarray(rng.normal(0, size, shape))
+        return jnp.asarray(rng.normal(0, size, shape), jnp.float64)
 
     trained, scales, strides, width = {}, {}, {}, 3
     for stage, count in enumerate((1, *NUM_BLOCKS)):

@@ -65,14 +65,14 @@ class State(dict):
         return State(section(self, prefix), self.epsilon)
 
     def kernel(self, name):
-        return jnp.asarray(self[f"{name}.weight"].transpose(2, 3, 1, 0))
+        return self[f"{name}.weight"].transpose(2, 3, 1, 0)
 
     def layer(self, name):
-        return self.kernel(name), jnp.asarray(self[f"{name}.bias"])
+        return self.kernel(name), self[f"{name}.bias"]
 
     def norm(self, name):
         names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-        arrays = {ours: jnp.asarray(self[f"{name}.{theirs}"]) for ours, theirs in names.items()}
+        arrays = {ours: self[f"{name}.{theirs}"] for ours, theirs in names.items()}
         return types.SimpleNamespace(**arrays, epsilon=self.epsilon)
 
 
@@ -176,11 +176,11 @@ def gated(x, state, first, second, pooled=None):
 
 
 def images(state, name="input"):
-    return jnp.asarray(state[name].transpose(0, 2, 3, 1))
+    return state[name].transpose(0, 2, 3, 1)
 
 
 def assert_equal(found, expected):
-    expected = np.asarray(expected)
+    found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
 

@@ -112,8 +112,12 @@ def around_one(rng, shape):
 def drawn(model, draw=around_one, seed=0):
     """`model` with other numbers for every variable, from numpy: JAX would compile each draw."""
     rng = np.random.default_rng(seed)
-    state = jax.tree.map(lambda x: jnp.asarray(draw(rng, x.shape), x.dtype), nnx.state(model))
-    nnx.update(model, state)
+
+    def value(x):
+        # Cast by numpy: JAX would compile a program for every shape.
+        return jnp.asarray(np.asarray(draw(rng, x.shape)).astype(x.dtype), x.dtype)
+
+    nnx.update(model, jax.tree.map(value, nnx.state(model)))
     return model
 
 
@@ -128,7 +132,8 @@ def begun(model):
             return np.zeros(shape)
         return rng.uniform(-1, 1, shape) * np.prod(shape[:-1] or shape) ** -0.5
 
-    return fill(model, {path: value(path, v.shape) for path, v in variables(model).items()})
+    arrays = {p: value(p, v.shape).astype(v.dtype) for p, v in variables(model).items()}
+    return fill(model, arrays)
 
 
 def deploy_form(arrays):

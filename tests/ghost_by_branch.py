@@ -7,6 +7,7 @@ with the official PyTorch results, and trains the package's networks beside it.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def convolve(x, kernel, stride=1):
@@ -121,10 +122,10 @@ def train(weights, kind, batches, *, lr, momentum, weight_decay, smoothing):
             new[name] = w - lr * (g + momentum * moments[name])
         return new, others | running, moments, value
 
-    weights = {name: jnp.asarray(w) for name, w in weights.items()}
+    weights = {name: jnp.asarray(w, w.dtype) for name, w in weights.items()}
     trained = {name: w for name, w in weights.items() if is_trained(name, kind)}
     others = {name: w for name, w in weights.items() if name not in trained}
-    moments, losses = jax.tree.map(jnp.zeros_like, trained), []
+    moments, losses = jax.tree.map(np.zeros_like, trained), []
     for images, labels in batches:
         trained, others, moments, value = step(trained, others, moments, images, labels)
         losses.append(float(value))

@@ -53,7 +53,7 @@ def to_paths(arrays, params):
 
     def find(path, leaf):
         array = from_torch(arrays[torch_name(path_str(path))])
-        return jnp.asarray(array.reshape(leaf.shape))
+        return jnp.asarray(array.reshape(leaf.shape), array.dtype)
 
     return jax.tree_util.tree_map_with_path(find, params)
 
@@ -73,7 +73,7 @@ def assert_network(model, arrays, rtol):
 
 
 def nhwc(images):
-    return jnp.asarray(images.transpose(0, 2, 3, 1))
+    return jnp.asarray(images.transpose(0, 2, 3, 1), images.dtype)
 
 
 class Unit(nnx.Module):

@@ -130,13 +130,11 @@ sys.exit(7)
     assert (done.returncode, done.stderr) == (7, "")
 
 
-@pytest.mark.parametrize(
-    ("flag", "workdir"), [("--workdir=~/x", "{home}/x"), ("--config=~/mine.py", "runs/mine")]
-)
-def test_a_tilde_is_the_home_folder(flag, workdir, tmp_path):
+def test_a_tilde_is_the_home_folder(tmp_path):
     """No shell expands one after an equals sign."""
     (tmp_path / "mine.py").write_text("from repopt_jax.training.digits import get_config\n")
     environment = os.environ | {"HOME": str(tmp_path)}
-    arguments = [sys.executable, str(REPOSITORY / "train.py"), "--mode=eval", flag]
+    flags = ["--mode=eval", "--config=~/mine.py", "--workdir=~/x"]
+    arguments = [sys.executable, str(REPOSITORY / "train.py"), *flags]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr.endswith(f"got {workdir.format(home=tmp_path)}\n")
+    assert done.stderr.endswith(f"got {tmp_path}/x\n")

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_cases
+from family_networks import drawn
 from flax import nnx
 from safetensors.numpy import save
 from small_run import small_config
 
-import repopt_jax
 from repopt_jax.convert import main
 from repopt_jax.deploy import fold
 from repopt_jax.files import load_network, load_weights, save_weights
 from repopt_jax.torch_files import export_weights
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training.checkpoints import Checkpoints
 
 CLASSES = 4
@@ -25,8 +26,7 @@ CLASSES = 4
 
 def network(config, kind, seed, **options):
     size = {name: value for name, value in config.model.items() if value is not None}
-    rngs = nnx.Rngs(params=jax.random.key(seed, impl="rbg"))
-    model = repopt_jax.create_model(kind=kind, num_classes=CLASSES, rngs=rngs, **size, **options)
+    model = drawn(unfilled_model(kind=kind, num_classes=CLASSES, **size, **options), seed=seed)
     model.eval()
     return model
 
@@ -58,9 +58,15 @@ def run(tmp_path_factory):
     return workdir, kept
 
 
+@nnx.jit
+def evaluate(model, images):
+    return model(images)
+
+
 def logits(model):
     model.eval()
-    return np.asarray(model(np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("f4")))
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("f4")
+    return np.asarray(evaluate(model, images))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -29,6 +29,7 @@ from repopt_jax.torch_files import export_weights
 from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.training import run
 from repopt_jax.training.checkpoints import Checkpoints
+from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.report import read_metrics
 
 DOCUMENT = (REPOSITORY / "docs" / "deploy.md").read_text()
@@ -43,11 +44,14 @@ def folder(tmp_path_factory, quick_draws):
     """Holds a run of 11 steps with averages in runs/digits, and torch weights in vgg.pth."""
     folder = tmp_path_factory.mktemp("deploy")
     parts = ("search", "target", "qat")
-    config = small_config(parts=parts, target__epochs=1.0, qat__epochs=0.3)
+    config = small_config(parts=parts, target__epochs=1.0, qat__epochs=0.3, checkpoint__every=1.0)
     size = {key: value for key, value in config.model.items() if value is not None}
     save_scales(folder / "scales.safetensors", Scales.initial(unfilled_model(**size)))
     config.scales = str(folder / "scales.safetensors")
-    run.run(config, folder / "runs" / "digits")
+    with pytest.MonkeyPatch.context() as patch:
+        one_device = make_mesh(devices=jax.devices()[:1])
+        patch.setattr(run, "make_mesh", lambda *_: one_device)
+        run.run(config, folder / "runs" / "digits")
     (folder / "vgg.pth").write_bytes(archive(export_weights(vgg())))
     return folder
 

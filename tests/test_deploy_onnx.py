@@ -31,7 +31,7 @@ from repopt_jax.tree_paths import layer_at, path_str
 pytestmark = pytest.mark.slow
 
 IMAGES = load_dataset("digits").eval.images[:32]
-SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 16), "strides": (1, 1, 2, 2, 1)}
+SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8, 8), "strides": (1, 1, 2, 2, 1)}
 DIGITS = {"mean": (0.3, 0.25, 0.2), "std": (0.35, 0.3, 0.4)}
 LAYERS = 5
 

@@ -16,7 +16,6 @@ from family_networks import (
     plus_stages,
     renamed,
 )
-from flax import nnx
 from pruning_networks import load_golden, section
 
 from repopt_jax.convert import main
@@ -106,7 +105,7 @@ def test_every_codes_names_are_read(code):
 def deployed(model, family):
     """The state dict of the deploy form, as the authors' conversion leaves it."""
     weights = export_weights(model)
-    folded = nnx.jit(fold)(model)  # one program in place of hundreds
+    folded = fold(model)
     if family == "RepOpt-GhostNet":
         kept = {k: v for k, v in weights.items() if not re.search(r"cheap_operation|fusion_bn", k)}
         for s, stage in enumerate(folded.stages[:-1]):

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_networks import TINY, assert_same, baseline, drawn
-from flax import nnx
 
-from repopt_jax import create_model
 from repopt_jax.deploy import fold
 from repopt_jax.deploy.onnx_export import onnx_model
 from repopt_jax.deploy.preprocessing import Preprocessing
@@ -108,7 +106,7 @@ def test_weights_files_give_the_same_network(name, kind, tmp_path):
 )
 def test_options_that_do_not_fit_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        create_model(**{**TINY[name], **options}, rngs=nnx.Rngs(0))
+        unfilled_model(**{**TINY[name], **options})
 
 
 def test_maps_that_patches_do_not_divide_are_refused():

@@ -8,6 +8,7 @@ import pytest
 from family_blocks import (
     assert_equal,
     assert_layer,
+    fold_at_once,
     images,
     layer_of,
     pair,
@@ -18,7 +19,6 @@ from family_blocks import (
 )
 
 from repopt_jax import PooledPointwise, repvgg_branches
-from repopt_jax.deploy import fold_block
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -118,8 +118,8 @@ def test_qarepvgg(version):
         block["pooled"] = PooledPointwise()
         weights["pooled"] = jnp.eye(kernel.shape[-1])[None, None]
     norms = {"conv3x3": train.norm("rbr_dense.bn")}
-    assert_layer(fold_block(block, weights, norms, kernel.shape), state, "rbr_reparam")
-    layer = fold_block(block, weights, norms, kernel.shape, norm=train.norm("bn"))
+    assert_layer(fold_at_once(block, weights, norms, kernel.shape), state, "rbr_reparam")
+    layer = fold_at_once(block, weights, norms, kernel.shape, norm=train.norm("bn"))
     assert_equal(relu(run(images(state), layer)), images(state, "output"))
 
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch_file_builder as build
+from family_networks import drawn
 from flax import nnx
 
 import repopt_jax
@@ -15,6 +16,7 @@ from repopt_jax import Scales, load_scales, load_weights, save_scales
 from repopt_jax.files import save_arrays, save_weights, variables
 from repopt_jax.models.checks import check_numbers
 from repopt_jax.torch_files import export_weights, official_names
+from repopt_jax.torch_files.weights import unfilled_model
 from repopt_jax.tree_paths import layer_at
 
 SIZE = {"num_blocks": (1, 1, 1, 1), "widths": (2, 2, 4, 4, 4), "num_classes": 3}
@@ -22,7 +24,7 @@ GHOST = {"name": "RepOpt-GhostNet", "width": 0.1, "kind": "target", "num_classes
 
 
 def network(kind="hs"):
-    return repopt_jax.create_model("RepOpt-VGG", kind, **SIZE, rngs=nnx.Rngs(0))
+    return drawn(unfilled_model(name="RepOpt-VGG", kind=kind, **SIZE))
 
 
 def torch_bytes(arrays):
@@ -127,8 +129,7 @@ def test_both_formats_are_read_from_a_bucket(bucket, name):
 
 
 def test_files_of_earlier_versions_name_the_stages_blocks(tmp_path):
-    model = nnx.eval_shape(lambda: repopt_jax.create_model(**GHOST, rngs=nnx.Rngs(0)))
-    nnx.update(model, _ones(nnx.state(model)))
+    model = drawn(unfilled_model(**GHOST))
     old = {k.replace("stages/", "blocks/"): v for k, v in variables(model).items()}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in GHOST.items()}
     save_arrays(tmp_path / "w", old, {"format_version": "1", **metadata})
@@ -137,13 +138,6 @@ def test_files_of_earlier_versions_name_the_stages_blocks(tmp_path):
     old = {k.replace("stages/", "blocks/"): v for k, v in scales.flat().items()}
     save_arrays(tmp_path / "s", old, {"format_version": "1"})
     load_scales(tmp_path / "s").check(model)
-
-
-def _ones(state):
-    import jax
-    import jax.numpy as jnp
-
-    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state)
 
 
 def test_scales_of_any_float_become_float32(tmp_path):

@@ -1,5 +1,6 @@
 """The loop of one part: what stops it, what it saves, and in which order."""
 
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from repopt_jax.training.report import read_metrics
 
 
 @pytest.fixture
-def fake_step(monkeypatch):
+def no_step(monkeypatch):
     """The loop without the compilation of a step: its losses are those that the test appends."""
     losses = []
 
@@ -28,10 +29,22 @@ def fake_step(monkeypatch):
         loss = losses[int(state.step)] if losses else 1.0
         return state._replace(step=state.step + 1), {"loss": jnp.asarray(loss)}
 
-    found = {"eval/top1": 0.0, "eval/top5": 0.0, "eval/loss": 1.0}
     monkeypatch.setattr(inputs, "jitted_train_step", step)
-    monkeypatch.setattr(loop, "evaluate_state", lambda *_: found)
     return losses
+
+
+@pytest.fixture
+def fake_step(monkeypatch, no_step):
+    """Without the evaluation's as well."""
+    let_evaluations_find(monkeypatch, itertools.repeat(0.0))
+    return no_step
+
+
+def let_evaluations_find(monkeypatch, top1):
+    """These accuracies, one after the other."""
+    top1 = iter(top1)
+    found = lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate_state", found)
 
 
 class Loss:
@@ -65,8 +78,7 @@ def test_the_next_step_has_its_batch_and_is_dispatched_before_a_loss_is_read(
     monkeypatch.setattr(inputs, "put_batch", put_batch)
     monkeypatch.setattr(inputs, "jitted_train_step", step)
     config = small_config(parts=("plain",), target__epochs=1.0, eval_every=1.0, log_every=100)
-    config.checkpoint.every = 1.0
-    config.target.schedule.warmup_epochs = 0.0
+    config.checkpoint.every, config.target.schedule.warmup_epochs = 1.0, 0.0
     run.run(config, tmp_path)
     expected = [("put", 1), ("dispatch", 1)]
     for number in range(2, 12):  # 11 steps
@@ -247,9 +259,10 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
+def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch, no_step):
     """The step is saved at once, and evaluated when the run goes on; the best is known then."""
-    config = small_config(parts=("plain",), eval_every=0.5, checkpoint__every=9.0)
+    config = small_config(parts=("plain",), target__epochs=2.0, eval_every=0.5)
+    config.checkpoint.every = 9.0
     real = evaluation._evaluate_network
 
     def interrupting(*arguments):
@@ -259,16 +272,17 @@ def test_a_signal_during_an_evaluation_ends_it(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(evaluation, "_evaluate_network", interrupting)
-    with pytest.raises(RunStopped, match="plain is saved at step 6 of 33") as stopped:
+    with pytest.raises(RunStopped, match="plain is saved at step 6 of 22") as stopped:
         run.run(config, tmp_path)
     assert stopped.value.exit_code == 143
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     assert told[-1]["step"] == 6 and "eval/top1" not in told[-1]
+    assert (tmp_path / "plain" / "checkpoints" / "6").is_dir()
     monkeypatch.setattr(evaluation, "_evaluate_network", real)
     run.run(config, tmp_path)
     told = read_metrics(tmp_path / "plain" / "metrics.jsonl")
     evaluated = [r["step"] for r in told if "eval/top1" in r]
-    assert evaluated == [6, 12, 18, 24, 30, 33]
+    assert evaluated == [6, 12, 18, 22]
     assert all("train/loss" in record for record in told)
 
 
@@ -279,13 +293,10 @@ def test_a_step_is_saved_before_its_evaluation(tmp_path, monkeypatch, fake_step)
     def taken_away(*_):
         raise KeyboardInterrupt
 
-    before = loop.evaluate_state
     monkeypatch.setattr(loop, "evaluate_state", taken_away)
     with pytest.raises(KeyboardInterrupt):
         run.run(config, tmp_path)
-    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
-    better = lambda *_: before() | {"eval/top1": next(top1)}  # noqa: E731
-    monkeypatch.setattr(loop, "evaluate_state", better)
+    let_evaluations_find(monkeypatch, [80.0, 50.0, 60.0])  # of steps 11, 22, 33
     summary = run.run(config, tmp_path)
     assert summary["parts"]["plain"]["best_top1"] == 80
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
@@ -298,10 +309,7 @@ def test_a_run_killed_before_an_evaluation_reached_its_checkpoint_adds_it(
 ):
     """The metrics of a checkpoint are written by the next save, those of the log at once."""
     config = small_config(parts=("plain",), eval_every=1.0, checkpoint__every=1.0)
-    top1 = iter([80.0, 50.0, 60.0])  # of steps 11, 22, 33
-    found = lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0}  # noqa: E731
-    monkeypatch.setattr(loop, "evaluate_state", found)
-
+    let_evaluations_find(monkeypatch, [80.0, 50.0, 60.0])  # of steps 11, 22, 33
     write = loop.MetricsWriter.write
 
     def write_and_die(writer, step, record):
@@ -324,12 +332,7 @@ def test_a_run_killed_before_an_evaluation_reached_its_checkpoint_adds_it(
 def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatch, fake_step):
     """Though it came where no checkpoint was due."""
     config = small_config(parts=("plain",), eval_every=0.25, checkpoint__every=9.0)
-    top1 = iter([20.0, 50.0, 80.0, 70.0, *[60.0] * 20])
-    monkeypatch.setattr(
-        loop,
-        "evaluate_state",
-        lambda *_: {"eval/top1": next(top1), "eval/top5": 0.0, "eval/loss": 1.0},
-    )
+    let_evaluations_find(monkeypatch, [20.0, 50.0, 80.0, 70.0, *[60.0] * 20])
     summary = run.run(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
     assert summary["parts"]["plain"]["best_top1"] == 80
@@ -338,9 +341,10 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path, monkeypatc
 
 
 def test_checkpoints_by_time(tmp_path, fake_step):
-    config = small_config(parts=("plain",), target__epochs=1.0, eval_every=99.0)
+    config = small_config(parts=("plain",), target__epochs=0.5, eval_every=99.0)
+    config.target.schedule.warmup_epochs = 0.0
     config.checkpoint.update({"every": 99.0, "minutes": 1e-9, "keep": 99})
     run.run(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "plain", read_only=True)
-    assert checkpoints.steps() == list(range(1, 12))
+    assert checkpoints.steps() == list(range(1, 7))
     checkpoints.close()

@@ -61,26 +61,33 @@ def test_gsm(name, x64):
     rate, momentum, decay, vector_decay, keep, nesterov = golden["hyper"]
     assert vector_decay == 0
     params = {n: jnp.asarray(a) for n, a in section(golden, "init/").items() if "running" not in n}
+    gsm = scale_by_gsm(keep)
     tx = optax.chain(
-        scale_by_gsm(keep),
+        gsm,
         optax.add_decayed_weights(decay, kernels),
         optax.sgd(rate, momentum, bool(nesterov)),
     )
-    state = tx.init(params)
+
+    @jax.jit
+    def step(grads, state, params):
+        passed, _ = gsm.update(grads, optax.EmptyState(), params)
+        updates, state = tx.update(grads, state, params)
+        return passed, optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
     for i in range(6):
         grads = {n: jnp.asarray(golden[f"step{i}/grad/{n}"]) for n in params}
-        passed, _ = jax.jit(scale_by_gsm(keep).update)(grads, optax.EmptyState(), params)
-        updates, state = jax.jit(tx.update)(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        passed, params, state = step(grads, state, params)
         for n, param in params.items():
             np.testing.assert_allclose(param, golden[f"step{i}/param/{n}"], rtol=1e-12)
             np.testing.assert_allclose(
                 optax.tree.get(state, "trace")[n], golden[f"step{i}/momentum/{n}"], rtol=1e-12
             )
             if param.ndim >= 2:
-                np.testing.assert_array_equal(passed[n] != 0, golden[f"step{i}/mask/{n}"])
+                mask = np.asarray(passed[n]) != 0
+                np.testing.assert_array_equal(mask, golden[f"step{i}/mask/{n}"])
     for share in (0.2, 0.1):
-        masks = magnitude_masks(params, share)
+        masks = jax.jit(lambda params, share=share: magnitude_masks(params, share))(params)
         for n, mask in section(golden, f"prune{share}/mask/").items():
             np.testing.assert_array_equal(masks[n], mask)
 
@@ -106,12 +113,16 @@ def test_csgd(x64):
         optax.add_decayed_weights(decay, kernels),
         optax.sgd(rate, momentum, bool(nesterov)),
     )
-    state = tx.init(params)
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, doubled_biases(updates)), state
+
+    state = jax.jit(tx.init)(params)
     for i in range(5):
         grads = to_paths(section(golden, f"step{i}/grad/"), params)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, doubled_biases(updates))
+        params, state = step(grads, state, params)
         expected = section(golden, f"step{i}/param/")
         assert len(expected) == (len(jax.tree.leaves(params)) if i in (0, 4) else 0)
         for path, param in by_path(params).items() if expected else ():
@@ -124,9 +135,15 @@ def test_csgd_surgery(x64):
     model = load(nnx.eval_shape(CifarResNet), section(golden, "before/"))
     model.eval()
     images = nhwc(golden["input"])
-    merged = merge_clusters(model, cifar_resnet_channels(), csgd_clusters(golden))
+    clusters = csgd_clusters(golden)
+
+    @nnx.jit
+    def both(model):
+        merged = merge_clusters(model, cifar_resnet_channels(), clusters)
+        return merged, model(images), merged(images)
+
+    merged, before, after = both(model)
     assert_network(merged, section(golden, "after/"), rtol=1e-12)
-    before, after = jax.jit(lambda images: (model(images), merged(images)))(images)
     np.testing.assert_allclose(before, golden["output_before"], rtol=1e-10)
     np.testing.assert_allclose(after, golden["output_after"], rtol=1e-10)
     np.testing.assert_allclose(after, before, rtol=1e-10)
@@ -173,18 +190,22 @@ def test_resrep(x64):
     )
     params = resrep_params(golden, "step0/grad/")
     params = {path: resrep_params(golden, "init/")[path] for path in params}
-    state = tx.init(params)
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, doubled_biases(updates)), state
+
+    state = jax.jit(tx.init)(params)
     order = {path: i for i, path in enumerate(conv_paths())}
     for i in range(8):
         grads = resrep_params(golden, f"step{i}/grad/")
-        grads |= {path: jnp.zeros_like(params[path]) for path in params.keys() - grads.keys()}
-        updates, state = update(grads, state, params)
+        grads |= {path: np.zeros_like(params[path]) for path in params.keys() - grads.keys()}
+        params, state = step(grads, state, params)
         for name in targets:
             (conv,) = groups[name].layers
             mask = golden[f"step{i}/mask/{order[conv]}"]
             np.testing.assert_array_equal(state[0].masks[name], mask, err_msg=f"{i} {name}")
-        params = optax.apply_updates(params, doubled_biases(updates))
         for path, expected in resrep_params(golden, f"step{i}/param/").items():
             np.testing.assert_allclose(params[path], expected, rtol=1e-9, err_msg=path)
 
@@ -277,14 +298,19 @@ def test_aofp_surgery(x64):
     model = load(nnx.eval_shape(Sequential), without_base_path(section(golden, "before/")))
     model.eval()
     masks = section(golden, "base_mask/")
-    small = prune_filters(model, sequential_channels(), masks)
-    assert_network(small, section(golden, "after/"), rtol=1e-12)
     images = nhwc(golden["input"])
-    np.testing.assert_allclose(small(images), golden["output_after"], rtol=1e-10)
     search = Aofp(sequential_channels(), {"0": Follower("c1/conv")}, steps=1, threshold=1.0)
     state = search.init(model)._replace(base_masks={n: jnp.asarray(m) for n, m in masks.items()})
     followers = {"0": Follower("c1/conv"), "1": Follower("c2/conv")}
     search = dataclasses.replace(search, followers=followers)
     state = state._replace(score_masks=state.base_masks)
-    outputs, _ = search.forward(state, model, images)
-    np.testing.assert_allclose(outputs, golden["output_before"], rtol=1e-10)
+
+    @nnx.jit
+    def both(model):
+        small = prune_filters(model, sequential_channels(), masks)
+        return small, search.forward(state, model, images)[0], small(images)
+
+    small, before, after = both(model)
+    assert_network(small, section(golden, "after/"), rtol=1e-12)
+    np.testing.assert_allclose(before, golden["output_before"], rtol=1e-10)
+    np.testing.assert_allclose(after, golden["output_after"], rtol=1e-10)

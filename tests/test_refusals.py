@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -210,18 +211,25 @@ class Started(Exception):
     """Raised instead of training."""
 
 
-@pytest.fixture
-def begun(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def first_begun(tmp_path_factory):
     """The working directory of a run that stopped where its training would begin."""
 
     def start(*_):
         raise Started
 
-    with monkeypatch.context() as patch:
+    workdir = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "train", start)
         with pytest.raises(Started):
-            run.run(small_config(), tmp_path)
-    return tmp_path
+            run.run(small_config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def begun(first_begun, tmp_path):
+    """A copy of it for each test."""
+    return shutil.copytree(first_begun, tmp_path / "begun")
 
 
 @pytest.mark.parametrize(

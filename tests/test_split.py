@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from family_networks import drawn
 from flax import nnx
 from test_branches import every_branch, normal
 from test_reparameterization import BLOCKS, SCALES, SHAPES, merged
@@ -26,14 +27,25 @@ from repopt_jax.models import search_layers
 pytestmark = pytest.mark.slow
 
 
+def split_and_merged(block, kernel, scales):
+    """The weights and their sum, by one program."""
+
+    @jax.jit
+    def run(kernel, scales):
+        weights = split_kernel(block, kernel, scales)
+        return weights, merge(block, weights, scales, kernel.shape)
+
+    return run(kernel, scales)
+
+
 @every_branch
 def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x64, strict):
     block = {"first": branch, "full": Full()}
     scales = {name: normal(seed, shape[-1:]) for seed, name in enumerate(block)}
     kernel = normal(5, shape)
-    weights = split_kernel(block, kernel, scales)
-    np.testing.assert_allclose(merge(block, weights, scales, shape), kernel, rtol=0, atol=1e-10)
-    assert abs(weights["first"]).max() > 1e-3  # it takes its share
+    weights, found = split_and_merged(block, kernel, scales)
+    np.testing.assert_allclose(found, kernel, rtol=0, atol=1e-10)
+    assert np.abs(weights["first"]).max() > 1e-3  # it takes its share
 
 
 SLOW = {"full": Full(), "frozen": FrozenPointwise(8), "pooled": PooledPointwise()}
@@ -45,8 +57,8 @@ def test_a_large_kernel_splits_to_the_last_digits_of_float32(least):
     shape, rng = (3, 3, 16, 32), np.random.default_rng(0)
     scales = {n: jnp.asarray(np.geomspace(least, 2.0, 32), jnp.float32) for n in SLOW}
     kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    weights = split_kernel(SLOW, kernel, scales)
-    np.testing.assert_allclose(merge(SLOW, weights, scales, shape), kernel, rtol=0, atol=1e-5)
+    _, found = split_and_merged(SLOW, kernel, scales)
+    np.testing.assert_allclose(found, kernel, rtol=0, atol=1e-5)
 
 
 def test_a_split_is_the_smallest_one(x64):
@@ -55,9 +67,10 @@ def test_a_split_is_the_smallest_one(x64):
     kernel = normal(5, shape)
     zeros = {name: jnp.zeros(branch.weight_shape(shape)) for name, branch in SLOW.items()}
     flat, unflatten = jax.flatten_util.ravel_pytree(zeros)
-    merging = jax.jacobian(lambda w: merge(SLOW, unflatten(w), scales, shape).ravel())(flat)
-    smallest = unflatten(jnp.linalg.pinv(merging) @ kernel.ravel())
-    assert_close(split_kernel(SLOW, kernel, scales), smallest, 1e-9)
+    jacobian = jax.jit(jax.jacobian(lambda w: merge(SLOW, unflatten(w), scales, shape).ravel()))
+    smallest = unflatten(jnp.asarray(np.linalg.pinv(jacobian(flat)) @ np.ravel(kernel)))
+    weights, _ = split_and_merged(SLOW, kernel, scales)
+    assert_close(weights, smallest, 1e-9)
 
 
 def test_what_no_branch_reaches_is_left_out_of_a_split(x64, strict):
@@ -94,7 +107,7 @@ def steps(tx, params, view=lambda p: p, count=10):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     for i in range(count):
         params, state = step(params, state, float(i))
     return view(params)
@@ -108,28 +121,31 @@ def assert_close(found, expected, atol=1e-12):
 def test_a_trained_network_goes_on_as_the_branches_of_its_kernels(optimizer, x64):
     """Ten steps in float64 equal ten of the branches, trained by hand from the same weights."""
     params = trained()
-    branches = {
-        path: {"branch_weights": split_kernel(block, params[path]["kernel"], SCALES[path])}
-        for path, block in BLOCKS.items()
-    }
+
+    @jax.jit
+    def split(params):
+        return {
+            path: {"branch_weights": split_kernel(block, params[path]["kernel"], SCALES[path])}
+            for path, block in BLOCKS.items()
+        }
+
+    branches = split(params)
     branches["conv"]["bias"] = params["conv"]["bias"]
     assert_close(merged(branches), params)
     found = steps(reparameterize(optimizer, BLOCKS, SCALES), params)
     assert_close(found, steps(optimizer, branches, merged))
-    moves = jax.tree.map(lambda a, b: abs(a - b).max(), found, params)
+    moves = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), found, params)
     assert min(jax.tree.leaves(moves)) > 1e-4
 
 
 def test_the_first_kernel_of_the_branches_is_the_trained_one(x64):
     params = trained()
     tx = reparameterize(optax.sgd(0.0), BLOCKS, SCALES)
-    updates, state = tx.update(params, tx.init(params), params)
-    assert_close(updates, jax.tree.map(jnp.zeros_like, params))
-    kernels = {
-        p: {"kernel": merge(b, state.weights[p], SCALES[p], SHAPES[p])} for p, b in BLOCKS.items()
-    }
-    kernels["conv"]["bias"] = params["conv"]["bias"]
-    assert_close(kernels, params)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert_close(updates, jax.tree.map(np.zeros_like, params))
+    branches = {path: {"branch_weights": state.weights[path]} for path in BLOCKS}
+    branches["conv"]["bias"] = params["conv"]["bias"]
+    assert_close(merged(branches), params)
 
 
 class Net(nnx.Module):
@@ -155,18 +171,25 @@ NET_BLOCKS = {
 @pytest.mark.parametrize("kind", ["hs", "csla"])
 @pytest.mark.parametrize("given", [False, True], ids=["initial scales", "given scales"])
 def test_a_search_that_keeps_kernels_starts_at_the_logits_of_the_trained_network(kind, given, x64):
-    model, images = Net(nnx.Rngs(0)), normal(0, (2, 8, 8, 3))
+    model, images = drawn(nnx.eval_shape(lambda: Net(nnx.Rngs(0)))), normal(0, (2, 8, 8, 3))
     scales = {p: {n: normal(3, (4,)) for n in b} for p, b in NET_BLOCKS.items()} if given else None
-    search = search_network(model, NET_BLOCKS, kind=kind, scales=scales, keep_kernels=True)
-    np.testing.assert_allclose(search(images), model(images), rtol=0, atol=1e-12)
-    found = search_layers(search)
-    assert sorted(found) == sorted(NET_BLOCKS)
-    assert all(abs(w[...]).max() > 1e-3 for x in found.values() for w in x.branch_weights.values())
+
+    @nnx.jit
+    def searched(model):
+        search = search_network(model, NET_BLOCKS, kind=kind, scales=scales, keep_kernels=True)
+        return search, search(images), model(images)
+
+    search, found, expected = searched(model)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    layers = search_layers(search)
+    assert sorted(layers) == sorted(NET_BLOCKS)
+    weights = [w[...] for layer in layers.values() for w in layer.branch_weights.values()]
+    assert all(np.abs(w).max() > 1e-3 for w in weights)
 
 
 def test_a_search_draws_or_keeps_kernels(x64):
     with pytest.raises(ValueError, match=r"rngs .* keep_kernels"):
-        search_network(Net(nnx.Rngs(0)), NET_BLOCKS)
+        nnx.eval_shape(lambda: search_network(Net(nnx.Rngs(0)), NET_BLOCKS))
 
 
 @pytest.mark.parametrize("value", [1.0, np.nan], ids=["out of reach", "not a number"])
@@ -177,7 +200,7 @@ def test_a_kernel_that_is_no_sum_of_its_branches_is_not_split(value):
     scales = {"conv": {name: jnp.ones(2) for name in block}}
     with pytest.raises(ValueError, match=r"'conv'.*weights"):
         reparameterize(optax.sgd(0.1), {"conv": block}, scales).init(params)
-    model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)))
-    model.layers[0].kernel[...] = params["conv"]["kernel"]
+    start = nnx.initializers.constant(value)
+    model = nnx.Sequential(nnx.Conv(2, 2, (3, 3), kernel_init=start, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"'layers/0'.*weights"):
         search_network(model, {"layers/0": block}, keep_kernels=True)

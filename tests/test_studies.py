@@ -98,7 +98,7 @@ def two_networks(monkeypatch):
 
         def tiny_configuration(*arguments):
             config = configured(*arguments)
-            config.model.num_blocks = TINY["num_blocks"]
+            config.model.update(TINY)
             config.parts = ("repvgg", "plain")
             return config
 
@@ -165,6 +165,14 @@ def test_the_benchmark_of_the_step_tells_what_multipliers_cost(monkeypatch, tmp_
 
 @pytest.mark.slow
 def test_the_script_for_an_accelerator_has_a_row_of_each_kind(monkeypatch, tmp_path):
+    """And times the trainer on a small set in all ways, here in two rounds."""
+    rates_of, timed = small_set.small_set_rates, []
+
+    def in_two_rounds(**sizes):
+        timed.append(rates_of(**sizes, rounds=2))
+        return timed[-1]
+
+    monkeypatch.setattr(small_set, "small_set_rates", in_two_rounds)
     folder = accelerator.write_noise(tmp_path / "images", 8)
     flags = ("--quick", "--minutes=20", f"--folder={folder}")
     found = measured(monkeypatch, tmp_path, accelerator, *flags)
@@ -173,6 +181,9 @@ def test_the_script_for_an_accelerator_has_a_row_of_each_kind(monkeypatch, tmp_p
         "randaugment", "steps", "batch_norm", "training", "input", "small_set"
     }  # fmt: skip
     assert found["real_images"] and rows["training"]["share"] > 0
+    (rates,) = timed
+    assert rates.keys() == small_set.WAYS.keys()
+    assert all(len(found) == 2 and min(found) > 0 for found in rates.values())
 
 
 def test_rows_that_the_file_holds_are_not_measured_again(monkeypatch, tmp_path):
@@ -224,11 +235,3 @@ def test_the_benchmark_of_the_pipeline_has_every_variant(monkeypatch, tmp_path, 
     for augment in ("weak", "raug15"):
         for how in ("antialiased", "fast"):
             assert {(augment, f"{a}, {how}") for a in ("bare loop", "train_batches")} <= variants
-
-
-@pytest.mark.slow
-def test_the_trainer_on_a_small_set_is_timed_in_all_ways(monkeypatch):
-    monkeypatch.setattr(small_set, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
-    rates = small_set.small_set_rates(images=64, batch_size=16, epochs=2, rounds=2, **TINY)
-    assert rates.keys() == small_set.WAYS.keys()
-    assert all(len(found) == 2 and min(found) > 0 for found in rates.values())

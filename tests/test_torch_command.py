@@ -23,20 +23,16 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "convert_torch_scales.py"
 
 
 def test_command_converts_released_scales(official_scales, tmp_path, capsys):
-    """As a program of its own, which also tells its status."""
+    """Refused as a program of its own, which also tells its status."""
     source, target = official_scales / "RepOpt-VGG-B1-scales.pth", tmp_path / "b1.safetensors"
-
-    def run():
-        command = [sys.executable, SCRIPT, source, target]
-        return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent)
-
-    done = run()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("RepOpt-VGG-B1, 28 blocks")
-    assert f"--config.scales={target}" in done.stdout
+    assert main([str(source), str(target)]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("RepOpt-VGG-B1, 28 blocks") and said.err == ""
+    assert f"--config.scales={target}" in said.out
     assert_same(repopt_jax.load_scales(target).flat(), repopt_jax.load_scales(source).flat())
-    again = run()
-    assert again.returncode == 1
+    command = [sys.executable, SCRIPT, source, target]
+    again = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr.endswith(f"target must not exist unless --force is given, got {target}\n")
     assert main(["--to-torch", str(target), str(tmp_path / "back.safetensors")]) == 0
     assert main(["--force", str(source), str(target)]) == 0

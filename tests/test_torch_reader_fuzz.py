@@ -4,6 +4,7 @@ Sound torch files are damaged at random, and every one is read, with the state d
 """
 
 import collections
+import contextlib
 import faulthandler
 import functools
 import io
@@ -114,7 +115,7 @@ def _forge_directory(rng: random.Random, data: bytearray) -> bytearray:
             (b"PK\3\4", [(6, 2), (8, 2), (18, 4), (22, 4), (26, 2), (28, 2)]),
         ]
     )
-    places = [at for at in range(len(data) - 46) if data[at : at + 4] == magic]
+    places = [found.start() for found in re.finditer(re.escape(magic), data[:-43])]
     if places:
         offset, size = rng.choice(fields)
         at = rng.choice(places) + offset
@@ -256,18 +257,36 @@ _PIECES = [
 ]
 
 
+class Growing(io.BytesIO):
+    """A pickle that gets its next piece once its reader has carried out all that there is.
+
+    Attributes:
+      pieces: those that are still to come, the next one last.
+      done: the beginning that the reader has carried out.
+    """
+
+    def __init__(self, done: bytes, pieces: list[bytes]):
+        super().__init__(done)
+        self.pieces = pieces
+
+    def read(self, count: int | None = -1) -> bytes:
+        at = self.tell()
+        if at == self.seek(0, io.SEEK_END):
+            self.done = self.getvalue()
+            self.write(self.pieces.pop() if self.pieces else b"N.")
+        self.seek(at)
+        return super().read(count)
+
+
 def grown_pickle(rng: random.Random) -> bytes:
     """The beginning of a pickle, of instructions that the reader carries out."""
+    pieces = [rng.choice(_PIECES) for _ in range(rng.choice([20, 60, 120]))][::-1]
     grown = b"\x80\2"
-    for _ in range(rng.choice([20, 60, 120])):
-        longer = grown + rng.choice(_PIECES)
-        try:
-            storages = Storages(9999)
-            source = io.BytesIO(longer + b"N.")
-            unpickle(source, 9999, Budget(9999), storages.load, storages.functions)
-        except TorchFileError:
-            continue
-        grown = longer
+    while pieces:
+        stream, storages = Growing(grown, pieces), Storages(9999)
+        with contextlib.suppress(TorchFileError):
+            unpickle(stream, 9999, Budget(9999), storages.load, storages.functions)
+        grown = stream.done
     return grown
 
 

@@ -231,14 +231,18 @@ def fold(model: Network) -> Network:
     True
     """
     check_numbers(model)
-    folded = nnx.clone(model)
-    modules = [module for _, module in nnx.iter_modules(folded)]
-    if not any(_folded_type(module) for module in modules):
+    if not any(_folded_type(module) for _, module in nnx.iter_modules(model)):
         raise ValueError(
             f"model must have blocks to fold, got a folded {type(model).__name__}: "
             "FoldedBlock and FoldedGhost have no BatchNorm"
         )
-    nnx.update(folded, jax.tree.map(_widened, nnx.state(folded)))
+    return nnx.merge(*_fold_blocks(*nnx.split(model)))
+
+
+@jax.jit  # one program, where JAX would compile one for every operation on every shape
+def _fold_blocks(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
+    folded = nnx.merge(graphdef, jax.tree.map(_widened, state))
+    modules = [module for _, module in nnx.iter_modules(folded)]
     for module in reversed(modules):  # a block before the blocks in it
         for name, child in list(vars(module).items()):
             if new := _folded_type(child):
@@ -246,7 +250,7 @@ def fold(model: Network) -> Network:
             elif isinstance(child, nnx.Conv) and hasattr(module, PAIRS.get(name, "")):
                 setattr(module, name, _folded(*pair(child, getattr(module, PAIRS[name]))))
                 setattr(module, PAIRS[name], nnx.static(jax.nn.identity))
-    return folded
+    return nnx.split(folded)
 
 
 def _folded_type(module: Any) -> type | None:

@@ -93,7 +93,8 @@ def draw_bias(layer: nnx.Conv | nnx.ConvTranspose | nnx.Linear, rngs: nnx.Rngs) 
     """Give the bias the bounds of the kernel; its own shape does not know the fan-in."""
     bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
     shape, dtype = layer.bias.shape, layer.bias.dtype
-    layer.bias[...] = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+    # `layer.bias[...] = ` would ask a traced array for its sharding, which takes long to refuse.
+    layer.bias.set_value(jax.random.uniform(rngs.params(), shape, dtype, -bound, bound))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -244,7 +245,7 @@ class BatchNorm(nnx.Module):
 
     def _track(self, running: nnx.Variable, statistic: Array) -> None:
         new = statistic.reshape(-1, statistic.shape[-1]).mean(0).astype(running.dtype)
-        # `running[...] = ` would ask a traced array for its sharding, which takes long to refuse.
+        # Not by `running[...] = `, as in `draw_bias`.
         running.set_value((1 - self.momentum) * running[...] + self.momentum * new)
 
 

@@ -34,6 +34,7 @@ from repopt_jax.training.checkpoint_directory import (
 )
 from repopt_jax.training.manifests import (
     Damaged,
+    array_handler,
     as_example,
     as_saved,
     current_name,
@@ -100,6 +101,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "data", "manifest"),
+            item_handlers={"state": array_handler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,  # it calls `should_preserve`
                 cleanup_tmp_directories=not read_only,  # what a killed save left behind
@@ -166,7 +168,7 @@ class Checkpoints:
             "data_processes": len(positions),
         }
         items = {
-            "state": ocp.args.StandardSave(arrays),
+            "state": ocp.args.PyTreeSave(arrays),
             "manifest": ocp.args.JsonSave(seal(manifest)),
         }
         if positions:
@@ -304,7 +306,8 @@ class Checkpoints:
         position = None if data_iterator is None else self._position(step, manifest)
         with failure_is_damage():
             wanted = {saved_names[name]: to_read(leaf) for name, leaf in examples.items()}
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            types = ocp.checkpoint_utils.construct_restore_args(wanted)
+            items = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, types))
             saved = self._manager.restore(step, args=items)["state"]
             arrays = {name: saved[saved_names[name]] for name in examples}
             require_undamaged(manifest, arrays)

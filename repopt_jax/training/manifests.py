@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
 from repopt_jax.branches.frozen import mixed_bits
 from repopt_jax.training.processes import gathered
@@ -250,6 +251,16 @@ def in_short(error: BaseException) -> str:
     if len(line) > 300:  # Orbax repeats long paths; the reason stands at either end
         line = f"{line[:150]} ... {line[-150:]}"
     return f"{type(error).__name__}: {line}"
+
+
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's, but small arrays that all devices hold are written by one of them.
+
+    Orbax would slice every one of them between the devices, by a compiled program each.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 @functools.cache  # once
