@@ -51,11 +51,16 @@ def test_a_kernel_splits_into_weights_that_merge_to_it(branch, shape, groups, x6
 SLOW = {"full": Full(), "frozen": FrozenPointwise(8), "pooled": PooledPointwise()}
 
 
-@pytest.mark.parametrize("least", [1.0, 1e-3], ids=["scales alike", "scales apart"])
-def test_a_large_kernel_splits_to_the_last_digits_of_float32(least):
+@pytest.mark.parametrize(
+    ("least", "full"),
+    [(1.0, 1.0), (1e-3, 1.0), (1.0, 1e-3)],
+    ids=["scales alike", "scales apart", "a small full branch"],
+)
+def test_a_large_kernel_splits_to_the_last_digits_of_float32(least, full):
     """What the iterations for branches that are no placements leave is a full branch's."""
     shape, rng = (3, 3, 16, 32), np.random.default_rng(0)
-    scales = {n: jnp.asarray(np.geomspace(least, 2.0, 32), jnp.float32) for n in SLOW}
+    channels = np.geomspace(least, 2.0, 32, dtype=np.float32)
+    scales = {name: jnp.asarray(channels * (full if name == "full" else 1)) for name in SLOW}
     kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
     _, found = split_and_merged(SLOW, kernel, scales)
     np.testing.assert_allclose(found, kernel, rtol=0, atol=1e-5)
