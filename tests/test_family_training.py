@@ -55,7 +55,7 @@ def test_gr_follows_the_branches(name, x64):
     plain, csla, scales = started(SIZES[name])
     fewest = min(map(len, plain.blocks().values()))
     assert fewest > 1 or SIZES[name]["name"] == "MobileOne"
-    images = jnp.asarray(np.random.default_rng(2).normal(size=(3, 2, 32, 32, 3)))
+    images = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 32, 32, 3)))
 
     def loss(network, batch):
         return sum(jnp.square(y - 1).mean() for y in jax.tree.leaves(network(batch)))
