@@ -122,30 +122,13 @@ def check_the_survivor(status, other, said, seconds):
     assert "Traceback" not in said
 
 
-NO_STEP = """
-import jax.numpy as jnp
-from repopt_jax.training import command_line, inputs
-def step(graphdef, tx, options, state, batch):
-    return state._replace(step=state.step + 1), {"loss": jnp.ones(())}
-inputs.jitted_train_step = step
-command_line.main()
-"""
-
-
 @pytest.mark.slow
-def test_a_killed_process_ends_the_training_of_the_first_with_a_sentence(tmp_path, monkeypatch):
-    """The loop as it is, but for the program of a step, which takes seconds to compile."""
-
-    def command(workdir, *flags):
-        return [sys.executable, "-c", NO_STEP, *real(workdir, *flags)[2:]]
-
-    real = small_run.command
-    monkeypatch.setitem(small_run.SETTINGS, "parts", ("plain",))
-    monkeypatch.setitem(small_run.SETTINGS, "target.epochs", 99.0)
-    monkeypatch.setattr(small_run, "command", command)
-    workdir = tmp_path / "run"
-    both = start_joined(workdir, env=environment(tmp_path))
-    check_the_survivor(*kill_one(both, 1, workdir, lines=3, delay=0.0))
+def test_a_killed_process_ends_the_training_of_the_first_with_a_sentence(
+    story, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(small_run.SETTINGS, "parts", ("search",))
+    both = start_joined(tmp_path, *FLAGS, env=environment(story["together"].parent))
+    check_the_survivor(*kill_one(both, 1, tmp_path, lines=3, delay=0.0))
 
 
 COLLECTIVES = """

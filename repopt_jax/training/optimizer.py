@@ -177,4 +177,4 @@ def make_schedule(
         ramp = start + (base - start) * (t.astype(float) / max(warmup, 1))
         return jnp.where(t < warmup, ramp, rate)
 
-    return jax.jit(schedule)
+    return jax.jit(schedule)  # or each report would run it operation by operation
