@@ -11,7 +11,7 @@ from flax import nnx
 from small_run import small_config
 
 from repopt_jax.files import load_scales
-from repopt_jax.training import run
+from repopt_jax.training import parts, run
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.config import PARTS
 from repopt_jax.training.devices import make_mesh
@@ -76,6 +76,25 @@ def test_a_save_slices_no_small_array(finished):
     *_, messages = finished
     assert compiled(messages, "fingerprint") > 0
     assert compiled(messages, "slice") == 0
+
+
+def test_each_part_is_prepared_once_and_their_data_loaded_once(tmp_path, monkeypatch):
+    """Before any of them trains."""
+    calls = []
+
+    def counted(name, function):
+        return lambda *given, **options: calls.append(name) or function(*given, **options)
+
+    def end(*_):
+        raise KeyboardInterrupt
+
+    load = counted("load", parts.data_lib.load_dataset)
+    monkeypatch.setattr(parts.data_lib, "load_dataset", load)
+    monkeypatch.setattr(parts, "prepare", counted("prepare", parts.prepare))
+    monkeypatch.setattr(run, "train", end)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(small_config(), tmp_path)
+    assert sorted(calls) == ["load", "prepare", "prepare"]
 
 
 def test_evaluation_counts_every_image_exactly_once(finished):
