@@ -65,6 +65,8 @@ def prepare(
         raise ValueError(f"max_side must be None or at least 1, got {max_side}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be None or at least 0, got {workers}")
+    if not source.is_dir():
+        raise FileNotFoundError(f"source must be an existing folder, got {str(source)!r}")
     if (source / TRAIN).is_file():
         class_names, splits = open_tar_files(source)
     else:
