@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from family_networks import begun
-from flax import nnx
 from test_deploy_quantization import DIGITS, LAYERS, float_graph, relative_error, values
 
 from repopt_jax.deploy import fold
@@ -29,7 +28,7 @@ def graph():
 def ghost_graph():
     """Its bottlenecks end in an Add, of a shortcut of convolutions or of their input."""
     model = begun(unfilled_model(name="RepOpt-GhostNet", width=0.1, num_classes=10))
-    return onnx_model(nnx.jit(fold)(model), Preprocessing(32, 32), name="ghost")
+    return onnx_model(fold(model), Preprocessing(32, 32), name="ghost")
 
 
 def problems(model):
