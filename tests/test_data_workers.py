@@ -177,6 +177,18 @@ def test_signals_to_a_whole_terminal_leave_workers_to_their_parent(folder):
     assert len(list(batches)) == 11
 
 
+def test_signals_to_a_whole_terminal_do_not_end_workers_that_are_starting(folder, monkeypatch):
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    assert len(list(batches_of(folder, workers=1, num_epochs=1))) == 4
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_workers_load_no_jax_and_end_with_their_iterator(folder):
     batches = batches_of(folder, workers=2)
     next(batches)
