@@ -19,6 +19,7 @@ import simplejpeg
 from test_data_workers import wait_until_gone
 
 from repopt_jax.data import eval_batches, load_dataset, prepare
+from repopt_jax.data.decode import decode
 from repopt_jax.data.prepare import main
 from repopt_jax.data.sources import ArraySource
 
@@ -97,14 +98,17 @@ def test_an_output_in_use_is_refused(source, tmp_path):
     prepare.prepare(source, tmp_path / "ready", workers=0)
 
 
-def test_what_another_source_has_begun_is_refused(source, tmp_path, monkeypatch):
-    """Its images have the same names and classes."""
+def test_what_another_command_has_begun_is_refused(source, tmp_path, monkeypatch):
+    """Smaller images, or those of another source with the same names and classes."""
     monkeypatch.setattr(prepare, "_is_undamaged", lambda path: False)
+    arguments = {"output": tmp_path / "ready", "workers": 0}
     with pytest.raises(ValueError, match="is not what was written"):
-        prepare.prepare(source, tmp_path / "ready", workers=0)
+        prepare.prepare(source, max_side=24, **arguments)
+    with pytest.raises(ValueError, match=r"output must be new .* got '.*ready'"):
+        prepare.prepare(source, max_side=16, **arguments)
     source.rename(tmp_path / "other")
     with pytest.raises(ValueError, match=r"output must be new .* got '.*ready'"):
-        prepare.prepare(tmp_path / "other", tmp_path / "ready", workers=0)
+        prepare.prepare(tmp_path / "other", max_side=24, **arguments)
 
 
 @pytest.mark.parametrize("place", ["train/ready", "val/bee/ready", "test"])
@@ -204,6 +208,23 @@ def test_a_kill_leaves_no_process_and_is_told(source, tmp_path, killed):
         assert process.returncode == 1
         assert "a worker process has ended" in error and error.count("\n") == 1
     assert wait_until_gone(workers)
+
+
+def test_the_narrowest_image_keeps_a_pixel(source, tmp_path):
+    image = simplejpeg.encode_jpeg(np.zeros((400, 1, 3), np.uint8))
+    (source / "val" / "ant" / "0.jpg").write_bytes(image)
+    prepare.prepare(source, tmp_path / "ready", max_side=16, workers=0)
+    assert decode(load(tmp_path / "ready").eval[0]["image"]).shape == (16, 1, 3)
+
+
+def test_one_image_can_be_read_without_its_neighbours(source, tmp_path):
+    """Training reads them in random order."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    prepare.prepare(source, tmp_path / "ready", workers=0)
+    reader = ArrayRecordReader(str(tmp_path / "ready" / "train-00000-of-00003.array_record"))
+    assert "group_size:1," in reader.writer_options_string()
+    reader.close()
 
 
 def children(pid):
