@@ -75,12 +75,12 @@ def test_a_full_disk_ends_any_note_in_a_sentence_and_the_command_goes_on(
 
 
 def test_a_full_disk_ends_a_file_of_images_in_a_sentence(source, tmp_path, capsys):
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         assert main([str(source), str(tmp_path / "ready"), "--workers=0"]) == 2
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert "train-00000-of-00003.array_record cannot be written" in error
     assert error.count("\n") == 1

@@ -1,11 +1,14 @@
 """When images are made, by whom, and what share of the time the device waits for them."""
 
+import itertools
 import subprocess
+import time
 import types
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from small_run import small_config
 
 from repopt_jax.data import Dataset
@@ -199,6 +202,31 @@ def test_first_batches_are_made_while_the_network_is_compiled(tmp_path, fake_ste
     events.clear()
     loop.train(part, tmp_path)
     assert events == ["init", "restore", "start"]
+
+
+def test_images_that_are_bad_while_the_network_is_compiled_are_in_the_log(
+    tmp_path, fake_step, monkeypatch
+):
+    for split, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{i}.png")
+    (tmp_path / "train" / "a" / "3.png").write_bytes(b"no image")
+    changes = {"name": "folder", "data_dir": str(tmp_path), "image_size": 8, "skip_bad": True}
+    changes = {f"target__data__{key}": value for key, value in changes.items()}
+    part = part_of(target__batch_size=16, target__bn_group=2, target__epochs=1.0, **changes)
+    init = Part.init
+
+    def slow(part):
+        deadline = time.monotonic() + 60
+        while not part.dataset.bad_images and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return init(part)
+
+    monkeypatch.setattr(Part, "init", slow)
+    loop.train(part, tmp_path / "run")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("skipping") == log.count("a/3.png") == 1
 
 
 def test_evaluations_share_their_worker_processes(monkeypatch):
