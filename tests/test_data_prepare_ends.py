@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import simplejpeg
+import tqdm
 from test_data_workers import wait_until_gone
 
 from repopt_jax.data import eval_batches, load_dataset, prepare
@@ -168,6 +169,42 @@ def test_a_prepared_file_that_is_lost_or_damaged_is_named(source, tmp_path, dama
     damage(tmp_path / "ready" / "train-00001-of-00003.array_record")
     with pytest.raises(OSError, match=r"the data set in .*ready cannot be read: "):
         load(tmp_path / "ready")
+
+
+def test_all_images_count_as_progress(source, tmp_path, monkeypatch):
+    """Those of files that are there already too, so that the end is all of them."""
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(prepare, "_is_undamaged", lambda path: False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not what was written"):
+            prepare.prepare(source, tmp_path / "ready", workers=0)
+    assert set(bars) == {(10, 10)}
+
+
+def test_a_worker_per_core_prepares(monkeypatch):
+    counts = []
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, count, *_, **__):
+            counts.append(count)
+            super().__init__(1)
+
+    monkeypatch.setattr(prepare, "usable_cores", lambda: 7)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    for workers in (None, 2):
+        with prepare._mapping(workers, ()):
+            pass
+    assert counts == [7, 2]
 
 
 def test_ctrl_c_reaches_no_process_of_the_command():
