@@ -264,6 +264,15 @@ def test_one_image_can_be_read_without_its_neighbours(source, tmp_path):
     reader.close()
 
 
+def test_a_worker_that_ends_while_others_start_is_told(source, tmp_path, monkeypatch, capsys):
+    def submit(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submit)
+    assert main([str(source), str(tmp_path / "ready")]) == 1
+    assert "a worker process has ended" in capsys.readouterr().err
+
+
 def children(pid):
     """The processes that another one has started to work for it."""
     command = ["pgrep", "-P", str(pid), "-f", "spawn_main"]

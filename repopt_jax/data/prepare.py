@@ -173,8 +173,11 @@ def _mapping(workers: int | None, task: tuple) -> Iterator[Callable]:
     )
 
     def run(function, jobs):
-        with held_back([signal.SIGINT]):  # processes start here; Ctrl-C is for their parent
-            return pool.map(function, jobs)
+        try:
+            with held_back([signal.SIGINT]):  # processes start here; Ctrl-C is for their parent
+                return pool.map(function, jobs)
+        except OSError as error:  # one has ended while others were starting
+            raise concurrent.futures.BrokenExecutor(str(error)) from error
 
     try:
         yield run
