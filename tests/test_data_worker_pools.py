@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import os
+import subprocess
 
 import grain
 import numpy as np
@@ -100,6 +101,22 @@ def test_a_worker_leaves_no_file_open():
     del worker
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_a_worker_that_ends_before_it_has_its_data_set_is_told(monkeypatch):
+    """A set of a million files is more than a connection holds."""
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.kill()
+            self.wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    worker = _Worker(1)
+    with pytest.raises(OSError, match=r"a worker process .* status -9"):
+        worker.run(functools.partial(len, bytes(10**7)), ())
+    worker.stop()
 
 
 class Unsendable(Exception):

@@ -99,11 +99,13 @@ class _Worker:
         self.process: subprocess.Popen | None = None
 
     def run(self, make: Callable, arguments: tuple) -> tuple[dict[str, np.ndarray], list[str]]:
+        messages = [pickle.dumps(arguments)]
         if self.process is None:
-            self._start(make)
+            messages.insert(0, self._start(make))
         try:
-            # `send` would give its error a view of a BytesIO, which could then not be collected.
-            self._connection.send_bytes(pickle.dumps(arguments))
+            for message in messages:
+                # The error of `send` would hold a view of a BytesIO, which could not be collected.
+                self._connection.send_bytes(message)
             error, batch, bad_images = self._connection.recv()
         except (EOFError, OSError):
             raise OSError(
@@ -116,7 +118,8 @@ class _Worker:
         flat = np.frombuffer(self._memory, np.uint8, int(np.prod(shape)))
         return batch | {"image": flat.reshape(shape).copy()}, bad_images
 
-    def _start(self, make: Callable) -> None:
+    def _start(self, make: Callable) -> bytes:
+        """Start the process; the message that it expects first."""
         try:
             pickled = pickle.dumps(make)
         except Exception as error:
@@ -133,7 +136,7 @@ class _Worker:
             self.process = subprocess.Popen(command, pass_fds=fds, env=os.environ | one)
         theirs.close()
         os.close(file)
-        self._connection.send_bytes(pickled)
+        return pickled
 
     def stop(self) -> None:
         if self.process is not None:
