@@ -121,6 +121,13 @@ def test_an_output_among_the_images_is_refused_and_one_beside_them_is_not(source
     assert len(load(source).train) == len(load(source / "ready").train) == 8
 
 
+def test_an_output_whose_name_is_no_text_is_refused(source, tmp_path):
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"output must be a name in UTF-8, got '.*caf\\xe9'"):
+        prepare.prepare(source, output, workers=0)
+    assert not output.exists()
+
+
 def test_images_none_of_which_can_be_decoded_are_refused(source, tmp_path):
     for path in (source / "val").glob("*/*.jpg"):
         path.write_bytes(b"no image")

@@ -27,6 +27,7 @@ from repopt_jax.atomic_write import atomic_write
 from repopt_jax.data.decode import decode
 from repopt_jax.data.folder import open_folder
 from repopt_jax.data.records import FACTS, FORMAT_VERSION, PLAN, pack, shard_name, unpack
+from repopt_jax.data.sources import printable
 from repopt_jax.data.tar_files import TRAIN, open_tar_files
 from repopt_jax.data.workers import held_back, usable_cores
 
@@ -69,6 +70,8 @@ def prepare(
         raise ValueError(f"max_side must be None or at least 1, got {max_side}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be None or at least 0, got {workers}")
+    if printable(str(output)) != str(output):  # ArrayRecord takes no other
+        raise ValueError(f"output must be a name in UTF-8, got '{printable(str(output))}'")
     if (source / TRAIN).is_file():
         class_names, splits = open_tar_files(source)
     else:
