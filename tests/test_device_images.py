@@ -225,6 +225,14 @@ def test_both_splits_have_to_lie_on_a_device(split):
     assert "images of one size" in device_images.why_not_on_device(data, mixed)
 
 
+def test_places_in_large_sets_reach_the_devices():
+    """CIFAR has 50,000 images; the rest of a chunk is filled up."""
+    drawn = [{"index": np.arange(8) + 49_992, "draw": np.ones((8, 3), int)}]
+    placed = device_images.put_draws(make_mesh(), drawn, 2)
+    np.testing.assert_array_equal(placed["index"], [drawn[0]["index"], np.zeros(8, int)])
+    np.testing.assert_array_equal(placed["draw"][0], drawn[0]["draw"])
+
+
 def test_a_run_may_go_on_with_its_images_elsewhere(tmp_path):
     for choice in ("never", "always"):
         config = config_of(dtype="float32", target__data__on_device=choice)
