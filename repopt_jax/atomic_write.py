@@ -17,6 +17,9 @@ def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
     Args:
       path: file to write, local or ``gs://``.
 
+    Raises:
+      FileNotFoundError: there is no folder for a local `path`.
+
     >>> import os, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with atomic_write(f"{folder}/a.txt") as unfinished:
@@ -25,6 +28,8 @@ def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
     ['a.txt']
     """
     path = epath.Path(path)
+    if "://" not in str(path) and not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
     unfinished = path.parent / f".{path.stem}.unfinished{path.suffix}"
     try:
         yield unfinished

@@ -22,7 +22,8 @@ from repopt_jax.branches import (
     ROUNDING,
     Block,
     as_layout,
-    check_block,
+    branch_mult,
+    check_complete,
     check_layout,
     check_merges,
     in_auto_mode,
@@ -160,19 +161,6 @@ def _pulled_back(block: Block, weights: Mapping, scales: Mapping, gradient: Arra
     return {name: back[name].astype(w.dtype) for name, w in weights.items()}
 
 
-def _check_complete(what: str, given: Mapping[str, Mapping], blocks: Mapping[str, Block]) -> None:
-    """Refuse scales or weights that lack a branch."""
-    missing = [path for path in blocks if path not in given]
-    missing += [
-        f"{path}/{name}"
-        for path in blocks.keys() - set(missing)
-        for name, branch in blocks[path].items()
-        if name not in given[path] and (branch.scaled or what == "weights")
-    ]
-    if missing:
-        raise ValueError(f"{what} must have every branch of every block, missing: {missing}")
-
-
 def _merged(block: Block, weights: Mapping, scales: Mapping, kernel: Array) -> Array:
     """The kernel of branches, split over devices as `kernel` is."""
     merged = functools.partial(merge, block, kernel_shape=kernel.shape)
@@ -193,7 +181,9 @@ def _started(
     """Scales, weights and a sample of the kernel beside its shards, if they fit each other."""
     scales = {n: replicated_like(scales[n], kernel) for n, b in block.items() if b.scaled}
     with errors_at(f"block {path!r}"):
-        check_block(block, kernel.shape)
+        mult = branch_mult(block, scales)
+        mult.check("linear")
+        mult.check_fits(kernel.shape)
         if weights is None:
             shapes = {n: branch.weight_shape(kernel.shape) for n, branch in block.items()}
             like = {n: placed_like(jnp.zeros(shape), kernel) for n, shape in shapes.items()}
@@ -277,9 +267,9 @@ def reparameterize(
       An optax.GradientTransformationExtraArgs.
 
     Raises:
-      ValueError: here, if a block lacks scales or weights; by ``init``, if a block has no kernel,
-        does not fit it, has weights that do not merge to it, or cannot be split exactly; by
-        ``update`` without parameters.
+      ValueError: here, if `optimizer` is none, or a block lacks scales or weights; by ``init``, if
+        a block has no kernel, does not fit it, has scales of another shape or weights that do not
+        merge to it, or cannot be split exactly; by ``update`` without parameters.
 
     >>> import repopt_jax
     >>> block = {"conv3x3": repopt_jax.Full(), "conv1x1": repopt_jax.Centre(1)}
@@ -298,10 +288,12 @@ def reparameterize(
     >>> tx.init(trained).weights["conv"]["conv1x1"].item()
     -1.0
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(f"optimizer must have init and update as Optax's, got {optimizer!r}")
     check_layout(layout)
-    _check_complete("scales", scales, blocks)
+    check_complete("scales", scales, blocks)
     if weights is not None:
-        _check_complete("weights", weights, blocks)
+        check_complete("weights", weights, blocks)
         # NumPy arrays: they take no device memory, and donating the state does not delete them.
         weights = {
             path: {n: w if not is_known(w) else np.asarray(w) for n, w in weights[path].items()}

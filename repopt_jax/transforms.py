@@ -108,6 +108,8 @@ def _check_shape(mult: Array | BranchMult, shape: tuple[int, ...]) -> None:
 
 def _check_paths(given: dict[str, Any], shown: dict[str, Any]) -> None:
     """Refuse multipliers that have not the paths of the parameters; None may be a whole subtree."""
+    if given.keys() == {""} and shown and "" not in shown:
+        raise ValueError(f"grad_mults must be a tree like the parameters, got {given['']!r} alone")
     left_alone = tuple(f"{path}/" for path, mult in given.items() if mult is None)
     missing = [
         path

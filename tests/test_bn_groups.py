@@ -56,6 +56,12 @@ def test_a_bn_group_that_devices_cannot_hold_is_told_with_its_origin(begin, tmp_
         begin(8)
 
 
+def test_a_batch_that_no_run_has_is_not_blamed_on_the_one_before(begin):
+    begin(1)
+    with pytest.raises(RunStopped, match=r"batch_size .* got 0 and 1$"):
+        begin(1, target__batch_size=0)
+
+
 def test_a_large_machine_gives_no_tiny_groups_unless_they_are_asked_for(begin, tmp_path):
     """A share of 4 images on 8 devices is refused, before anything is written."""
     told = r"^target\.bn_group.*None"

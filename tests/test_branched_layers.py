@@ -38,6 +38,20 @@ def test_patterns_name_layers_and_the_first_match_counts():
         find_blocks(model, lambda path, layer: None)
 
 
+@pytest.mark.parametrize(
+    ("model", "rule", "message"),
+    [
+        (abstract(Net), "repvgg", "rule must be .* got 'repvgg'"),
+        ({"conv": {"kernel": jnp.ones((3, 3, 2, 2))}}, repvgg_branches, "model must .* got a dict"),
+        (nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0)), repvgg_branches, "model must .* got a Conv"),
+    ],
+    ids=["a name", "a dict of parameters", "a layer alone"],
+)
+def test_what_is_no_rule_or_no_network_is_refused(model, rule, message):
+    with pytest.raises(ValueError, match=message):
+        find_blocks(model, rule)
+
+
 def stacked(rngs):
     layer = nnx.Linear(2, 2, rngs=rngs)
     layer.kernel = nnx.Param(jnp.ones((3, 2, 2)))

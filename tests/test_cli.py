@@ -41,6 +41,14 @@ WRONG_FLAGS = [
     (["--config=nowhere.py", "--config.search.epochs=3"], "config must be a file that can be read"),
     ([f"--config={REPOSITORY}/configs/digits.py:x"], "get_config() takes 0 positional arguments"),
     (["--config=a.py", "--config=b.py"], "config must be given once, got --config=a.py --config=b"),
+    (
+        ["--config.parts=search", "--config.parts=('target',)"],
+        "config.parts must be given once, got --config.parts=search --config.parts=('target',)",
+    ),
+    (
+        ["--config.model.widths=(8, 8)", "--config.model.widths", "(8, 8, 8)"],  # None by default
+        "config.model.widths must be given once",
+    ),
     (["--config.target.data.name.x=1"], "the configuration has no field target.data.name.x"),
     (["--mode=sleep"], "flag --mode=sleep: value should be one of <run|eval|throughput>"),
     (["--colour=red"], "Unknown command line flag 'colour'"),

@@ -193,8 +193,8 @@ def test_schedules_and_gradient_averaging_are_linear(x64):
     assert_equivalent(target, optax.chain(plain_sgd(schedule), optax.scale(0.5)))
 
 
-def test_clipping_the_merged_gradient_breaks_the_equivalence(x64):
-    clip = optax.clip_by_global_norm(0.5)
+@pytest.mark.parametrize("clip", [optax.clip_by_global_norm(0.5), optax.clip(0.1)])
+def test_clipping_the_merged_gradient_breaks_the_equivalence(x64, clip):
     target = optax.chain(clip, repopt_sgd(RATE, mults()))
     with pytest.raises(AssertionError, match="Not equal"):
         assert_equivalent(target, optax.chain(clip, plain_sgd()))

@@ -126,6 +126,8 @@ def test_what_is_there_already_is_refused(source, tmp_path):
         prepare.prepare(source, tmp_path / "new", max_side=0)
     with pytest.raises(ValueError, match="workers must be None or at least 0, got -1"):
         prepare.prepare(source, tmp_path / "new", workers=-1)
+    with pytest.raises(FileNotFoundError, match=r"source must be an existing folder, got '.*gone'"):
+        prepare.prepare(tmp_path / "gone", tmp_path / "new")
 
 
 @pytest.mark.parametrize("damage", ["changed", "exchanged"])

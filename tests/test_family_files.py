@@ -206,8 +206,14 @@ def test_biases_that_differ_within_a_set_are_refused():
         (["backbone.ERBlock_2.0.rbr_dense.conv.weight", "backbone.stem.x"], "looks like YOLOv6"),
         (["model.11.rbr_dense.0.weight", "model.11.rbr_1x1.0.weight"], "looks like YOLOv7"),
         (["stages.0.blocks.0.large_kernel.lkb_origin.conv.weight"], "looks like RepLKNet"),
-        (["layer1.0.conv1.weight", "fc.weight"], "it is no RepOpt-VGG, .*'layer1.0.conv1.weight'"),
-        (["conv_stem.weight", "blocks.0.0.conv_dw.weight"], "it is no RepOpt-VGG, .*GhostNet"),
+        (
+            ["layer1.0.conv1.weight", "fc.weight"],
+            "it is no network of RepOpt-VGG, .*'layer1.0.conv1.weight'",
+        ),
+        (
+            ["conv_stem.weight", "blocks.0.0.conv_dw.weight"],
+            "it is no network of .*GhostNet, .*RepLKNet",
+        ),
     ],
 )
 def test_networks_that_are_not_read_are_named(names, message):

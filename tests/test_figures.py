@@ -51,6 +51,18 @@ def test_curves_are_drawn_over_epochs_with_their_best_accuracy(tmp_path, drawn):
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["RepOptimizer", "SGD"]
 
 
+def test_legends_of_curves_lie_outside_the_axes_and_leave_them_their_size(tmp_path, drawn):
+    """Inside, where curves cross all of the axes, a marker of the legend looks like a point."""
+    zigzag = [{"epoch": e, "train/loss": e % 2, "eval/top1": 100.0 * (e % 2)} for e in range(40)]
+    for count in (1, 12):
+        plot_curves(tmp_path / "curves.png", {f"run {i}": zigzag for i in range(count)})
+    for figure in drawn:
+        for ax in figure.axes[:2]:
+            area = ax.get_window_extent()
+            assert not area.overlaps(ax.get_legend().get_window_extent())
+            assert area.height > 3 * area.width / 4
+
+
 def test_curves_without_epochs_are_drawn_over_updates_and_skip_nan(tmp_path, drawn):
     run = [{"step": s, "train/loss": loss} for s, loss in [(1, 3.0), (2, float("nan")), (3, 1.0)]]
     plot_curves(tmp_path / "curves.pdf", {"run": run, "another": RUN})

@@ -289,7 +289,7 @@ def test_init_under_jit_gives_the_same_state(x64):
 def test_missing_branches_are_refused_by_name(what):
     given = {"scales": SCALES, "weights": WEIGHTS}
     given[what] = {"conv": {"conv3x3": given[what]["conv"]["conv3x3"]}}
-    missing = ["dense", "conv/conv1x1"] + ["conv/identity"] * (what == "weights")
+    missing = ["conv/conv1x1", *["conv/identity"] * (what == "weights"), "dense"]
     with pytest.raises(ValueError, match=f"{what}.*{re.escape(str(missing))}"):
         reparameterize(optax.sgd(0.1), BLOCKS, given["scales"], weights=given["weights"])
 

@@ -60,6 +60,12 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_file_without_a_folder_is_refused_by_its_own_name(tmp_path):
+    path = tmp_path / "absent" / "s.safetensors"
+    with pytest.raises(FileNotFoundError, match=rf"path must lie in .* folder, got {path}$"):
+        save_scales(path, Scales({"a": {"full": np.ones(2)}}))
+
+
 def test_check_lists_all_problems_in_one_message(model):
     vectors = {path: dict(block) for path, block in Scales.initial(model).items()}
     del vectors["stage2/1/conv"]["identity"]

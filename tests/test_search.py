@@ -16,6 +16,7 @@ from repopt_jax import (
     Identity,
     LowRank,
     Scales,
+    create_model,
     find_blocks,
     init_target,
     load_scales,
@@ -147,6 +148,23 @@ def test_unknown_kind_and_path_are_refused():
         search_network(abstract(Net), BLOCKS, kind="target", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"path.*tail"):
         search_network(abstract(Net), {"tail": FULL}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "rngs", [0, jax.random.key(0), nnx.Rngs(dropout=0)], ids=["a seed", "a key", "no params"]
+)
+def test_what_is_no_rngs_is_refused(rngs):
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    blocks = {"layers/0": FULL}
+    scales = Scales.initial(model, blocks)
+    for use in (
+        lambda: create_model("RepOpt-VGG-A0", rngs=rngs),
+        lambda: search_network(model, blocks, rngs=rngs),
+        lambda: init_target(model, scales, blocks=blocks, rngs=rngs),
+        lambda: target_network(model, scales, blocks=blocks, rngs=rngs),
+    ):
+        with pytest.raises(ValueError, match=r"rngs must draw .* got (0|a \w+)$"):
+            use()
 
 
 def test_scales_go_from_the_search_to_a_file_to_the_target(tmp_path):

@@ -116,8 +116,18 @@ def test_half_a_network_is_refused():
 def test_files_without_weights_are_refused():
     with pytest.raises(TorchFileError, match="it has no weights under any of"):
         find_weights({"epoch": 3})
-    with pytest.raises(TorchFileError, match="it has no scales"):
+    with pytest.raises(TorchFileError, match="it holds one tensor and no weights"):
+        find_weights(np.ones(2))
+    with pytest.raises(TorchFileError, match=r"it has no scales .*\)$"):
         scales_in({"linear.weight": np.ones((2, 2))})
+    with pytest.raises(TorchFileError, match="names are those of our files"):
+        scales_in({"stage0/conv/conv3x3": np.ones(2)})
+
+
+def test_scales_are_not_taken_for_weights():
+    names = official_names(repopt_jax.Scales.initial(network("target")))
+    with pytest.raises(TorchFileError, match="it holds scales alone, which `load_scales`"):
+        recognize(names)
 
 
 def test_weights_file_round_trip(tmp_path):

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_transforms import BLOCK, BLOCKS, SCALES, make_params, mults_of
 
@@ -64,6 +65,7 @@ def test_factory_refuses(mult, message):
             },
             r"'conv/kernel'\].*'big'.*\(3, 3, 2, 2\)",
         ),
+        (None, r"grad_mults must be a tree like the parameters, got None"),
     ],
 )  # fmt: skip
 def test_init_refuses(mults, message):
@@ -92,7 +94,7 @@ def test_adamw_refuses_multipliers_of_the_linear_rule():
     ("blocks", "scales", "message"),
     [
         ({"nope": BLOCK}, {"nope": SCALES["conv"]}, r"kernel.*\['nope'\]"),
-        (BLOCKS, {}, r"scales.*\['conv/conv3x3', 'conv/conv1x1'"),
+        (BLOCKS, {}, r"scales.*\['conv'\]"),
         (BLOCKS, {"conv": {"conv3x3": jnp.ones(3)}}, r"scales.*\['conv/conv1x1'\]"),
     ],
 )
@@ -104,3 +106,43 @@ def test_grad_mults_refuses(blocks, scales, message):
 def test_an_unknown_rule_is_refused_though_no_multiplier_has_one():
     with pytest.raises(ValueError, match=r"rule.*dirction"):
         by_mult({"w": jnp.ones(2)}, rule="dirction")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "message"),
+    [
+        ([BLOCKS], SCALES, r"blocks must be .* paths of layers, got a list"),
+        (BLOCKS["conv"], SCALES, r"blocks\['conv3x3'\]: block .* got a Full"),
+        ({"conv": ["conv3x3"]}, SCALES, r"blocks\['conv'\]: block .* got a list"),
+        (
+            {"conv": {"conv3x3": "Full"}},
+            SCALES,
+            r"blocks\['conv'\]: branch 'conv3x3' .* got 'Full'",
+        ),
+        (BLOCKS, "b1.safetensors", r"scales must be .* got 'b1.safetensors'"),
+        (BLOCKS, None, r"scales must be .* got None"),
+        (BLOCKS, {"conv": np.ones(2)}, r"scales\['conv'\] must be .* got a ndarray"),
+        (BLOCKS, {"conv": {"conv3x3": np.ones(2)}}, r"missing: \['conv/conv1x1'"),
+    ],
+)
+def test_blocks_and_scales_of_other_forms_are_refused(blocks, scales, message):
+    with pytest.raises(ValueError, match=message):
+        grad_mults(make_params(), blocks, scales)
+    with pytest.raises(ValueError, match=message):
+        repopt_jax.reparameterize(optax.sgd(0.1), blocks, scales)
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [(np.ones(3), r"scales .* \(2,\) .*\(3,\)"), (np.array([1.0, np.nan]), "finite.*nan")],
+)
+def test_reparameterize_refuses_scales_that_no_kernel_has(vector, message):
+    scales = {"conv": {name: vector for name in BLOCK}}
+    with pytest.raises(ValueError, match=f"block 'conv': .*{message}"):
+        repopt_jax.reparameterize(optax.sgd(0.1), BLOCKS, scales).init(make_params())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", optax.sgd], ids=["a name", "a factory"])
+def test_reparameterize_refuses_what_is_no_optimizer(optimizer):
+    with pytest.raises(ValueError, match=r"optimizer must .* got .*sgd"):
+        repopt_jax.reparameterize(optimizer, BLOCKS, SCALES)

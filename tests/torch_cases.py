@@ -242,7 +242,10 @@ def refused_cases():
     text = build.archive_of({**plain, "linear.bias": numpy_array(np.array(["a"]), name="U1")})
     yield Case(row, text, "missing linear.bias", 1)
     row = "weights of other networks"
-    for name, says in {"a.ERBlock_2.0.weight": "like YOLOv6", "fc.weight": "no RepOpt-VGG"}.items():
+    for name, says in {
+        "a.ERBlock_2.0.weight": "like YOLOv6",
+        "fc.weight": "no network of RepOpt",
+    }.items():
         yield Case(row, archive({name: np.ones((2, 2))}), says, 1)
     row = "names that cannot be printed, or too long"
     for name in ("x\x1b[31m", "a\nb", "\u202ex", "x" * 5000):
@@ -280,7 +283,9 @@ def metadata_cases():
         return Case(row, ours(**changes), says, 1, load=True)
 
     for version in ("99", "1\x1b", "null"):
-        yield case("format_version 1, got|it is no torch file|no RepOpt", format_version=version)
+        yield case(
+            "format_version 1, got|it is no torch file|no network of RepOpt", format_version=version
+        )
     for fact in ("rngs", "dtype", "param_dtype", "bn_group", "scales", "block_type", "x\x1b[31m"):
         yield case("must state its network, got|must be printable", **{fact: 3})
     for size, values in {

@@ -24,6 +24,7 @@ original sums signed scales.
 from repopt_jax.branches.blocks import (
     Block,
     check_block,
+    check_complete,
     init_weights,
     initial_scales,
     merge,
@@ -72,6 +73,7 @@ __all__ = [
     "as_layout",
     "branch_mult",
     "check_block",
+    "check_complete",
     "check_layout",
     "check_merges",
     "frozen_uniform",

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from repopt_jax.branches.branch import Branch
+from repopt_jax.messages import quote
+from repopt_jax.tree_paths import errors_at
 
 if TYPE_CHECKING:
     from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
@@ -85,6 +87,55 @@ def _why_not_linear(branch: Branch, kernel_shape: tuple[int, ...]) -> str | None
     return _untrue(branch, kernel_shape)
 
 
+def _check_branches(block: Any) -> None:
+    if not isinstance(block, Mapping):
+        raise ValueError(f"block must be branches by name, got {quote(block)}")
+    if not block:
+        raise ValueError("block must have at least one branch, got none")
+    for name, branch in block.items():
+        if not isinstance(branch, Branch):
+            raise ValueError(
+                f"branch {name!r} must be a Branch, got {branch!r}: a layer is described by the "
+                "linear map from its weight to the kernel; normalization goes after the block, "
+                "and of two layers in a row one must be frozen"
+            )
+
+
+def check_complete(argument: str, given: Any, blocks: Any) -> None:
+    """Refuse scales or weights that lack a branch, and what has another form than they have.
+
+    Args:
+      argument: "scales" or "weights"; scales may lack unscaled branches.
+      given: path of a layer -> branch name -> array.
+      blocks: path of a layer -> branch name -> branch.
+
+    >>> from repopt_jax import Full
+    >>> check_complete("scales", {"conv": {}}, {"conv": {"conv3x3": Full()}})
+    Traceback (most recent call last):
+    ValueError: scales must have every branch of every block, missing: ['conv/conv3x3']
+    """
+    for name, mapping in {"blocks": blocks, argument: given}.items():
+        if not isinstance(mapping, Mapping):
+            raise ValueError(f"{name} must be given by the paths of layers, got {quote(mapping)}")
+    missing = []
+    for path, block in blocks.items():
+        with errors_at(f"blocks[{path!r}]"):
+            _check_branches(block)
+        found = given.get(path)
+        if found is not None and not isinstance(found, Mapping):
+            raise ValueError(
+                f"{argument}[{path!r}] must be arrays by the names of branches, got {quote(found)}"
+            )
+        missing += [path] if found is None else []
+        missing += [
+            f"{path}/{name}"
+            for name, branch in block.items()
+            if found is not None and name not in found and (branch.scaled or argument == "weights")
+        ]
+    if missing:
+        raise ValueError(f"{argument} must have every branch of every block, missing: {missing}")
+
+
 def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:
     """Refuse branches that do not fit the kernel or are not linear.
 
@@ -101,15 +152,8 @@ def check_block(block: Block, kernel_shape: tuple[int, ...]) -> None:
 linear map from its weight to the kernel; normalization goes after the block, and of two layers \
 in a row one must be frozen
     """
-    if not block:
-        raise ValueError("block must have at least one branch, got none")
+    _check_branches(block)
     for name, branch in block.items():
-        if not isinstance(branch, Branch):
-            raise ValueError(
-                f"branch {name!r} must be a Branch, got {branch!r}: a layer is described by the "
-                "linear map from its weight to the kernel; normalization goes after the block, "
-                "and of two layers in a row one must be frozen"
-            )
         try:
             problem = _why_not_linear(branch, tuple(kernel_shape))
         except ValueError as error:

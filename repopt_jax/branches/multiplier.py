@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repopt_jax.branches.blocks import Block, check_block, merge, pull_back
+from repopt_jax.branches.blocks import Block, check_block, check_complete, merge, pull_back
 from repopt_jax.branches.branch import Branch, is_known, wide_type
 from repopt_jax.branches.sharding import in_auto_mode
 from repopt_jax.tree_paths import path_str
@@ -262,19 +262,10 @@ def grad_mults(
     >>> mults["conv"]["kernel"].dense((1, 1, 2, 2))[0, 0].tolist(), mults["conv"]["bias"]
     ([[1.0, 4.0], [1.0, 4.0]], None)
     """
+    check_complete("scales", scales, blocks)
     names = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    without_kernel = [path for path in blocks if f"{path}/{kernel}" not in names]
-    without_scales = [
-        f"{path}/{name}"
-        for path, block in blocks.items()
-        for name, branch in block.items()
-        if path not in scales or (branch.scaled and name not in scales[path])
-    ]
-    if without_kernel or without_scales:
-        raise ValueError(
-            f"every block needs a kernel in params, and every branch scales; without a kernel: "
-            f"{without_kernel or 'none'}, without scales: {without_scales or 'none'}"
-        )
+    if missing := [path for path in blocks if f"{path}/{kernel}" not in names]:
+        raise ValueError(f"every block needs a parameter {kernel!r} in params, missing: {missing}")
     axes = {"layout": layout, "window_rank": window_rank}
     mults = {
         f"{path}/{kernel}": dataclasses.replace(branch_mult(b, scales[path], rule), **axes)

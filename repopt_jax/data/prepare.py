@@ -62,8 +62,7 @@ def prepare(
     Raises:
       ValueError: an argument is wrong, `output` is in use or holds something else, no image of a
         split can be decoded, or the check at the end fails.
-      FileNotFoundError: the source is not there.
-      OSError: files cannot be read or written.
+      OSError: the source is not there, or files cannot be read or written.
     """
     source, output = pathlib.Path(source), pathlib.Path(output)
     if max_side is not None and max_side < 1:
@@ -72,6 +71,8 @@ def prepare(
         raise ValueError(f"workers must be None or at least 0, got {workers}")
     if printable(str(output)) != str(output):  # ArrayRecord takes no other
         raise ValueError(f"output must be a name in UTF-8, got '{printable(str(output))}'")
+    if not source.is_dir():
+        raise FileNotFoundError(f"source must be an existing folder, got {str(source)!r}")
     if (source / TRAIN).is_file():
         class_names, splits = open_tar_files(source)
     else:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from repopt_jax.branches import Block, FrozenPointwise, Identity, check_block
+from repopt_jax.messages import quote
 from repopt_jax.tree_paths import errors_at, layer_at
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
@@ -113,8 +114,8 @@ def find_blocks(
         places has one path.
 
     Raises:
-      ValueError: if no layer gets branches, a pattern matches none, or a layer is refused by
-        `check_layer`.
+      ValueError: if `model` has no layer with a kernel, no layer gets branches, a pattern matches
+        none, or a layer is refused by `check_layer`.
 
     >>> from flax import nnx
     >>> from repopt_jax import Full, repvgg_branches
@@ -125,7 +126,16 @@ def find_blocks(
     >>> list(find_blocks(model, {"layers/[01]": {"conv": Full()}}))
     ['layers/0', 'layers/1']
     """
+    if not (callable(rule) or isinstance(rule, Mapping)):
+        raise ValueError(
+            "rule must be a function, such as repopt_jax.repvgg_branches, or blocks by pattern, "
+            f"got {quote(rule)}"
+        )
     layers = _layers_with_kernel(model)
+    if not layers:
+        raise ValueError(
+            f"model must be a network of layers that have a kernel, got {quote(model)} without them"
+        )
     if isinstance(rule, Mapping):
         idle = [p for p in rule if not fnmatch.filter(layers, p)]
         if idle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,17 @@ def check_sizes(*, least: int = 1, **sizes: tuple[Sequence[int], int, int]) -> N
             some = f"{length} whole numbers" if length > 1 else "a whole number"
             shown = f"({listed(map(quote, found), ', ')})" if length > 1 else quote(found[0])
             raise ValueError(f"{name} must be {some} from {least} to {largest}, got {shown}")
+
+
+def check_rngs(rngs: Any) -> None:
+    """Refuse a seed or a key in place of Flax's generators.
+
+    >>> check_rngs(0)
+    Traceback (most recent call last):
+    ValueError: rngs must draw parameters, as nnx.Rngs(0) does, got 0
+    """
+    if not callable(getattr(rngs, "params", None)):
+        raise ValueError(f"rngs must draw parameters, as nnx.Rngs(0) does, got {quote(rngs)}")
 
 
 def bad_numbers(value: np.ndarray, *, variance: bool) -> str | None:

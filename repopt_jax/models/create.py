@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 
+from repopt_jax.models.checks import check_rngs
 from repopt_jax.models.mobileone import MOBILEONE_SIZES, MobileOne, MobileOneBlock
 from repopt_jax.models.replknet import REPLKNET_SIZES, LargeKernelBlock, RepLKNet
 from repopt_jax.models.repmlpnet import REPMLPNET_SIZES, BranchedPatchDense, RepMLPNet
@@ -120,6 +121,7 @@ def create_model(
     >>> len(model.blocks())
     22
     """
+    check_rngs(rngs)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if scales is not None and kind not in ("hs", "csla"):

@@ -28,6 +28,7 @@ from repopt_jax.branches import (
     split_kernel,
 )
 from repopt_jax.models.branched_layers import check_layers, copy_model
+from repopt_jax.models.checks import check_rngs
 from repopt_jax.scales import Scales, check_scales, frozen_seeds
 from repopt_jax.tree_paths import errors_at, layer_at
 
@@ -167,6 +168,8 @@ def search_network(
         raise ValueError(f"kind of a search network must be 'hs' or 'csla', got {kind!r}")
     if not keep_kernels and rngs is None:
         raise ValueError("rngs must be given unless keep_kernels=True, got None")
+    if rngs is not None:
+        check_rngs(rngs)
     check_layers(model, blocks)
     if scales is not None:
         check_scales(scales, model, blocks)

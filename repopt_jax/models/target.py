@@ -12,6 +12,7 @@ from flax import nnx
 
 from repopt_jax.branches import Block, BranchMult, grad_mults, init_weights, merge
 from repopt_jax.models.branched_layers import check_layers, copy_model
+from repopt_jax.models.checks import check_rngs
 from repopt_jax.reparameterization import reparameterize
 from repopt_jax.scales import blocks_of, check_scales
 from repopt_jax.tree_paths import by_path, layer_at
@@ -62,6 +63,7 @@ def _draw_kernels(
     rngs: nnx.Rngs,
 ) -> Weights:
     """Set the kernels of `model` by the Rule of Initialization; return the branches' weights."""
+    check_rngs(rngs)
     check_layers(model, blocks)
     check_scales(scales, model, blocks)
     starts = start_scales(blocks, scales, identity)

@@ -149,7 +149,8 @@ def find_weights(content: Any, key: str | None = None) -> Weights:
         if isinstance(content, Standin):
             content = state_dict(content)
         if not isinstance(content, dict):
-            raise TorchFileError(f"it holds a {type(content).__name__} and no weights")
+            found = "one tensor" if isinstance(content, np.ndarray) else quote(content)
+            raise TorchFileError(f"it holds {found} and no weights by name")
         holders = {k for k, v in content.items() if isinstance(v, dict | Standin) and v}
         inner = [k for k in WEIGHT_KEYS if k in holders]
         if wanted:

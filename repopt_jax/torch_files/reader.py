@@ -120,7 +120,9 @@ def _read_archive(stream: BinaryIO, storages: Storages, budget: Budget) -> tuple
         raise TorchFileError("its zip archive holds a record twice")
     roots = [name[:-8] for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
-        raise TorchFileError(f"it is a zip archive with {len(roots)} files data.pkl, not one")
+        raise TorchFileError(
+            f"it is a zip archive with {len(roots)} files FOLDER/data.pkl, where torch's have one"
+        )
     if f"{roots[0]}constants.pkl" in records:
         raise TorchFileError("it is a TorchScript program, not a checkpoint")
 

@@ -15,7 +15,7 @@ from repopt_jax.models.create import FAMILIES, GHOST, MOBILEONE, REPVGG, VGG
 from repopt_jax.models.repopt_ghost import ghost_width
 from repopt_jax.models.repopt_vgg import LAST_GROUPED
 from repopt_jax.torch_files.modules import OUTERMOST
-from repopt_jax.torch_files.names import OFFICIAL, Dialect, block_path, to_official
+from repopt_jax.torch_files.names import OFFICIAL, SCALES, Dialect, block_path, to_official
 from repopt_jax.torch_files.pickles import TorchFileError
 
 # Tensors of a block that have as many rows as the block has outputs, in networks of all kinds.
@@ -239,8 +239,13 @@ def _refusal(dialect: Dialect, official: Mapping[str, Any], is_ghost: bool, head
             others = [quote(name) for name in official if not name.startswith(prefix)]
             return f"it has more than the network {quote(prefix)}: {listed(others, ', ')}"
         names = ", ".join(quote(name) for name in list(official)[:3])
-        return f"it is no {VGG}, {REPVGG}, {MOBILEONE} or {GHOST}: its names are {names}, ..."
+        return f"it is no network of {listed(FAMILIES, ', ')}: its names are {names}, ..."
     missing += [head] if head not in official else []
+    scales = tuple(f".{module}.weight" for module in SCALES)
+    if all(name.endswith(scales) for name in official):
+        return (
+            "it holds scales alone, which `load_scales` and `repopt-convert` without --weights read"
+        )
     family = (GHOST if is_ghost else VGG) if dialect is OFFICIAL else dialect.family
     if missing:
         found = ", ".join(dialect.own(name).strip(".") for name in missing)

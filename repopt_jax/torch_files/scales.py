@@ -67,7 +67,11 @@ def scales_in(weights: Mapping[str, np.ndarray]) -> Scales:
         layer, branch = SCALES[match[2]]
         blocks.setdefault(f"{block_path(match[1])}/{layer}", {})[branch] = value.astype(np.float32)
     if not blocks:
-        raise TorchFileError("it has no scales (scale_conv, scale_1x1, scale_identity)")
+        ours = "; its names are those of our files, which need no conversion"
+        raise TorchFileError(
+            "it has no scales under torch's names (scale_conv, scale_1x1, scale_identity)"
+            + ours * any("/" in name for name in weights)
+        )
     for path, block in blocks.items():
         lengths = {branch: len(vector) for branch, vector in block.items()}
         if 0 in lengths.values() or len(set(lengths.values())) > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import operator
 import os
 import pathlib
 import re
@@ -16,7 +18,7 @@ PROGRAM = pathlib.Path(sys.argv[0]).name
 
 with needs_extra("train", command=PROGRAM):
     from absl import app, flags, logging
-    from ml_collections import config_flags
+    from ml_collections import config_dict, config_flags
 
     from repopt_jax.training.config import default_config, flat
 
@@ -101,17 +103,27 @@ def _expanded(argument: str) -> str:
 
 
 def _check_fields(argv: list[str]) -> None:
-    """Refuse a second --config, and names of fields that no configuration has."""
-    files = [argument for argument in argv if re.match("--?config(=|$)", argument)]
-    if len(files) > 1:
-        _stop(f"config must be given once, got {' '.join(files)}", 2)
-    fields = flat(default_config().to_dict())
+    """Refuse names of fields that no configuration has, and a second flag where one is expected.
+
+    The values of a tuple's flags would add up; of all other flags, the last counts.
+    """
+    config = default_config()
+    fields = flat(config.to_dict())
+    for name in ("config", *(f"config.{field}" for field in fields if _is_tuple(config, field))):
+        given = [a for a in argv[1:] if re.match(f"--?{re.escape(name)}(=|$)", a)]
+        if len(given) > 1:
+            _stop(f"{name} must be given once, got {' '.join(given)}", 2)
     for argument in argv[1:]:
         given = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
         if given and given[1] not in fields:
             similar = difflib.get_close_matches(given[1], fields, n=2)
             hint = f"; did you mean --config.{' or --config.'.join(similar)}?" if similar else ""
             _stop(f"the configuration has no field {given[1]}{hint}", 2)
+
+
+def _is_tuple(config: config_dict.ConfigDict, field: str) -> bool:
+    *sections, name = field.split(".")
+    return functools.reduce(operator.getitem, sections, config).get_type(name) is tuple
 
 
 def _dispatch(_) -> None:

@@ -89,7 +89,8 @@ def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, A
         raise ValueError("runs must have at least one run, got none")
     in_epochs = all("epoch" in record for records in runs.values() for record in records)
     axis, unit = ("epoch", "Epoch") if in_epochs else ("step", "Update")
-    figure, (loss, top1, lr) = styled_figure(11, 3.6, columns=3, sharex=True)
+    height = 3.3 + 0.17 * len(runs)  # inches; the legends above the axes have a line per run
+    figure, (loss, top1, lr) = styled_figure(11, height, columns=3, sharex=True)
     for place, (label, records) in enumerate(runs.items()):
         style = {
             "color": COLOURS[place % len(COLOURS)],
@@ -107,7 +108,8 @@ def plot_curves(path: epath.PathLike, runs: Mapping[str, Sequence[Mapping[str, A
         lr.plot(*_series(records, "train/lr", axis), **style)
     for ax, title in ((loss, "Training loss"), (top1, "Evaluation top-1 accuracy (%)")):
         ax.set_ylabel(title)
-        ax.legend(frameon=False, fontsize="small")
+        # Above the axes: a marker of the legend among the points would look like one of them.
+        ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1))
     lr.set_ylabel("Learning rate")
     lr.set_ylim(bottom=0)
     lr.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))

@@ -82,7 +82,8 @@ def with_bn_groups(
             group = section.bn_group = samples_per_group(*sizes, before, mesh)
         except ValueError as error:
             began = f", with which the run in {workdir} began; a device must hold whole groups"
-            raise ValueError(f"{name}: {error}{began if before else ''}") from None
+            from_run = before and str(error).startswith("bn_group")
+            raise ValueError(f"{name}: {error}{began if from_run else ''}") from None
         if before is None and group < SMALLEST_SHARE:
             raise ValueError(
                 f"{name}.bn_group must be given where a device holds fewer than {SMALLEST_SHARE} "
