@@ -111,6 +111,18 @@ def test_evaluation_sees_every_image_once_and_all_processes_as_many_batches(coun
     assert numbers == {3}
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_places_of_evaluation_images_lie_in_the_set(index):
+    """A device would read beyond it where they did not."""
+    arguments = {"batch_size": 8, "process_index": index, "process_count": 2}
+    images = eval_batches(numbered(), **arguments)
+    places = eval_batches(numbered(), images=False, **arguments)
+    for batch, found in zip(images, places, strict=True):
+        np.testing.assert_array_equal(found["mask"], batch["mask"])
+        assert found["index"].max() < 10
+        assert found["index"][found["mask"]].tolist() == batch["label"][batch["mask"]].tolist()
+
+
 def test_evaluation_can_be_repeated():
     batches = eval_batches(numbered(), batch_size=4)
     first, second = ([b["label"].tolist() for b in batches] for _ in range(2))

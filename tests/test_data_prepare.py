@@ -162,8 +162,9 @@ def test_larger_images_are_stored_smaller(source, tmp_path):
     large, small = dataset.eval[0], dataset.eval[1]
     assert decode(large["image"]).shape == (32, 16, 3) and large["image"][:2] == b"\xff\xd8"
     assert small["image"] == image(0, 20, 32)
-    pillow = Image.open(io.BytesIO(image(0, 200, 100))).resize((16, 32), Image.Resampling.LANCZOS)
-    assert np.abs(decode(large["image"]).astype(int) - np.asarray(pillow)).mean() < 8
+    smaller = Image.fromarray(decode(image(0, 200, 100))).resize((16, 32), Image.Resampling.LANCZOS)
+    smaller.save(expected := io.BytesIO(), "JPEG", quality=95)
+    assert large["image"] == expected.getvalue()
     assert max(max(decode(i["image"]).shape) for i in items(dataset.train)) == 32
 
 
@@ -174,6 +175,8 @@ def test_images_of_one_size_are_cached_as_those_of_tfds(source, tmp_path):
     dataset = load(tmp_path / "ready")
     assert dataset.image_shape == (16, 16, 3) and isinstance(dataset.train, ArraySource)
     assert load(tmp_path / "ready", classes=[2]).train.labels.tolist() == [0] * 4
+    (source / "train" / "n03" / "2.JPEG").write_bytes(image(0, 16, 17))
+    assert prepare.prepare(source, tmp_path / "other", workers=0)["image_shape"] is None
 
 
 def add(tar, name, data):
@@ -191,12 +194,14 @@ def official(source, tmp_path):
         for name in NAMES[::-1]:
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for path in sorted((source / "train" / name).iterdir()):
+                for path in sorted((source / "train" / name).iterdir())[::-1]:
                     add(inner, f"{name}_{path.name}", path.read_bytes())
             add(outer, f"{name}.tar", buffer.getvalue())
+        add(outer, "README", b"no class")
     numbers = {"n01": 2, "n02": 3, "n03": 1}
     truth = []
     with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        tar.add(source / "val", "val", recursive=False)
         mixed = sorted((source / "val").glob("*/*.JPEG"), key=lambda path: path.name)
         for i, path in enumerate(mixed, 1):
             add(tar, f"ILSVRC2012_val_{i:08d}.JPEG", path.read_bytes())
@@ -217,13 +222,30 @@ def test_the_official_tar_files_give_what_a_folder_of_them_gives(source, officia
     ready, original = load(tmp_path / "ready"), load(source)
     for split in ("train", "eval"):
         expected = [(i["image"], i["label"]) for i in items(getattr(original, split))]
-        expected.remove((b"no image", 1)) if split == "train" else None
         found = [(i["image"], i["label"]) for i in items(getattr(ready, split))]
+        if split == "train":
+            expected.remove((b"no image", 1))
+            assert found == expected
         assert sorted(found) == sorted(expected)
     assert ready.eval[1]["name"] == "ILSVRC2012_val_00000002.JPEG"
     (official / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"source must hold ILSVRC2012_devkit_t12\.tar\.gz"):
         prepare.prepare(official, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("truth", "named"), [("2\n3\n1\n", "got 6 and .*\\[\\]"), ("4\n" * 6, "unknown .*'n99'")]
+)
+def test_validation_files_that_do_not_fit_are_refused(official, tmp_path, truth, named):
+    """Other images than the truth is about, or other classes than those of training."""
+    path = official / "ILSVRC2012_devkit_t12.tar.gz"
+    with tarfile.open(path) as tar:
+        meta = tar.extractfile("ILSVRC2012_devkit_t12/data/meta.mat").read()
+    with tarfile.open(path, "w:gz") as tar:
+        add(tar, "data/ILSVRC2012_validation_ground_truth.txt", truth.encode())
+        add(tar, "data/meta.mat", meta)
+    with pytest.raises(ValueError, match=rf"source must hold the . validation images .*{named}"):
+        prepare.prepare(official, tmp_path / "ready", workers=0)
 
 
 def test_the_command_prints_what_it_left_out_and_errors_in_a_sentence(source, tmp_path, capsys):

@@ -103,8 +103,8 @@ def broken(folder):
         path.write_bytes(content)
 
 
-def test_bad_images_of_all_workers_are_named_once(broken, caplog):
-    """And the images that stand in for them are the same."""
+def test_bad_images_of_all_workers_are_named_once(broken, caplog, capfd):
+    """By their parent alone; and the images that stand in for them are the same."""
     found = {}
     for workers in (0, 2):
         dataset = load_dataset("folder", data_dir=str(broken))
@@ -118,6 +118,7 @@ def test_bad_images_of_all_workers_are_named_once(broken, caplog):
         found[workers] = (images, dataset.bad_images, messages, len(caplog.records))
     np.testing.assert_array_equal(found[0][0], found[2][0])
     assert found[0][1:] == found[2][1:] and len(found[2][1]) == 2 and found[2][3] == 2
+    assert "skipping" not in capfd.readouterr().err
 
 
 def test_operations_for_the_device_are_those_of_the_image_that_stands_in(broken):
@@ -177,10 +178,23 @@ def test_signals_to_a_whole_terminal_leave_workers_to_their_parent(folder):
     assert len(list(batches)) == 11
 
 
+def test_signals_to_a_whole_terminal_do_not_end_workers_that_are_starting(folder, monkeypatch):
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                self.send_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    assert len(list(batches_of(folder, workers=1, num_epochs=1))) == 4
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_workers_load_no_jax_and_end_with_their_iterator(folder):
+    before = processes()  # of an iterator that an error of another test keeps
     batches = batches_of(folder, workers=2)
     next(batches)
-    started = processes()
+    started = [pid for pid in processes() if pid not in before]
     assert len(started) == 2
     for pid in started:
         deadline = time.monotonic() + 60  # one may still be importing
@@ -188,6 +202,8 @@ def test_workers_load_no_jax_and_end_with_their_iterator(folder):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert not re.search("jaxlib|torch|tensorflow/", maps)
+        environment = pathlib.Path(f"/proc/{pid}/environ").read_bytes()
+        assert b"OMP_NUM_THREADS=1\0" in environment  # not a thread per core in each process
     del batches
     assert wait_until_gone(started)
 

@@ -18,6 +18,7 @@ from small_run import small_config
 
 from repopt_jax.data import load_dataset, train_batches
 from repopt_jax.data.augment import PRESETS, FlipCrop
+from repopt_jax.data.sources import ArraySource
 from repopt_jax.training import device_images, devices, inputs, loop
 from repopt_jax.training.checkpoints import Checkpoints
 from repopt_jax.training.device_images import belongs_on_device, crop_and_flip, take
@@ -212,6 +213,24 @@ def test_what_cannot_lie_on_a_device_is_refused(changes, named):
         on_device_part(**given)
     assert named in str(told.value)
     assert not prepare(config_of(dtype="float32", **given), "plain", make_mesh()).on_device
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_both_splits_have_to_lie_on_a_device(split):
+    digits = load_dataset("digits")
+    larger = ArraySource(np.zeros((9, 12, 12, 3), np.uint8), np.zeros(9))
+    mixed = dataclasses.replace(digits, **{split: larger})
+    data = config_of(target__data__image_size=8).target.data
+    assert device_images.why_not_on_device(data, digits) is None
+    assert "images of one size" in device_images.why_not_on_device(data, mixed)
+
+
+def test_places_in_large_sets_reach_the_devices():
+    """CIFAR has 50,000 images; the rest of a chunk is filled up."""
+    drawn = [{"index": np.arange(8) + 49_992, "draw": np.ones((8, 3), int)}]
+    placed = device_images.put_draws(make_mesh(), drawn, 2)
+    np.testing.assert_array_equal(placed["index"], [drawn[0]["index"], np.zeros(8, int)])
+    np.testing.assert_array_equal(placed["draw"][0], drawn[0]["draw"])
 
 
 def test_a_run_may_go_on_with_its_images_elsewhere(tmp_path):

@@ -1,5 +1,8 @@
 """A part is what its configuration says."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,12 @@ import pytest
 from flax import nnx
 from small_run import small_config
 
+from repopt_jax import data
 from repopt_jax.models import searched_scales
 from repopt_jax.scales import Scales
 from repopt_jax.training.devices import make_mesh
 from repopt_jax.training.networks import initial_scales
-from repopt_jax.training.parts import prepare
+from repopt_jax.training.parts import prepare, prepare_parts
 
 
 def part_of(name, scales=None, **changes):
@@ -97,3 +101,45 @@ def test_seeds_share_a_program_where_nothing_is_drawn_on_the_device():
 
     assert seed() == 0
     assert seed(target__random_erasing=0.1) == seed(target__mix__mixup=0.1) == 7
+
+
+@pytest.mark.parametrize(("devices", "eval_batch_size"), [(1, 50), (8, 56)])
+def test_every_field_of_the_images_reaches_the_batches(monkeypatch, devices, eval_batch_size):
+    """An evaluation batch is a multiple of the devices."""
+    found = {}
+    for name in ("train_batches", "eval_batches"):
+        monkeypatch.setattr(data, name, lambda _, name=name, **given: found.update({name: given}))
+    fields = {"fast": True, "augment": "raug15", "augment_on": "device", "eval_resize": 9}
+    reading = {"image_size": 8, "skip_bad": True, "threads": 3, "workers": 2}
+    changes = {f"target__data__{key}": value for key, value in (fields | reading).items()}
+    changes |= {"seed": 7, "target__batch_size": 64, "target__eval_batch_size": 50}
+    prepare(small_config(**changes), "plain", make_mesh(devices=jax.devices()[:devices]))
+    reading |= {"process_index": 0, "process_count": 1, "images": True}
+    resize = fields.pop("eval_resize")
+    assert found["train_batches"] == reading | fields | {"batch_size": 64, "seed": 7}
+    assert found["eval_batches"] == reading | {"batch_size": eval_batch_size, "resize": resize}
+
+
+@pytest.mark.parametrize(
+    ("choice", "platform", "expected"),
+    [
+        ("auto", "cpu", "host"),
+        ("auto", "gpu", "device"),
+        ("host", "gpu", "host"),
+        ("device", "cpu", "device"),
+    ],
+)
+def test_where_operations_are_applied(monkeypatch, choice, platform, expected):
+    part = part_of("plain", target__data__augment_on=choice)
+    device = types.SimpleNamespace(platform=platform)
+    part = dataclasses.replace(part, mesh=types.SimpleNamespace(devices=np.array([device])))
+    monkeypatch.setattr(data, "train_batches", lambda _, **given: given["augment_on"])
+    assert part.train_batches() == expected
+
+
+def test_parts_with_the_same_images_count_their_own_bad_ones():
+    config, names = small_config(parts=("target", "plain")), ("target", "plain")
+    target, plain = prepare_parts(config, names, make_mesh(), initial_scales(config)).values()
+    assert target.dataset.train is plain.dataset.train
+    target.dataset.bad_images.add("training image 1")
+    assert not plain.dataset.bad_images

@@ -264,10 +264,14 @@ def test_a_run_without_fields_that_came_later_goes_on_with_their_defaults(begun)
         run.run(small_config(), begun)
 
 
-@pytest.mark.parametrize("field", ["augment_on", "threads"])
+ELSEWHERE = {"augment_on": "device", "threads": 1, "workers": 2, "on_device_bytes": 5}
+ELSEWHERE |= {"data_dir": "other", "skip_bad": True}
+
+
+@pytest.mark.parametrize("field", ELSEWHERE)
 def test_a_run_goes_on_where_others_make_its_images(begun, field):
     """They are the same images."""
-    value = {"augment_on": "device", "threads": 1}[field]
+    value = ELSEWHERE[field]
     with pytest.raises(pytest.fail.Exception, match="a part was trained"):
         run.run(small_config(**{f"target__data__{field}": value}), begun)
 

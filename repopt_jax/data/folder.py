@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from repopt_jax.data.records import FACTS, load_records
+from repopt_jax.data.records import FACTS, PLAN, load_records
 from repopt_jax.data.sources import Dataset, printable
 
 _EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -53,6 +53,11 @@ def load_folder(data_dir: str | None, train_split: str | None, eval_split: str |
         raise ValueError("data_dir must be the folder that holds train/ and val/, got None")
     if (pathlib.Path(data_dir) / FACTS).is_file():
         return load_records(pathlib.Path(data_dir), train_split, eval_split)
+    if (pathlib.Path(data_dir) / PLAN).is_file():
+        raise FileNotFoundError(
+            f"data_dir must hold a set whose preparation is finished, got {data_dir!r}: "
+            "the same command `python -m repopt_jax.data.prepare` goes on"
+        )
     class_names, sources = open_folder(data_dir, train_split, eval_split)
     return Dataset("folder", len(class_names), *sources.values(), class_names=tuple(class_names))
 

@@ -9,6 +9,7 @@ same command goes on where it stopped. At the end all files are read and their d
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import json
@@ -18,18 +19,23 @@ import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
+from repopt_jax.atomic_write import atomic_write
 from repopt_jax.data.decode import decode
 from repopt_jax.data.folder import open_folder
-from repopt_jax.data.records import FACTS, FORMAT_VERSION, pack, shard_name, unpack
+from repopt_jax.data.records import FACTS, FORMAT_VERSION, PLAN, pack, shard_name, unpack
+from repopt_jax.data.sources import printable
 from repopt_jax.data.tar_files import TRAIN, open_tar_files
-from repopt_jax.data.workers import usable_cores
+from repopt_jax.data.workers import held_back, usable_cores
 
-_PLAN = "unfinished.json"
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 _SHARD_IMAGES = 10_000  # ImageNet in 129 files, of about a gigabyte each
 _QUALITY = 95
 
@@ -54,17 +60,17 @@ def prepare(
       What `dataset.json` says.
 
     Raises:
-      ValueError: an argument is wrong, `output` holds something else, or the check at the end
-        fails.
-      FileNotFoundError: the source is not there.
+      ValueError: an argument is wrong, `output` is in use or holds something else, no image of a
+        split can be decoded, or the check at the end fails.
+      OSError: the source is not there, or files cannot be read or written.
     """
-    from tqdm import tqdm
-
     source, output = pathlib.Path(source), pathlib.Path(output)
     if max_side is not None and max_side < 1:
         raise ValueError(f"max_side must be None or at least 1, got {max_side}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be None or at least 0, got {workers}")
+    if printable(str(output)) != str(output):  # ArrayRecord takes no other
+        raise ValueError(f"output must be a name in UTF-8, got '{printable(str(output))}'")
     if not source.is_dir():
         raise FileNotFoundError(f"source must be an existing folder, got {str(source)!r}")
     if (source / TRAIN).is_file():
@@ -73,70 +79,125 @@ def prepare(
         class_names, splits = open_folder(str(source), None, None)
     plan = {
         "format_version": FORMAT_VERSION,
+        "source": str(source.resolve()),
         "max_side": max_side,
         "classes": class_names,
         "images": {split: len(images) for split, images in splits.items()},
     }
-    _claim(output, plan)
+    _refuse_among_images(source, output)
     jobs = []
     for split, images in splits.items():
         shards = -(-len(images) // _SHARD_IMAGES)
         for shard in range(shards):
             indices = range(shard * _SHARD_IMAGES, min((shard + 1) * _SHARD_IMAGES, len(images)))
             jobs.append((split, indices, output / shard_name(split, shard, shards)))
-    found: dict[str, list[dict]] = {split: [] for split in splits}
-    pool = _pool(workers, (splits, max_side, f"{source}{os.sep}"))
-    try:
-        total = sum(plan["images"].values())
-        with tqdm(total=total, unit=" images", disable=None) as bar:
-            for (split, indices, _), facts in zip(jobs, pool.map(_write_shard, jobs), strict=True):
-                found[split].append(facts)
-                bar.update(len(indices))
-        paths = [job[2] for job in jobs]
-        for path, same in zip(paths, pool.map(_is_undamaged, paths), strict=True):
+    with _claimed(output, plan), _mapping(workers, (splits, max_side, f"{source}{os.sep}")) as run:
+        facts = _facts(plan, _written(run, jobs, plan))
+        paths = [path for _, _, path in jobs]
+        for path, same in zip(paths, run(_is_undamaged, paths), strict=True):
             if not same:
                 path.unlink()
                 raise ValueError(f"{path} is not what was written; the same command rewrites it")
-    finally:
-        pool.shutdown(cancel_futures=True)
-    facts = _facts(plan, found)
-    (output / _PLAN).write_text(json.dumps(facts, indent=1))
-    (output / _PLAN).replace(output / FACTS)
-    for path in paths:
-        _facts_file(path).unlink(missing_ok=True)
+        with atomic_write(output / FACTS) as unfinished:
+            unfinished.write_text(json.dumps(facts, indent=1))
+        for path in (output / PLAN, *map(_facts_file, paths)):
+            path.unlink(missing_ok=True)
     return facts
 
 
-def _claim(output: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Create the output, or refuse one that something else has been written to."""
-    if output.is_dir() and any(output.iterdir()):
-        path = output / _PLAN
-        if not path.is_file() or json.loads(path.read_text()) != plan:
-            raise ValueError(
-                f"output must be new or left unfinished by the same command, got {str(output)!r}"
-            )
+def _written(run: Callable, jobs: list[tuple], plan: dict[str, Any]) -> dict[str, list[dict]]:
+    """Write all files; what the files of every split hold."""
+    from tqdm import tqdm
+
+    found: dict[str, list[dict]] = {split: [] for split in plan["images"]}
+    with tqdm(total=sum(plan["images"].values()), unit=" images", disable=None) as bar:
+        for (split, indices, _), facts in zip(jobs, run(_write_shard, jobs), strict=True):
+            found[split].append(facts)
+            bar.update(len(indices))
+    return found
+
+
+def _refuse_among_images(source: pathlib.Path, output: pathlib.Path) -> None:
+    """Else the output would be taken for a class of the source."""
+    for split in ("train", "val", "validation", "test"):
+        if output.resolve().is_relative_to((source / split).resolve()):
+            raise ValueError(f"output must not lie among the images of source, got {str(output)!r}")
+
+
+@contextlib.contextmanager
+def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Own the output; refuse one that something else has been written to, or is being written to.
+
+    The system ends the lock with the process, however that ends.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    (output / _PLAN).write_text(json.dumps(plan))
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ValueError(
+            f"output must not be in use, got {str(output)!r}, which another process writes to"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        if not _is_begun(output, plan):
+            (output / PLAN).write_text(json.dumps(plan))
+        yield
+    finally:
+        os.close(folder)
 
 
-def _pool(workers: int | None, task: tuple) -> concurrent.futures.Executor:
+def _is_begun(output: pathlib.Path, plan: dict[str, Any]) -> bool:
+    """Whether the same command has begun; refuse what something else has written."""
+    names, begun = {path.name for path in output.iterdir()}, None
+    if PLAN in names:
+        with contextlib.suppress(ValueError):  # its writing was interrupted
+            begun = json.loads((output / PLAN).read_text())
+    if begun != plan and (begun is not None or names - {PLAN}):
+        raise ValueError(
+            f"output must be new or left unfinished by the same command, got {str(output)!r}"
+        )
+    return begun == plan
+
+
+@contextlib.contextmanager
+def _mapping(workers: int | None, task: tuple) -> Iterator[Callable]:
+    """A `map` of functions that need `task`, by processes that end with the block."""
     if workers == 0:
-        return concurrent.futures.ThreadPoolExecutor(1, initializer=_set_task, initargs=(task,))
+        _set_task(task)
+        yield map
+        return
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(
-        workers or usable_cores(), mp_context=context, initializer=_start_process, initargs=(task,)
+    end, ours = context.Pipe(duplex=False)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers or usable_cores(), context, initializer=_start_process, initargs=(task, end)
     )
 
+    def run(function, jobs):
+        try:
+            with held_back([signal.SIGINT]):  # processes start here; Ctrl-C is for their parent
+                return pool.map(function, jobs)
+        except OSError as error:  # one has ended while others were starting
+            raise concurrent.futures.BrokenExecutor(str(error)) from error
 
-def _start_process(task: tuple) -> None:
+    try:
+        yield run
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_process(task: tuple, end: Connection) -> None:
     _set_task(task)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
 
-    def end_with_parent():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    def wait_for_end():
+        multiprocessing.connection.wait([end])  # the system closes it with the parent
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _set_task(task: tuple) -> None:
@@ -147,8 +208,6 @@ def _set_task(task: tuple) -> None:
 
 def _write_shard(job: tuple[str, range, pathlib.Path]) -> dict[str, Any]:
     """Write one file and, after it, what it holds, unless that is done."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     split, indices, path = job
     splits, max_side, root = _task
     facts_file = _facts_file(path)
@@ -156,29 +215,42 @@ def _write_shard(job: tuple[str, range, pathlib.Path]) -> dict[str, Any]:
         return json.loads(facts_file.read_text())
     facts = {"images": 0, "classes": {}, "bad_images": [], "shapes": []}
     digest, shapes = hashlib.sha256(), set()
-    unfinished = path.with_suffix(".unfinished")
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # images are read one by one
-    for index in indices:
-        item = splits[split][index]
-        name = item["name"].removeprefix(root)
-        try:
-            data, shape = _stored(item["image"], max_side)
-        except ValueError:
-            facts["bad_images"].append(name)
-            continue
-        record = pack(item["label"], name, data)
-        writer.write(record)
-        digest.update(record)
-        shapes.add(shape)
-        facts["images"] += 1
-        label = str(item["label"])
-        facts["classes"][label] = facts["classes"].get(label, 0) + 1
-    writer.close()
+    with _writer(path) as writer:
+        for index in indices:
+            item = splits[split][index]
+            name = item["name"].removeprefix(root)
+            try:
+                data, shape = _stored(item["image"], max_side)
+            except ValueError:
+                facts["bad_images"].append(name)
+                continue
+            record = pack(item["label"], name, data)
+            writer.write(record)
+            digest.update(record)
+            shapes.add(shape)
+            facts["images"] += 1
+            label = str(item["label"])
+            facts["classes"][label] = facts["classes"].get(label, 0) + 1
     facts["shapes"] = sorted(shapes)[:2]  # more than one is all that counts
     facts["sha256"] = digest.hexdigest()
-    unfinished.replace(path)
-    facts_file.write_text(json.dumps(facts))
+    with atomic_write(facts_file) as unfinished:
+        unfinished.write_text(json.dumps(facts))
     return facts
+
+
+@contextlib.contextmanager
+def _writer(path: pathlib.Path) -> Iterator[Any]:
+    """Writes records to a file that gets its name when all of them are there."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # images are read one by one
+        yield writer
+        writer.close()
+    except RuntimeError as error:  # ArrayRecord raises it for every failure
+        raise OSError(f"{path} cannot be written: {error}") from error
+    unfinished.replace(path)
 
 
 def _stored(data: bytes, max_side: int | None) -> tuple[bytes, tuple[int, ...]]:
@@ -202,18 +274,16 @@ def _is_undamaged(path: pathlib.Path) -> bool:
 
     facts = json.loads(_facts_file(path).read_text())
     digest, classes = hashlib.sha256(), {}
-    if facts["images"]:
+    try:
         reader = ArrayRecordReader(str(path))
-        try:
-            records = (reader.read([i])[0] for i in range(reader.num_records()))
-            for record in records:
-                digest.update(record)
-                label = str(unpack(record)["label"])
-                classes[label] = classes.get(label, 0) + 1
-        except RuntimeError:
-            return False
-        finally:
-            reader.close()
+        for i in range(reader.num_records()):
+            (record,) = reader.read([i])
+            digest.update(record)
+            label = str(unpack(record)["label"])
+            classes[label] = classes.get(label, 0) + 1
+        reader.close()
+    except RuntimeError:
+        return False
     return (digest.hexdigest(), classes) == (facts["sha256"], facts["classes"])
 
 
@@ -225,12 +295,14 @@ def _facts(plan: dict[str, Any], found: dict[str, list[dict]]) -> dict[str, Any]
     """What `dataset.json` says."""
     splits = {}
     for split, shards in found.items():
-        counts = np.zeros(len(plan["classes"]), int)
-        for shard in shards:
-            counts[[int(label) for label in shard["classes"]]] += list(shard["classes"].values())
+        counts = [0] * len(plan["classes"])
+        for label, count in (pair for shard in shards for pair in shard["classes"].items()):
+            counts[int(label)] += count
+        if not any(counts):
+            raise ValueError(f"source must hold images that can be decoded, got none in {split!r}")
         splits[split] = {
             "shards": [{key: shard[key] for key in ("images", "sha256")} for shard in shards],
-            "images_by_class": counts.tolist(),
+            "images_by_class": counts,
             "bad_images": [name for shard in shards for name in shard["bad_images"]],
         }
     shapes = {tuple(s) for shards in found.values() for shard in shards for s in shard["shapes"]}

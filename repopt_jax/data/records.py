@@ -11,9 +11,10 @@ import pathlib
 import struct
 from typing import Any
 
-from repopt_jax.data.sources import ArrayRecordSource, Dataset
+from repopt_jax.data.sources import ArrayRecordSource, Dataset, readable
 
 FACTS = "dataset.json"
+PLAN = "unfinished.json"  # stands for it while the files are being written
 FORMAT_VERSION = 1
 _HEAD = struct.Struct("<iH")
 
@@ -25,7 +26,8 @@ class RecordSource(ArrayRecordSource):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         paths = [str(folder / shard_name(split, shard, shards)) for shard in range(shards)]
-        super().__init__(ArrayRecordDataSource(paths), folder)
+        with readable(folder):
+            super().__init__(ArrayRecordDataSource(paths), folder)
 
     def item(self, record: bytes) -> dict[str, Any]:
         """The image of a record."""
@@ -34,11 +36,15 @@ class RecordSource(ArrayRecordSource):
 
 def load_records(folder: pathlib.Path, train_split: str | None, eval_split: str | None) -> Dataset:
     """Opens a prepared set; the arguments are those of `load_dataset`."""
-    facts = json.loads((folder / FACTS).read_text())
-    if facts["format_version"] != FORMAT_VERSION:
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        version = facts.get("format_version")
+    except (ValueError, AttributeError):
+        version = None
+    if version != FORMAT_VERSION:
         raise ValueError(
             f"data_dir must hold the format version {FORMAT_VERSION}, "
-            f"got {facts['format_version']} in {str(folder / FACTS)!r}"
+            f"got {version} in {str(folder / FACTS)!r}"
         )
     sources = []
     for argument, split in (("train_split", train_split), ("eval_split", eval_split)):

@@ -8,10 +8,11 @@ and one alone in 160. A source of which some classes are kept needs `labels`.
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,16 +85,23 @@ class ArrayRecordSource(abc.ABC):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        try:
+        with readable(self._folder):
             records = self._reader.__getitems__(indices)
-        except RuntimeError as error:  # ArrayRecord raises it for every failure
-            raise OSError(f"the data set in {self._folder} cannot be read: {error}") from error
         return [self.item(record) for record in records]
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """The label of every image, int32 (n,), for which all records are read."""
         return read_labels(self)
+
+
+@contextlib.contextmanager
+def readable(folder: os.PathLike) -> Iterator[None]:
+    """Turn the errors of ArrayRecord, which raises RuntimeError for all, into OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"the data set in {folder} cannot be read: {error}") from error
 
 
 class SubsetSource:

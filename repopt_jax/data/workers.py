@@ -7,6 +7,7 @@ on their number. Here Grain's threads stay as they are, and each hands its batch
 waits. So order, position and bits of the batches do not depend on who makes them.
 """
 
+import contextlib
 import logging
 import mmap
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -29,13 +30,30 @@ from repopt_jax.data.batches import note_bad_image
 # What a process runs; it finds the package where its parent does.
 _CODE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({fds})"
 # These reach all processes of a terminal or of a Slurm step. The parent decides what they mean.
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
 
 
 def usable_cores() -> int:
     """The cores that this process may use, which Slurm and containers limit."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return own or 1
+
+
+@contextlib.contextmanager
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Processes that are started meanwhile never get these signals, not even as they begin."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerPool:
@@ -81,11 +99,13 @@ class _Worker:
         self.process: subprocess.Popen | None = None
 
     def run(self, make: Callable, arguments: tuple) -> tuple[dict[str, np.ndarray], list[str]]:
+        messages = [pickle.dumps(arguments)]
         if self.process is None:
-            self._start(make)
+            messages.insert(0, self._start(make))
         try:
-            # `send` would give its error a view of a BytesIO, which could then not be collected.
-            self._connection.send_bytes(pickle.dumps(arguments))
+            for message in messages:
+                # The error of `send` would hold a view of a BytesIO, which could not be collected.
+                self._connection.send_bytes(message)
             error, batch, bad_images = self._connection.recv()
         except (EOFError, OSError):
             raise OSError(
@@ -98,7 +118,8 @@ class _Worker:
         flat = np.frombuffer(self._memory, np.uint8, int(np.prod(shape)))
         return batch | {"image": flat.reshape(shape).copy()}, bad_images
 
-    def _start(self, make: Callable) -> None:
+    def _start(self, make: Callable) -> bytes:
+        """Start the process; the message that it expects first."""
         try:
             pickled = pickle.dumps(make)
         except Exception as error:
@@ -111,10 +132,11 @@ class _Worker:
         # Libraries must not start a thread per core in every process.
         one = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         command = [sys.executable, "-c", code]
-        self.process = subprocess.Popen(command, pass_fds=fds, env=os.environ | one)
+        with held_back(_SIGNALS):
+            self.process = subprocess.Popen(command, pass_fds=fds, env=os.environ | one)
         theirs.close()
         os.close(file)
-        self._connection.send_bytes(pickled)
+        return pickled
 
     def stop(self) -> None:
         if self.process is not None:
@@ -146,9 +168,6 @@ def serve(connection: int, file: int) -> None:
       connection: file descriptor of a connection to the parent.
       file: file descriptor of the memory for images.
     """
-    for name in _SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     logging.disable(logging.WARNING)  # the parent names bad images, once
     pipe = Connection(connection)
     memory = np.frombuffer(mmap.mmap(file, 0), np.uint8)

@@ -55,12 +55,13 @@ def train(part: Part, workdir: epath.PathLike) -> tuple[TrainState, dict[str, An
     images = train_input(part)
     with plain_errors():
         checkpoints = Checkpoints(workdir, keep_latest=part.config.checkpoint.keep)
-    if not checkpoints.steps():
-        images.batches.start_prefetch()  # the first batches are made while programs are compiled
-    state = part.init()
-    # Open here, so that warnings about damaged checkpoints reach the log file too.
-    with plain_errors(), Progress(workdir, **size, terminal=False):
-        restored = checkpoints.restore(state, images.batches)
+        log = Progress(workdir, **size, terminal=False)
+    with log:  # warnings about damaged images and checkpoints reach the log file too
+        if not checkpoints.steps():
+            images.batches.start_prefetch()  # batches are made while programs are compiled
+        state = part.init()
+        with plain_errors():
+            restored = checkpoints.restore(state, images.batches)
     images.batches.start_prefetch()
     first, state = restored or (0, state)
     writer = MetricsWriter(workdir, resumed_at=first if restored else None)
