@@ -128,6 +128,17 @@ def test_an_output_whose_name_is_no_text_is_refused(source, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.parametrize("reason", ["gone", "not text"])
+def test_a_source_that_cannot_be_opened_is_named_by_its_argument(source, tmp_path, reason):
+    if reason == "gone":
+        (source / "train").rename(source / "training")
+    else:
+        (source / "val" / "val_annotations.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"source must hold .*, got '.*source': "):
+        prepare.prepare(source, tmp_path / "ready", workers=0)
+    assert not (tmp_path / "ready").exists()
+
+
 def test_images_none_of_which_can_be_decoded_are_refused(source, tmp_path):
     for path in (source / "val").glob("*/*.jpg"):
         path.write_bytes(b"no image")

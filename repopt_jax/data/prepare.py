@@ -76,7 +76,11 @@ def prepare(
     if (source / TRAIN).is_file():
         class_names, splits = open_tar_files(source)
     else:
-        class_names, splits = open_folder(str(source), None, None)
+        try:
+            class_names, splits = open_folder(str(source), None, None)
+        except (OSError, ValueError) as error:
+            wanted = "source must hold ImageNet's tar files, or images in train/ and val/"
+            raise ValueError(f"{wanted}, got {str(source)!r}: {error}") from None
     plan = {
         "format_version": FORMAT_VERSION,
         "source": str(source.resolve()),
