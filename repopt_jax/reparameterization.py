@@ -306,15 +306,14 @@ def reparameterize(
             return jax.eval_shape(init_fn, params)
         # None stands for no parameter, as in Equinox; wrappers hide others.
         named = by_path(params, is_leaf=_is_absent)
+        own_scales, own_weights = network.hidden_scales(), {}
         if not named:  # optax.tree.map_params asks where in the state the parameters are
-            return ReparameterizeState(
-                network.hidden_scales(), params, dict.fromkeys(blocks, 0.0), inner.init(params)
-            )
+            kernels = dict.fromkeys(blocks, 0.0)
+            return ReparameterizeState(own_scales, params, kernels, inner.init(params))
         missing = [path for path in blocks if network.place(path) not in named]
         if missing and not any(isinstance(x, optax.MaskedNode) for x in named.values()):
             raise ValueError(f"every block needs a kernel in params, missing: {missing}")
         leaves = {path: leaf for path, leaf in named.items() if not _is_absent(leaf)}
-        own_scales, own_weights = network.hidden_scales(), {}
         kernels = dict.fromkeys(blocks, jnp.zeros(0))
         for path, block in blocks.items():
             if network.place(path) in leaves:

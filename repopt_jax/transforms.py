@@ -117,11 +117,7 @@ def _check_paths(given: dict[str, Any], shown: dict[str, Any]) -> None:
         if not (_is_absent(shown[path]) or path.startswith(left_alone))
     ]
     parents = {path[:i] for path in shown for i, mark in enumerate(path) if mark == "/"}
-    surplus = [
-        path
-        for path in given.keys() - shown.keys()
-        if given[path] is not None or path not in parents
-    ]
+    surplus = [p for p in given.keys() - shown.keys() if given[p] is not None or p not in parents]
     # Wrappers may hide parameters; optax.tree.map_params shows none at all.
     complete = shown and not any(map(_is_masked, shown.values()))
     if missing or (surplus and complete):
