@@ -7,12 +7,12 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repopt_jax"
 
 # Each room imports only rooms above it in this list, which is that of CONTRIBUTING.md.
 ROOMS = (
-    *("extras", "imagenet", "atomic_write", "messages", "tree_paths"),
+    *("extras", "imagenet", "atomic_write", "file_lock", "messages", "tree_paths"),
     *("branches", "transforms", "weight_decay", "reparameterization", "scales", "pruning"),
     *("models", "torch_files", "files", "hub", "check_equivalence"),
     *("data", "training", "deploy", "convert"),
 )
-BESIDES_DATA = {"extras", "imagenet", "atomic_write"}  # none of which loads JAX
+BESIDES_DATA = {"extras", "imagenet", "atomic_write", "file_lock"}  # none of which loads JAX
 
 
 def imported_modules(tree):

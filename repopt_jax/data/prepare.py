@@ -30,11 +30,7 @@ from repopt_jax.data.records import FACTS, FORMAT_VERSION, PLAN, pack, shard_nam
 from repopt_jax.data.sources import printable
 from repopt_jax.data.tar_files import TRAIN, open_tar_files
 from repopt_jax.data.workers import held_back, usable_cores
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
+from repopt_jax.file_lock import take_lock
 
 _SHARD_IMAGES = 10_000  # ImageNet in 129 files, of about a gigabyte each
 _QUALITY = 95
@@ -130,23 +126,14 @@ def _refuse_among_images(source: pathlib.Path, output: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Own the output; refuse one that something else has been written to, or is being written to.
-
-    The system ends the lock with the process, however that ends.
-    """
+    """Own the output; refuse one that something else has written to, or writes to now."""
     output.mkdir(parents=True, exist_ok=True)
     folder = os.open(output, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ValueError(
-            f"output must not be in use, got {str(output)!r}, which another process writes to"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+        if not take_lock(folder):
+            raise ValueError(
+                f"output must not be in use, got {str(output)!r}, which another process writes to"
+            )
         if not _is_begun(output, plan):
             (output / PLAN).write_text(json.dumps(plan))
         yield

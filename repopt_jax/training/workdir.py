@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
+from repopt_jax.file_lock import take_lock
 from repopt_jax.training.checkpoint_directory import checkpoint_directory
 from repopt_jax.training.config import PARTS, default_config, flat
 from repopt_jax.training.devices import samples_per_group
 from repopt_jax.training.processes import wait_for_all
 from repopt_jax.training.report import write_json
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -125,19 +121,15 @@ def claimed(workdir: epath.Path, config: ConfigDict, parts: Sequence[Part]) -> I
 
 @contextlib.contextmanager
 def _locked(workdir: epath.Path) -> Iterator[None]:
-    if fcntl is None or "://" in str(workdir) or jax.process_index() != 0:
+    if "://" in str(workdir) or jax.process_index() != 0:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file):
             raise ValueError(
                 f"workdir must not be in use, got {workdir}, in which another process trains"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
         yield
 
 
