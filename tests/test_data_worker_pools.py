@@ -93,6 +93,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 
 
 def test_a_worker_leaves_no_file_open():
+    gc.collect()  # what earlier tests left must not close meanwhile
     open_files = len(os.listdir("/proc/self/fd"))
     worker = _Worker(1)
     with contextlib.suppress(OSError):
@@ -100,7 +101,7 @@ def test_a_worker_leaves_no_file_open():
     worker.stop()
     del worker
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert len(os.listdir("/proc/self/fd")) <= open_files
 
 
 def test_a_worker_that_ends_before_it_has_its_data_set_is_told(monkeypatch):
